@@ -1,0 +1,69 @@
+"""Files and folders written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+@contextlib.contextmanager
+def whole_folder(folder: str | Path, marker: str) -> Iterator[Path]:
+    """Write a folder whole or not at all: yields an empty one, which becomes ``folder`` at the end.
+
+    The new folder replaces an old one that holds the file ``marker`` (so: one that was written by
+    the same command) or nothing. If the body raises, nothing changes.
+
+    Raises ValueError when ``folder`` is a file, or holds things that are not ours to delete.
+    """
+    target = Path(folder).expanduser().absolute()
+    check_replaceable(target, marker)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, since a rename is atomic only within one file system.
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        new = work / "new"
+        new.mkdir()
+        yield new
+        if not (new / marker).is_file():
+            raise RuntimeError(f"the folder is not complete: {marker} was not written")
+        if target.exists():
+            target.rename(work / "old")
+        new.rename(target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def check_replaceable(folder: str | Path, marker: str) -> None:
+    """Raise ValueError unless ``folder`` is absent, empty, or marked as ours by ``marker``."""
+    target = Path(folder).expanduser().absolute()
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{str(folder)!r} is a file; give a folder to write to")
+    if target.is_dir() and any(target.iterdir()) and not (target / marker).is_file():
+        raise ValueError(
+            f"{str(folder)!r} holds other files (there is no {marker} in it), and would be replaced; "
+            "give another folder, or an empty one"
+        )
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file through a temporary one beside it and a rename."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write strict JSON; a NaN or infinity is an error, since no other program would read it."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
