@@ -1,0 +1,391 @@
+"""The lazy head-averaged attention map: Q, K and what can be asked of softmax(Q K^T) unbuilt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, overload
+
+import torch
+from torch import Tensor
+
+from flashmaps import backends, ops
+from flashmaps._problem import Request
+from flashmaps._validation import check_k, check_operand, make_problem, need_grid
+from flashmaps.grids import Grid, cell_index
+
+if TYPE_CHECKING:
+    from flashmaps.composition import Composition
+
+REDUCTIONS = (
+    "entropy",
+    "max",
+    "argmax",
+    "expectation",
+    "diagonal",
+    "column_sum",
+    "column_entropy",
+    "column_max",
+    "column_argmax",
+)
+
+# Rows are pooled this many float64s of output at a time, so that pooling keeps no N x cells matrix.
+_POOL_ELEMENTS = 2**18
+
+
+class Reductions:
+    """The results of `AttentionMap.reduce`, one attribute for each name that was asked for."""
+
+    def __init__(self, fields: dict[str, Tensor]) -> None:
+        self._fields = fields
+
+    def __getattr__(self, name: str) -> Tensor:
+        fields = self.__dict__.get("_fields", {})
+        if name in fields:
+            return fields[name]
+        raise AttributeError(f"{name!r} was not asked for: reduce() was given {list(fields)}")
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name}={list(t.shape)}" for name, t in self._fields.items())
+        return f"Reductions({shapes})"
+
+    def _asdict(self) -> dict[str, Tensor]:
+        return dict(self._fields)
+
+
+def check_reductions(names: Sequence[str]) -> tuple[str, ...]:
+    """The names without repeats, or an error that lists the reductions there are."""
+    if not names:
+        raise ValueError(f"reduce() needs at least one of {', '.join(REDUCTIONS)}")
+    for name in names:
+        if name not in REDUCTIONS:
+            raise ValueError(
+                f"reduction {name!r} is unknown; choose from {', '.join(REDUCTIONS)}"
+                + (" (top-k is A.topk(k))" if name == "topk" else "")
+            )
+    return tuple(dict.fromkeys(names))
+
+
+def row_index(
+    index: int | slice | Sequence[int] | Tensor, rows: int, device: torch.device
+) -> Tensor:
+    """``index`` as a [n] int64 tensor of rows, negatives counted from the end."""
+    if isinstance(index, slice):
+        return torch.arange(rows, device=device)[index]
+    picked = torch.as_tensor(index, device=device)
+    if picked.dtype == torch.bool or picked.dtype.is_floating_point or picked.dim() > 1:
+        raise TypeError(f"rows(index) wants whole numbers in one dimension, got {index!r}")
+    picked = picked.reshape(-1).to(torch.int64)
+    if not torch.compiler.is_compiling():
+        bad = (picked < -rows) | (picked >= rows)
+        if bool(bad.any()):
+            raise IndexError(f"row {int(picked[bad][0])} is out of range: the map has {rows} rows")
+    return torch.where(picked < 0, picked + rows, picked)
+
+
+class AttentionMap:
+    """A = sum_h w_h softmax(scale * Q_h K_h^T + mask), N x M, never built (note eq. 2.1, 2.2).
+
+    Args:
+        query: [B, H, N, d], float64, float32, float16 or bfloat16, any strides.
+        key: [B', H, M, d], same dtype and device.
+        scale: multiplies Q K^T; default 1 / sqrt(d).
+        key_mask: [B', M] or [M]; bool (True may be attended, as in SDPA) or a float that is added
+            to the scaled scores.
+        head_weights: [H], >= 0, summing to 1; default 1 / H.
+        pairs: [P, 2] integers (query batch index, key batch index); default i with i. All pairs of
+            n images cost the memory of n images.
+        normalize: note eq. 2.3, reading each row as a g_h x g_w map: None or "block" (the whole map
+            sums to 1), "columns" (each of its columns does), "rows" (each of its rows does). See
+            docs/maths.md.
+        query_grid, key_grid: (height, width) of the tokens, row-major; default the square.
+        lse: [batch, H, N] per-head log-sum-exp in natural log, if attention already returned it:
+            it saves a pass where rows do not fit the cache.
+        backend: "auto", "cpu" or "reference" (see `flashmaps.backends`).
+
+    Half precision is accumulated, and all results are returned, in float32; float64 stays float64.
+
+    Raises:
+        TypeError, ValueError, IndexError: bad input, named. RuntimeError: the backend asked for
+            cannot run.
+
+    >>> import torch, flashmaps as fm
+    >>> A = fm.AttentionMap(torch.randn(1, 5, 64, 16), torch.randn(1, 5, 64, 16))
+    >>> A.shape, A.entropy().shape
+    ((1, 64, 64), torch.Size([1, 64]))
+    """
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        scale: float | None = None,
+        key_mask: Tensor | None = None,
+        head_weights: Tensor | Sequence[float] | None = None,
+        pairs: Tensor | Sequence[Sequence[int]] | None = None,
+        normalize: str | None = None,
+        query_grid: Grid | None = None,
+        key_grid: Grid | None = None,
+        lse: Tensor | None = None,
+        backend: str = "auto",
+    ) -> None:
+        self.problem, self.query_grid, self.key_grid = make_problem(
+            query,
+            key,
+            scale=scale,
+            key_mask=key_mask,
+            head_weights=head_weights,
+            pairs=pairs,
+            normalize=normalize,
+            query_grid=query_grid,
+            key_grid=key_grid,
+            lse=lse,
+        )
+        self.backend = backends.select(backend, self.problem)
+        self._lse = self.problem.lse
+
+    @classmethod
+    def average(
+        cls, maps: Sequence[AttentionMap], weights: Sequence[float] | None = None
+    ) -> AttentionMap:
+        """The weighted mean of maps over layers or timesteps, as one lazy map with all their heads.
+
+        Concatenates heads (O(N d) memory). Head dimensions and scales may differ; N, M, batch,
+        pairs, masks, normalisation and dtype may not, and the first map's are used.
+        """
+        if not maps:
+            raise ValueError("average() needs at least one map")
+        if weights is None:
+            weights = [1.0 / len(maps)] * len(maps)
+        if len(weights) != len(maps):
+            raise ValueError(f"weights has {len(weights)} entries for {len(maps)} maps")
+        first = maps[0]
+        for index, other in enumerate(maps):
+            if (other.shape, other.dtype, other.problem.normalize) != (
+                first.shape,
+                first.dtype,
+                first.problem.normalize,
+            ):
+                raise ValueError(
+                    f"maps[{index}] is {other}, but maps[0] is {first}: only maps of one shape, "
+                    f"dtype and normalisation average"
+                )
+            for name in ("bias", "pairs"):
+                mine, theirs = getattr(first.problem, name), getattr(other.problem, name)
+                if (mine is None) != (theirs is None) or (
+                    mine is not None and not torch.equal(mine, theirs)
+                ):
+                    what = "key_mask" if name == "bias" else name
+                    raise ValueError(f"maps[{index}] has another {what} than maps[0]")
+        width = max(m.problem.query.shape[3] for m in maps)
+        scale = first.problem.scale
+        queries, keys, heads = [], [], []
+        for one, weight in zip(maps, weights, strict=True):
+            problem = one.problem
+            pad = (0, width - problem.query.shape[3])
+            queries.append(torch.nn.functional.pad(problem.query * (problem.scale / scale), pad))
+            keys.append(torch.nn.functional.pad(problem.key, pad))
+            each = problem.head_weights
+            if each is None:
+                each = torch.full(
+                    (problem.heads,), 1.0 / problem.heads, dtype=problem.compute_dtype
+                ).to(problem.query.device)
+            heads.append(weight * each)
+        return cls(
+            torch.cat(queries, 1),
+            torch.cat(keys, 1),
+            scale=scale,
+            key_mask=first.problem.bias,
+            head_weights=torch.cat(heads),
+            pairs=first.problem.pairs,
+            normalize=first.problem.normalize,
+            query_grid=first.query_grid,
+            key_grid=first.key_grid,
+            backend=first.backend,
+        )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(batch, N, M); batch is the number of pairs where pairs were given."""
+        return (self.problem.batch, self.problem.num_queries, self.problem.num_keys)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the results: float64 for float64 inputs, else float32."""
+        return self.problem.compute_dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.problem.query.device
+
+    @property
+    def lse(self) -> Tensor:
+        """log sum_j exp(scale * q_i k_j + mask_j) of every head, natural log: [batch, H, N]."""
+        if self._lse is None:
+            self._lse = self._fields("lse")["lse"]
+        return self._lse
+
+    @property
+    def mT(self) -> TransposedMap:
+        """A transposed, lazy: ``A.mT @ y``."""
+        return TransposedMap(self)
+
+    def __repr__(self) -> str:
+        return (
+            f"AttentionMap(shape={self.shape}, heads={self.problem.heads}, "
+            f"normalize={self.problem.normalize!r}, dtype={self.dtype}, backend={self.backend!r})"
+        )
+
+    def _fields(self, *names: str, **operands) -> dict[str, Tensor]:
+        return ops.reduce(self.problem, Request(names, **operands), self.backend)
+
+    @overload
+    def __matmul__(self, other: Tensor) -> Tensor: ...
+    @overload
+    def __matmul__(self, other: AttentionMap) -> Composition: ...
+    def __matmul__(self, other):
+        """A @ x: [batch, M, C] -> [batch, N, C]; or A @ A', the lazy `Composition`."""
+        if isinstance(other, AttentionMap):
+            from flashmaps.composition import Composition
+
+            return Composition(self, other)
+        right = check_operand("x", other, self.shape[0], self.shape[2], self.problem.query)
+        return self._fields("product", right=right)["product"]
+
+    def to_dense(self) -> Tensor:
+        """The whole map, [batch, N, M]: 67 MB for one map of 4096 x 4096 in float32."""
+        return self._fields("dense")["dense"]
+
+    def rows(self, index: int | slice | Sequence[int] | Tensor) -> Tensor:
+        """Some rows of the map: [batch, n, M] (n = 1 for an int)."""
+        picked = row_index(index, self.shape[1], self.device)
+        lse = self.problem.lse
+        problem = self.problem._replace(
+            query=self.problem.query.index_select(2, picked),
+            lse=None if lse is None else lse.index_select(2, picked),
+        )
+        return ops.reduce(problem, Request(("dense",)), self.backend)["dense"]
+
+    def reduce(self, *names: str) -> Reductions:
+        """Any subset of the reductions in one pass over the map.
+
+        With p = A[i] (divided by its number of lines under normalize="rows"/"columns", so that it
+        is a distribution, for entropy and expectation):
+
+        - "entropy": -sum_j p_j log p_j, nats, 0 log 0 = 0: [batch, N]
+        - "max", "argmax": of the row, the lowest index among ties: [batch, N]
+        - "expectation": sum_j p_j C_j, C the cell centres of the key grid as (x, y): [batch, N, 2]
+        - "diagonal": A[i, i], for square maps: [batch, N]
+        - "column_sum": sum_i A[i, j]: [batch, M]
+        - "column_entropy": entropy over i of A[i, j] / column_sum[j] (0 for an empty column)
+        - "column_max", "column_argmax": over i: [batch, M]
+        """
+        wanted = check_reductions(names)
+        _, queries, keys = self.shape
+        if "expectation" in wanted:
+            need_grid("key_grid", self.key_grid, keys, "expectation")
+        if "diagonal" in wanted and queries != keys:
+            raise ValueError(f"diagonal needs a square map, this one is {queries} x {keys}")
+        return Reductions(self._fields(*wanted))
+
+    def entropy(self) -> Tensor:
+        """-sum_j A_ij log A_ij in nats: [batch, N]."""
+        return self.reduce("entropy").entropy
+
+    def max(self) -> Tensor:
+        """max_j A_ij: [batch, N]."""
+        return self.reduce("max").max
+
+    def argmax(self) -> Tensor:
+        """argmax_j A_ij, the lowest j among ties: [batch, N] int64."""
+        return self.reduce("argmax").argmax
+
+    def expectation(self) -> Tensor:
+        """Mean position under each row, (x, y) in the unit square: [batch, N, 2]."""
+        return self.reduce("expectation").expectation
+
+    def diagonal(self) -> Tensor:
+        """A_ii of a square map: [batch, N]."""
+        return self.reduce("diagonal").diagonal
+
+    def column_sum(self) -> Tensor:
+        """sum_i A_ij: [batch, M]."""
+        return self.reduce("column_sum").column_sum
+
+    def column_entropy(self) -> Tensor:
+        """Entropy over i of the normalised column j, in nats: [batch, M]."""
+        return self.reduce("column_entropy").column_entropy
+
+    def column_max(self) -> Tensor:
+        """max_i A_ij: [batch, M]."""
+        return self.reduce("column_max").column_max
+
+    def column_argmax(self) -> Tensor:
+        """argmax_i A_ij, the lowest i among ties: [batch, M] int64."""
+        return self.reduce("column_argmax").column_argmax
+
+    def topk(self, k: int) -> tuple[Tensor, Tensor]:
+        """The k largest entries of each row, largest first: values and indices, [batch, N, k]."""
+        k = check_k(k, self.shape[2])
+        fields = self._fields("topk_values", "topk_indices", k=k)
+        return fields["topk_values"], fields["topk_indices"]
+
+    def pool(self, query_to: Grid | None = None, key_to: Grid | None = None) -> Tensor:
+        """A small dense map: mean over the queries of a cell, sum over the keys of a cell.
+
+        Returns [batch, h_q * w_q, h_k * w_k]; rows still sum to what they summed to. None leaves
+        that side as it is. A token falls in the cell floor(row * h' / h), floor(column * w' / w).
+        """
+        batch, queries, keys = self.shape
+        query_cells, num_query_cells = self._cells("query", query_to, self.query_grid, queries)
+        key_cells, num_key_cells = self._cells("key", key_to, self.key_grid, keys)
+        out = torch.zeros(
+            (batch, num_query_cells, num_key_cells), dtype=self.dtype, device=self.device
+        )
+        step = max(1, _POOL_ELEMENTS // (batch * num_key_cells))
+        for start in range(0, queries, step):
+            stop = min(start + step, queries)
+            request = Request(("pooled_keys",), cells=key_cells, num_cells=num_key_cells)
+            rows = ops.reduce(self.problem.query_rows(start, stop), request, self.backend)
+            out.index_add_(1, query_cells[start:stop], rows["pooled_keys"])
+        count = torch.bincount(query_cells, minlength=num_query_cells)
+        return out / count[None, :, None]
+
+    def _cells(self, side: str, to: Grid | None, grid: Grid | None, tokens: int):
+        if to is None:
+            return torch.arange(tokens, device=self.device), tokens
+        height, width = need_grid(f"{side}_grid", grid, tokens, "pool")
+        try:
+            rows, columns = (int(n) for n in to)
+        except (TypeError, ValueError):
+            raise TypeError(f"{side}_to must be (height, width), got {to!r}") from None
+        if not (1 <= rows <= height and 1 <= columns <= width):
+            raise ValueError(
+                f"{side}_to = ({rows}, {columns}) must lie between (1, 1) and the {side} grid "
+                f"({height}, {width})"
+            )
+        return cell_index((height, width), (rows, columns), device=self.device), rows * columns
+
+
+class TransposedMap:
+    """A.mT, lazy."""
+
+    def __init__(self, of: AttentionMap) -> None:
+        self.mT = of
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        batch, queries, keys = self.mT.shape
+        return (batch, keys, queries)
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        """A^T y: [batch, N, C] -> [batch, M, C]."""
+        batch, _, queries = self.shape
+        left = check_operand("y", other, batch, queries, self.mT.problem.query)
+        return self.mT._fields("transposed_product", left=left)["transposed_product"]
+
+    def to_dense(self) -> Tensor:
+        return self.mT.to_dense().mT
+
+    def __repr__(self) -> str:
+        return f"{self.mT!r}.mT"

@@ -1,0 +1,65 @@
+"""Which backend runs: `supports` explains, "auto" is the only thing that chooses."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import NamedTuple
+
+from flashmaps import cpu, kernels, reference
+from flashmaps._problem import Problem
+
+# In the order that "auto" tries them; each has supports(problem) and reduce(problem, request).
+_BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
+_ABSENT = {
+    "triton": kernels.unavailable_reason,
+    "cuda": lambda: "the CUDA C++ kernels are not part of this version of flashmaps",
+}
+NAMES = (*_BACKENDS, *_ABSENT)
+
+
+class Availability(NamedTuple):
+    """Whether a backend can run here, and why or why not."""
+
+    available: bool
+    reason: str
+
+    def __bool__(self) -> bool:
+        return self.available
+
+
+def backends() -> dict[str, Availability]:
+    """Each backend by name: available or not, and why.
+
+    >>> bool(backends()["reference"])
+    True
+    """
+    found = {"reference": Availability(True, "plain torch, any device")}
+    missing = cpu.unavailable_reason()
+    found["cpu"] = (
+        Availability(True, f"C++ extension, {cpu.instruction_set()} build")
+        if missing is None
+        else Availability(False, missing)
+    )
+    for name, reason in _ABSENT.items():
+        found[name] = Availability(False, reason())
+    return found
+
+
+def select(name: str, problem: Problem) -> str:
+    """The backend that will run ``problem``; an explicit request never falls back.
+
+    Raises ValueError for an unknown name, RuntimeError with the reason where it cannot run.
+    """
+    if name == "auto":
+        return next(n for n, module in _BACKENDS.items() if module.supports(problem) is None)
+    if name not in NAMES:
+        raise ValueError(f"backend {name!r} is unknown; choose 'auto' or one of {', '.join(NAMES)}")
+    reason = _BACKENDS[name].supports(problem) if name in _BACKENDS else _ABSENT[name]()
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} cannot run this: {reason}")
+    return name
+
+
+def get(name: str) -> ModuleType:
+    """The module of a backend that `select` has chosen."""
+    return _BACKENDS[name]
