@@ -42,7 +42,7 @@ def find_tool(name: str) -> str:
             return found
     if (found := shutil.which(name)) is not None:
         return found
-    raise BuildFailed(f"{name} was not found; `pip install {name}` provides it.")
+    raise BuildFailed(f"{name} was not found; pip install {name}.")
 
 
 def first_error(lines: list[str]) -> str:
@@ -95,8 +95,8 @@ class CMakeBuild(build_ext):
             note.write_text(f"{failure}\n{REMEDY}\n", encoding="utf-8")
             print(
                 f"\n{'!' * 80}\n"
-                "flashmaps: THE C++ EXTENSION WAS NOT BUILT. The package works, but slowly: only the\n"
-                "reference backend will be available.\n"
+                "flashmaps: THE C++ EXTENSION WAS NOT BUILT. The package works, but slowly:\n"
+                "the cpu backend is missing and everything runs on the reference.\n"
                 f"Why: {failure}\n"
                 f"Remedy: {REMEDY}\n"
                 f"{'!' * 80}\n",
@@ -111,7 +111,7 @@ class CMakeBuild(build_ext):
         try:
             import pybind11
         except ImportError:
-            raise BuildFailed("pybind11 was not found; `pip install pybind11` provides it.") from None
+            raise BuildFailed("pybind11 was not found; pip install pybind11.") from None
         cmake, ninja = find_tool("cmake"), find_tool("ninja")
         # The build tree outlives the command, so that the next one compiles only what has changed.
         # One per interpreter, since the module's name and flags depend on it.
