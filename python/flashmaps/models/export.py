@@ -1,0 +1,53 @@
+"""Write trained parts as a half-precision Stable Diffusion pipeline folder, whole or not at all."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+
+from .architecture import Parts
+from .vocabulary import write_vocabulary
+
+
+def export(parts: Parts, folder: Path, card: str) -> None:
+    """Save copies of `parts` in float16 to `folder`, with `card` as its README.md.
+
+    The folder is written under a temporary name beside its place and then renamed, so a reader
+    never meets half a model.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = folder.with_name(f".{folder.name}.{os.getpid()}")
+    halves = {
+        name: copy.deepcopy(getattr(parts, name)).to(torch.float16)
+        for name in ("vae", "unet", "text_encoder")
+    }
+    pipeline = StableDiffusionPipeline(
+        **halves,
+        tokenizer=parts.tokenizer,
+        scheduler=parts.scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    try:
+        pipeline.save_pretrained(staging)
+        write_vocabulary(staging / "tokenizer")
+        (staging / "README.md").write_text(card)
+        _replace(folder, staging)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _replace(folder: Path, staging: Path) -> None:
+    """Put `staging` in the place of `folder`; a folder cannot be renamed over a full one."""
+    retired = staging.with_name(staging.name + ".old")
+    if folder.exists():
+        os.replace(folder, retired)
+    os.replace(staging, folder)
+    shutil.rmtree(retired, ignore_errors=True)
