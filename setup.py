@@ -20,15 +20,18 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 REQUIRE_NATIVE = os.environ.get("FLASHMAPS_REQUIRE_NATIVE", "0") not in ("", "0")
 FAILURE_NOTE = "_native_build_failed.txt"
-REMEDY = (
-    "Install a C++20 compiler (Debian, Ubuntu: apt install g++ python3-dev; Fedora: dnf install "
-    "gcc-c++ python3-devel; macOS: xcode-select --install) and install flashmaps again; "
-    "`pip install -v` shows the whole build."
+GET_A_COMPILER = (
+    "Install a C++20 compiler, GCC or Clang, and Python's headers (Debian, Ubuntu: apt install g++ "
+    "python3-dev; Fedora: dnf install gcc-c++ python3-devel; macOS: xcode-select --install), then "
+    "flashmaps again. If they are there, `pip install -v` shows what else went wrong."
 )
 
 
 class BuildFailed(Exception):
-    """The extension could not be built; the message says why in a line or two."""
+    """The extension could not be built: why, and what to do about it."""
+
+    def __init__(self, why: str, remedy: str = GET_A_COMPILER) -> None:
+        super().__init__(f"Why: {why}\nRemedy: {remedy}")
 
 
 def find_tool(name: str) -> str:
@@ -42,18 +45,19 @@ def find_tool(name: str) -> str:
             return found
     if (found := shutil.which(name)) is not None:
         return found
-    raise BuildFailed(f"{name} was not found; pip install {name}.")
+    raise BuildFailed(f"{name} was not found.", f"pip install {name}, then flashmaps again.")
 
 
-def first_error(lines: list[str]) -> str:
-    """The first complaint in a build log: from the line with 'error' on, three lines at most."""
-    lines = [line.strip() for line in lines if line.strip()]
-    start = next((i for i, line in enumerate(lines) if "error" in line.lower()), len(lines) - 3)
-    return " ".join(lines[max(start, 0) :][:3]) or "no output"
+def first_error(log: list[str]) -> str:
+    """The first complaint in a build log, else its last line."""
+    lines = [line.strip() for line in log if line.strip()] or ["no output"]
+    start = next((i for i, line in enumerate(lines) if "error" in line.lower()), len(lines) - 1)
+    # CMake puts the place on the first line and the complaint on the next ones.
+    return " ".join(lines[start : start + (3 if lines[start].startswith("CMake") else 1)])
 
 
 def run(*command: str) -> None:
-    """Run a command, showing its output as it comes; raise BuildFailed with its first error."""
+    """Run a command, showing its output as it comes; raise BuildFailed if it fails."""
     print("+", *command, flush=True)
     lines = []
     with subprocess.Popen(
@@ -89,16 +93,15 @@ class CMakeBuild(build_ext):
                 stale.unlink(missing_ok=True)  # an extension of older sources must not be found
             if REQUIRE_NATIVE:
                 raise CompileError(
-                    f"flashmaps._C was not built: {failure}\n{REMEDY}\n"
+                    f"flashmaps._C was not built.\n{failure}\n"
                     "(FLASHMAPS_REQUIRE_NATIVE is set; without it the install goes on.)"
                 ) from None
-            note.write_text(f"{failure}\n{REMEDY}\n", encoding="utf-8")
+            note.write_text(f"{failure}\n", encoding="utf-8")
             print(
                 f"\n{'!' * 80}\n"
                 "flashmaps: THE C++ EXTENSION WAS NOT BUILT. The package works, but slowly:\n"
                 "the cpu backend is missing and everything runs on the reference.\n"
-                f"Why: {failure}\n"
-                f"Remedy: {REMEDY}\n"
+                f"{failure}\n"
                 f"{'!' * 80}\n",
                 file=sys.stderr,
                 flush=True,
@@ -111,7 +114,9 @@ class CMakeBuild(build_ext):
         try:
             import pybind11
         except ImportError:
-            raise BuildFailed("pybind11 was not found; pip install pybind11.") from None
+            raise BuildFailed(
+                "pybind11 was not found.", "pip install pybind11, then flashmaps again."
+            ) from None
         cmake, ninja = find_tool("cmake"), find_tool("ninja")
         # The build tree outlives the command, so that the next one compiles only what has changed.
         # One per interpreter, since the module's name and flags depend on it.
