@@ -90,7 +90,7 @@ class Field(NamedTuple):
     """One output of a pass: its shape and whether it holds indices (int64)."""
 
     shape: Callable[[Problem, Request], Shape]
-    index: bool = False
+    is_index: bool = False
 
 
 def _per_query(problem: Problem, request: Request) -> Shape:
@@ -111,19 +111,19 @@ FIELDS: dict[str, Field] = {
     "lse": Field(lambda p, r: (p.batch, p.heads, p.num_queries)),
     "entropy": Field(_per_query),
     "max": Field(_per_query),
-    "argmax": Field(_per_query, index=True),
+    "argmax": Field(_per_query, is_index=True),
     "expectation": Field(lambda p, r: (*_per_query(p, r), 2)),
     "diagonal": Field(_per_query),
     "return_probability": Field(_per_query),
     "product": Field(lambda p, r: (*_per_query(p, r), _columns(r.right))),
     "dense": Field(lambda p, r: (*_per_query(p, r), p.num_keys)),
     "topk_values": Field(lambda p, r: (*_per_query(p, r), r.k)),
-    "topk_indices": Field(lambda p, r: (*_per_query(p, r), r.k), index=True),
+    "topk_indices": Field(lambda p, r: (*_per_query(p, r), r.k), is_index=True),
     "pooled_keys": Field(lambda p, r: (*_per_query(p, r), r.num_cells)),
     "column_sum": Field(_per_key),
     "column_entropy": Field(_per_key),
     "column_max": Field(_per_key),
-    "column_argmax": Field(_per_key, index=True),
+    "column_argmax": Field(_per_key, is_index=True),
     "transposed_product": Field(lambda p, r: (*_per_key(p, r), _columns(r.left))),
 }
 
@@ -133,7 +133,7 @@ def empty_outputs(problem: Problem, request: Request) -> dict[str, Tensor]:
     return {
         name: torch.empty(
             FIELDS[name].shape(problem, request),
-            dtype=torch.int64 if FIELDS[name].index else problem.compute_dtype,
+            dtype=torch.int64 if FIELDS[name].is_index else problem.compute_dtype,
             device=problem.query.device,
         )
         for name in request.names

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -216,8 +217,8 @@ def make_problem(
     *,
     scale: float | None = None,
     key_mask: Tensor | None = None,
-    head_weights: Tensor | None = None,
-    pairs: Tensor | None = None,
+    head_weights: Tensor | Sequence[float] | None = None,
+    pairs: Tensor | Sequence[Sequence[int]] | None = None,
     normalize: str | None = None,
     query_grid: Grid | None = None,
     key_grid: Grid | None = None,

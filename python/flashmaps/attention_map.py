@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 
-from flashmaps import backends, ops
+from flashmaps import ops
 from flashmaps._problem import Request
 from flashmaps._validation import check_k, check_operand, make_problem, need_grid
+from flashmaps.backends import select
 from flashmaps.grids import Grid, cell_index
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ class AttentionMap:
             key_grid=key_grid,
             lse=lse,
         )
-        self.backend = backends.select(backend, self.problem)
+        self.backend = select(backend, self.problem)
         self._lse = self.problem.lse
 
     @classmethod
@@ -236,14 +237,14 @@ class AttentionMap:
             f"normalize={self.problem.normalize!r}, dtype={self.dtype}, backend={self.backend!r})"
         )
 
-    def _fields(self, *names: str, **operands) -> dict[str, Tensor]:
+    def _fields(self, *names: str, **operands: Any) -> dict[str, Tensor]:
         return ops.reduce(self.problem, Request(names, **operands), self.backend)
 
     @overload
     def __matmul__(self, other: Tensor) -> Tensor: ...
     @overload
     def __matmul__(self, other: AttentionMap) -> Composition: ...
-    def __matmul__(self, other):
+    def __matmul__(self, other: Tensor | AttentionMap) -> Tensor | Composition:
         """A @ x: [batch, M, C] -> [batch, N, C]; or A @ A', the lazy `Composition`."""
         if isinstance(other, AttentionMap):
             from flashmaps.composition import Composition
@@ -351,7 +352,9 @@ class AttentionMap:
         count = torch.bincount(query_cells, minlength=num_query_cells)
         return out / count[None, :, None]
 
-    def _cells(self, side: str, to: Grid | None, grid: Grid | None, tokens: int):
+    def _cells(
+        self, side: str, to: Grid | None, grid: Grid | None, tokens: int
+    ) -> tuple[Tensor, int]:
         if to is None:
             return torch.arange(tokens, device=self.device), tokens
         height, width = need_grid(f"{side}_grid", grid, tokens, "pool")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
 
-from flashmaps import cpu, kernels, reference
+from flashmaps import cpu, reference
 from flashmaps._problem import Problem
+from flashmaps.kernels import unavailable_reason as triton_unavailable
 
 # In the order that "auto" tries them; each has supports(problem) and reduce(problem, request).
 _BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
-_ABSENT = {
-    "triton": kernels.unavailable_reason,
+_ABSENT: dict[str, Callable[[], str]] = {
+    "triton": triton_unavailable,
     "cuda": lambda: "the CUDA C++ kernels are not part of this version of flashmaps",
 }
 NAMES = (*_BACKENDS, *_ABSENT)

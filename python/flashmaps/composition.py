@@ -152,6 +152,7 @@ class Composition:
 
     def _expectation(self) -> Tensor:
         at = self._key_centres()
+        assert at is not None
         return (self @ check_operand("x", at, self.shape[0], self.shape[2], at)) / self.lines
 
     # How much of R to hold at once. A strip of S rows keeps S x M of A and S x K of R beside a

@@ -7,17 +7,21 @@ of strings); the outputs come in the order of the names.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from flashmaps import backends
 from flashmaps._problem import Problem, Request, empty_outputs
+from flashmaps.backends import get
+
+_PROBLEM = len(Problem._fields)  # how many arguments of an operator make up one problem
 
 # Operator schemas are read from these signatures, which want typing.Optional and typing.List.
 
 
 def _outputs(problem: Problem, request: Request, backend: str) -> list[Tensor]:
-    fields = backends.get(backend).reduce(problem, request)
+    fields = get(backend).reduce(problem, request)
     return [fields[name] for name in request.names]
 
 
@@ -49,15 +53,10 @@ def _reduce(
 
 
 @_reduce.register_fake
-def _(
-    query, key, bias, head_weights, pairs, lse, scale, normalize, grid_height, grid_width,
-    names, right, left, k, cells, num_cells, backend,
-):  # fmt: skip
-    problem = Problem(
-        query, key, bias, head_weights, pairs, lse, scale, normalize, grid_height, grid_width
-    )
+def _(*args: Any) -> list[Tensor]:
+    names, right, left, k, cells, num_cells, _backend = args[_PROBLEM:]
     request = Request(tuple(names.split(",")), right, left, k, cells, num_cells)
-    return list(empty_outputs(problem, request).values())
+    return list(empty_outputs(Problem(*args[:_PROBLEM]), request).values())
 
 
 @torch.library.custom_op("flashmaps::round_trip", mutates_args=())
@@ -98,15 +97,10 @@ def _round_trip(
 
 
 @_round_trip.register_fake
-def _(
-    query, key, bias, head_weights, pairs, lse, scale, normalize, grid_height, grid_width,
-    back_query, back_key, back_bias, back_head_weights, back_pairs, back_lse, back_scale,
-    back_normalize, back_grid_height, back_grid_width, names, right, backend,
-):  # fmt: skip
-    problem = Problem(
-        query, key, bias, head_weights, pairs, lse, scale, normalize, grid_height, grid_width
-    )
-    return list(empty_outputs(problem, Request(tuple(names.split(",")), right)).values())
+def _(*args: Any) -> list[Tensor]:
+    names, right, _backend = args[2 * _PROBLEM :]
+    request = Request(tuple(names.split(",")), right)
+    return list(empty_outputs(Problem(*args[:_PROBLEM]), request).values())
 
 
 def reduce(problem: Problem, request: Request, backend: str) -> dict[str, Tensor]:

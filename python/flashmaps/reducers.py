@@ -8,7 +8,7 @@ added by adding one of the two, its line in `_problem.FIELDS`, and the same redu
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ def _product(tile: Tile) -> Tensor:
     return tile.values @ tile.request.right[tile.maps]
 
 
-def _topk(tile: Tile) -> torch.return_types.topk:
+def _topk(tile: Tile) -> tuple[Tensor, Tensor]:
     """Largest first; among equals the lowest index first, as argmax has it."""
     values, indices = tile.values.sort(dim=-1, descending=True, stable=True)
     return values[..., : tile.request.k], indices[..., : tile.request.k]
@@ -89,6 +89,14 @@ ROW_REDUCERS: dict[str, Callable[[Tile], Tensor]] = {
     "topk_indices": lambda tile: _topk(tile)[1],
     "pooled_keys": _pooled_keys,
 }
+
+
+class ColumnReducer(Protocol):
+    """A state that sees the tiles in order and leaves its result in the output it was made with."""
+
+    def update(self, tile: Tile) -> None: ...
+
+    def finish(self) -> None: ...
 
 
 class ColumnSum:
@@ -170,7 +178,7 @@ class TransposedProduct:
         pass
 
 
-COLUMN_REDUCERS = {
+COLUMN_REDUCERS: dict[str, Callable[[Tensor], ColumnReducer]] = {
     "column_sum": ColumnSum,
     "column_entropy": ColumnEntropy,
     "column_max": ColumnMax,
