@@ -32,6 +32,9 @@ def whole_folder(folder: str | Path, marker: str) -> Iterator[Path]:
         yield new
         if not (new / marker).is_file():
             raise RuntimeError(f"the folder is not complete: {marker} was not written")
+        for file in new.rglob("*"):  # some writers make files that only their owner may read
+            if file.is_file():
+                file.chmod(new.stat().st_mode & 0o666)
         if target.exists():
             target.rename(work / "old")
         new.rename(target)
@@ -54,14 +57,12 @@ def check_replaceable(folder: str | Path, marker: str) -> None:
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file through a temporary one beside it and a rename."""
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -10,9 +10,11 @@ A_ts = softmax(scale Q_t K_s^T) the way back, both averaged over heads, layers a
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -283,6 +285,7 @@ def match(
     seeds: int | Sequence[int] = (0,),
     size: int | tuple[int, int] | None = None,
     backend: str = "auto",
+    progress: bool = False,
 ) -> Match:
     """Match ``source`` to ``target`` and back.
 
@@ -292,6 +295,7 @@ def match(
         layers, timestep, prompt, seeds, size: see :func:`flashmaps.pipelines.features`. Both images
             are resized by ``size`` on their own, so a larger size means more tokens.
         backend: what computes the maps; see :func:`flashmaps.backends`.
+        progress: show bars for what takes long.
     """
     found = features(
         model,
@@ -301,6 +305,7 @@ def match(
         prompt=prompt,
         seeds=seeds,
         size=size,
+        progress=progress,
     )
     return match_features(found[0], found[1], backend=backend)
 
@@ -372,3 +377,14 @@ def token_at(point: Sequence[float], grid: tuple[int, int], size: tuple[int, int
         )
     rows, columns = grid
     return int((y + 0.5) / height * rows) * columns + int((x + 0.5) / width * columns)
+
+
+class _CallableModule(ModuleType):
+    """`import flashmaps.match` binds this module to the package's attribute `match`, which is meant
+    to be the function. Being callable it serves as both, whatever is imported first."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Match:
+        return match(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -7,7 +7,7 @@ keys of the chosen layers, concatenated along heads, are the features that match
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashmaps.capture import capture, find_layers
+from flashmaps.capture import Entry, capture, find_layers
 from flashmaps.images import Image, fit_size, load_image, resize, to_model_input
 
 BUILTIN = "builtin"
@@ -34,8 +34,7 @@ _NEEDED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 class Features:
     """Q and K of one image, all chosen layers and seeds concatenated along heads.
 
-    Every head has the same weight, so the head-averaged map of these is the average of the maps of
-    the layers and seeds (they have equally many heads each, or ``head_weights`` makes up for it).
+    With ``head_weights`` their head-averaged map is the average of the maps of layers and seeds.
     """
 
     query: Tensor  # [1, H, N, d]
@@ -68,8 +67,10 @@ def load_model(
     else:
         pipe = model
     _check_pipeline(pipe)
-    if device is not None or dtype is not None:
-        pipe = pipe.to(device=device, dtype=dtype)
+    if device is not None:
+        pipe = pipe.to(device)
+    if dtype is not None:
+        pipe = pipe.to(dtype)
     return pipe
 
 
@@ -107,6 +108,7 @@ def features(
     prompt: str = "",
     seeds: int | Sequence[int] = (0,),
     size: int | tuple[int, int] | None = None,
+    progress: bool = False,
 ) -> list[Features]:
     """Queries and keys of a model's self-attention layers for each image.
 
@@ -124,7 +126,10 @@ def features(
         seeds: one or more noise seeds. Images of equal size get the same noise; the maps of several
             seeds are averaged.
         size: longer side in pixels, or (height, width); default: what the model was trained on.
+        progress: show a bar, one step for each forward pass.
     """
+    from tqdm.auto import tqdm
+
     pipe = load_model(model)
     seeds = (seeds,) if isinstance(seeds, int) else tuple(seeds)
     if not seeds:
@@ -139,68 +144,65 @@ def features(
     text = _encode_prompt(pipe, prompt)
     if not isinstance(images, (list, tuple)):
         images = [images]
-    return [
-        _features_of(
-            pipe, load_image(image, f"image {i}"), layers, timestep, prompt, text, seeds, size
-        )
-        for i, image in enumerate(images)
-    ]
+    loaded = [load_image(image, f"image {i}") for i, image in enumerate(images)]
+    found = []
+    with tqdm(total=len(loaded) * len(seeds), desc="model", disable=not progress) as bar:
+        for image in loaded:
+            shown = resize(image, fit_size(*image.shape[:2], size, size_multiple(pipe)))
+            entries: list[Entry] = []
+            for latent in _noisy_latents(pipe, shown, timestep, seeds):
+                with capture(pipe.unet, layers) as record:
+                    pipe.unet(latent, timestep, encoder_hidden_states=text)
+                entries.extend(record)
+                bar.update()
+            settings = {"timestep": timestep, "prompt": prompt, "seeds": seeds}
+            found.append(_join(entries, image=image, input_size=shown.shape[:2], **settings))
+    return found
 
 
-def _features_of(
+def _noisy_latents(
     pipe: Any,
     image: Image,
-    layers: str | Iterable[str],
     timestep: int,
-    prompt: str,
-    text: Tensor,
     seeds: tuple[int, ...],
-    size: int | tuple[int, int],
-) -> Features:
+) -> Iterator[Tensor]:
+    """The image's latent [1, c, h, w] with each seed's noise of the timestep."""
     from diffusers import DDPMScheduler
 
-    unet = pipe.unet
-    input_size = fit_size(image.shape[0], image.shape[1], size, size_multiple(pipe))
-    pixels = to_model_input(resize(image, input_size)).to(pipe.vae.device, pipe.vae.dtype)
+    pixels = to_model_input(image).to(pipe.vae.device, pipe.vae.dtype)
     # The posterior's mode is its mean: no sampling noise, so that results repeat.
     latent = pipe.vae.encode(pixels).latent_dist.mode()
     shift = getattr(pipe.vae.config, "shift_factor", None) or 0.0
-    latent = ((latent - shift) * pipe.vae.config.scaling_factor).to(unet.device, unet.dtype)
-
+    latent = ((latent - shift) * pipe.vae.config.scaling_factor).to(pipe.unet.device)
     # A fresh scheduler: the pipeline's own may keep state (its chosen timesteps), and not all of
     # them can noise to an arbitrary timestep, while all define the same a_t.
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-    t = torch.tensor([timestep], device=unet.device)
-    entries = []
+    t = torch.tensor([timestep], device=latent.device)
     for seed in seeds:
         # Drawn on the CPU in float32: the same noise on every device and in every precision.
         generator = torch.Generator("cpu").manual_seed(seed)
         noise = torch.randn(latent.shape, generator=generator).to(latent)
-        noisy = scheduler.add_noise(latent, noise, t)
-        with capture(unet, layers) as record:
-            unet(noisy, t, encoder_hidden_states=text)
-        entries.extend(record)
+        yield scheduler.add_noise(latent, noise, t).to(pipe.unet.dtype)
+
+
+def _join(entries: Sequence[Entry], **settings: Any) -> Features:
+    """All layers and seeds as one set of heads, weighted so that every layer counts the same."""
     _check_same_tokens(entries)
-    heads = [entry.heads for entry in entries]
-    weights = [torch.full((h,), 1.0 / (h * len(entries))) for h in heads]
     first = entries[0]
     assert first.grid is not None  # _check_same_tokens has refused the rest
+    weights = [torch.full((each.heads,), 1.0 / (each.heads * len(entries))) for each in entries]
     return Features(
         query=torch.cat([entry.query for entry in entries], dim=1),
         key=torch.cat([entry.key for entry in entries], dim=1),
         scale=first.scale,
         head_weights=torch.cat(weights).to(first.query.device),
         grid=first.grid,
-        image=image,
-        input_size=input_size,
         layers=tuple(dict.fromkeys(entry.layer for entry in entries)),
-        timestep=timestep,
-        seeds=seeds,
-        prompt=prompt,
+        **settings,
     )
 
 
-def _check_same_tokens(entries: Sequence[Any]) -> None:
+def _check_same_tokens(entries: Sequence[Entry]) -> None:
     for entry in entries:
         if entry.kind != "self" or entry.grid is None:
             raise ValueError(

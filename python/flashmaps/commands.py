@@ -1,0 +1,215 @@
+"""The commands of the command line: flashmaps match, demo, doctor and bench."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+# Errors whose message tells the user what to mend; anything else is a bug and shows its traceback.
+_MISTAKES = (ValueError, OSError, ImportError)
+_EXIT_MISTAKE = 2
+
+Model = Annotated[
+    str, typer.Option(help="'builtin', a Stable Diffusion folder, or a hub id such as owner/name.")
+]
+Layers = Annotated[
+    list[str] | None,
+    typer.Option(help="Pattern of self-attention layers; may be repeated.", show_default="decoder"),
+]
+Timestep = Annotated[
+    int, typer.Option(help="Noise level shown to the model: 0 is none, 999 nearly all.")
+] if typer else int  # fmt: skip
+Seed = Annotated[
+    list[int] | None,
+    typer.Option(help="Noise seed; repeat it to average over several.", show_default="0"),
+]
+Backend = Annotated[str, typer.Option(help="What computes the maps; flashmaps doctor lists them.")]
+
+
+def make_app() -> typer.Typer:
+    """The commands as one typer application; see :func:`flashmaps.cli.main`."""
+    app = typer.Typer(
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        help="Numbers from attention maps that are never built.",
+    )
+    for command in (match, demo, doctor, bench):
+        app.command()(_friendly(command))
+    return app
+
+
+def _friendly(command: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (*_MISTAKES, RuntimeError) as error:
+            if os.environ.get("FLASHMAPS_DEBUG"):
+                raise
+            print(f"flashmaps: {error}", file=sys.stderr)
+            print("(set FLASHMAPS_DEBUG=1 to see where this happened)", file=sys.stderr)
+            raise typer.Exit(_EXIT_MISTAKE if isinstance(error, _MISTAKES) else 1) from None
+
+    return run
+
+
+def match(
+    source: Annotated[Path, typer.Argument(help="Image file.")],
+    target: Annotated[Path, typer.Argument(help="Image file to find the source's points in.")],
+    model: Model = "builtin",
+    layers: Layers = None,
+    timestep: Timestep = 261,
+    seed: Seed = None,
+    prompt: Annotated[str, typer.Option(help="Text the model sees.")] = "",
+    size: Annotated[
+        int | None,
+        typer.Option(
+            help="Longer side in pixels that the model sees; more pixels, more tokens.",
+            show_default="what the model was trained on",
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("flashmaps-match"),
+    backend: Backend = "auto",
+) -> None:
+    """Match two images: writes correspondences, statistics and pictures to a folder."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from flashmaps.files import check_replaceable
+    from flashmaps.images import load_image
+
+    check_replaceable(out, "match.json")
+    first, second = load_image(source, "SOURCE"), load_image(target, "TARGET")
+    console = Console()
+    with console.status("loading the model"):
+        _quiet_libraries()
+        from flashmaps.match import match as match_images
+        from flashmaps.pipelines import load_model
+
+        pipe = load_model(model)
+    found = match_images(
+        first, second, model=pipe, layers=layers or None, timestep=timestep, seeds=seed or [0],
+        prompt=prompt, size=size, backend=backend, progress=True,
+    )  # fmt: skip
+    with console.status("drawing"):
+        found.save(out)
+    table = Table(title=f"{source} to {target}", title_justify="left", show_header=False)
+    for name, value in found.summary().items():
+        shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+        table.add_row(name.replace("_", " "), shown)
+    console.print(table)
+    console.print(f"Written to {out}: match.json, correspondences.safetensors and five pictures.")
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("demo-output"),
+    model: Model = "builtin",
+    layers: Layers = None,
+    timestep: Timestep = 261,
+    seed: Seed = None,
+    size: Annotated[int, typer.Option(help="Longer side in pixels that the model sees.")] = 288,
+    backend: Backend = "auto",
+) -> None:
+    """Match a real stereo pair, score it against its true disparity, and write a report."""
+    from rich.console import Console
+
+    _quiet_libraries()
+    from flashmaps import demo as job
+    from flashmaps import report
+
+    results = job.run(
+        out, model=model, layers=layers or None, timestep=timestep, seeds=seed or [0], size=size,
+        backend=backend, progress=True,
+    )  # fmt: skip
+    console = Console()
+    for table in report.tables(results):
+        console.print(table)
+        console.print()
+    console.print(f"Report: {Path(out, 'report.html').absolute().as_uri()}", soft_wrap=True)
+
+
+def doctor() -> None:
+    """Show versions, backends, threads and GPU, and what is missing and how to get it."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from flashmaps.doctor import examine
+
+    found = examine()
+    console = Console()
+    table = Table(show_header=False, box=None)
+    for section in ("versions", "system"):
+        for name, value in found[section].items():
+            table.add_row(name, escape(str(value)))
+    table.add_row("gpu", escape("; ".join(found["gpu"]) or "none that torch can use"))
+    table.add_row("cpu kernel", escape(found["cpu kernel"]))
+    table.add_row("built-in model", escape(found["builtin model"]))
+    console.print(table)
+    console.print("\n[bold]Backends[/bold]")
+    table = Table(show_header=False, box=None)
+    for name, state in found["backends"].items():
+        mark = "[green]yes[/green]" if state["available"] else "[yellow]no[/yellow]"
+        table.add_row(f"  {name}", mark, escape(state["reason"]))
+    console.print(table)
+    if not found["missing"]:
+        console.print("\nAll optional packages are installed.")
+        return
+    console.print("\n[bold]Not installed[/bold] (only what you use needs to be)")
+    table = Table(show_header=False, box=None)
+    for each in found["missing"]:
+        table.add_row(f"  {each['package']}", f"for {each['for']}", escape(each["get"]))
+    console.print(table)
+
+
+def bench(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(help="Passed on to pytest, after --.")
+    ] = None,
+) -> None:
+    """Run the benchmarks of a checkout, each case beside its rivals."""
+    folder = _benches()
+    if folder is None:
+        raise ValueError(
+            "the benchmarks are not part of the installed package; get the source code, and run "
+            "`flashmaps bench` (or `make bench`) inside it"
+        )
+    if find_spec("pytest_benchmark") is None:
+        raise ImportError(
+            "the benchmarks need pytest-benchmark; install it with: pip install pytest-benchmark"
+        )
+    command = [sys.executable, "-m", "pytest", str(folder), *(arguments or [])]
+    raise typer.Exit(subprocess.run(command, cwd=folder.parent).returncode)
+
+
+def _benches() -> Path | None:
+    """benches/ of the checkout we are in, or the one this package runs from."""
+    here = Path.cwd()
+    for root in (here, *here.parents, Path(__file__).resolve().parents[2]):
+        if (root / "benches").is_dir() and (root / "python" / "flashmaps").is_dir():
+            return root / "benches"
+    return None
+
+
+def _quiet_libraries() -> None:
+    """Keep the loading bars and notes of diffusers and transformers off the terminal."""
+    # Set before they are imported, since they also note things while being imported.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if find_spec("diffusers") is None or find_spec("transformers") is None:
+        return  # load_model says how to get them
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,303 @@
+"""The main job on real photographs: match a stereo pair and compare with the true disparity.
+
+scikit-image's ``stereo_motorcycle`` (Middlebury 2014) shows one scene from two places. A point at
+(x, y) in the left view lies at (x - d, y) in the right one, and the disparity d is known.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flashmaps import costs, evaluation
+from flashmaps.files import check_replaceable, whole_folder, write_json
+from flashmaps.grids import centres
+from flashmaps.images import Image, resize
+from flashmaps.match import Match, match_features, pixel_field
+from flashmaps.pipelines import BUILTIN, DEFAULT_TIMESTEP, Features, features, load_model
+
+DEMO_SIZE = 288  # longer side in pixels: 48 x 72 tokens at a quarter of the pixels
+MARKER = "results.json"
+CLICKED = (372, 268)  # a pixel of the left view: on the engine, with texture and a true disparity
+_RANDOM_SEED = 0
+
+
+@dataclass(frozen=True)
+class StereoPair:
+    """Two views and where each left pixel truly lies in the right view."""
+
+    left: Image  # [h, w, 3]
+    right: Image  # [h, w, 3]
+    truth: np.ndarray  # [h, w, 2], (x, y) in the right view; NaN where unknown or out of view
+
+
+def load_pair() -> StereoPair:
+    """The stereo pair; pixels without disparity, or that leave the right view, have no truth.
+
+    Raises ImportError when scikit-image, which carries the photographs, is not installed.
+    """
+    try:
+        from skimage.data import stereo_motorcycle
+    except ImportError as error:
+        raise ImportError(
+            f"the demo's photographs come with scikit-image ({error}); "
+            "install it with: pip install scikit-image"
+        ) from error
+    left, right, disparity = stereo_motorcycle()
+    height, width = disparity.shape
+    columns = np.arange(width, dtype=np.float32)[None, :] - disparity
+    rows = np.broadcast_to(np.arange(height, dtype=np.float32)[:, None], disparity.shape)
+    truth = np.stack((columns, rows), axis=-1)
+    truth[~np.isfinite(disparity) | ~(columns >= -0.5)] = np.nan
+    return StereoPair(
+        left.astype(np.float32) / 255, right.astype(np.float32) / 255, truth.astype(np.float32)
+    )
+
+
+def run(
+    out: str | Path = "demo-output",
+    *,
+    model: Any = BUILTIN,
+    layers: str | Sequence[str] | None = None,
+    timestep: int = DEFAULT_TIMESTEP,
+    seeds: Sequence[int] = (0,),
+    size: int = DEMO_SIZE,
+    backend: str = "auto",
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Match the pair, score it against truth and baselines, and write the folder ``out``.
+
+    The folder holds ``report.html`` (self-contained), the pictures and ``results.json``, which has
+    every number and is what this returns. It is written whole or not at all.
+    """
+    from tqdm.auto import tqdm
+
+    check_replaceable(out, MARKER)  # before the work, not after it
+    started = time.perf_counter()
+    with tqdm(total=7, disable=not progress, bar_format=_BAR) as bar:
+
+        def step(name: str) -> None:
+            bar.set_description_str(f"{name:<34}")
+            bar.update()
+
+        bar.set_description_str(f"{'loading model and photographs':<34}")
+        pair = load_pair()
+        pipe = load_model(model)
+        options: dict[str, Any] = {
+            "layers": layers, "timestep": timestep, "seeds": seeds, "size": size,
+        }  # fmt: skip
+        step("running the model on both views")
+        began = time.perf_counter()
+        left, right = features(pipe, [pair.left, pair.right], **options)
+        feature_seconds = time.perf_counter() - began
+        step("matching")
+        began = time.perf_counter()
+        match = match_features(left, right, backend=backend)
+        match_seconds = time.perf_counter() - began
+        step("running the untrained model")
+        untrained = _untrained_match(pipe, pair, options, backend)
+        step("scoring against the truth")
+        methods = _score_methods(pair, match, untrained)
+        predictors = _score_predictors(pair, match)
+        step("measuring time and memory")
+        cost = {name: costs.measure(left, right, name, backend=backend) for name in costs.METHODS}
+        step("drawing and writing the report")
+        known = np.isfinite(pair.truth).all(axis=-1)
+        results = {
+            "model": str(model) if isinstance(model, (str, Path)) else type(model).__name__,
+            "settings": match.summary(),
+            "truth": _describe_truth(pair, known),
+            "methods": methods,
+            "maps": {
+                "trained model": _map_statistics(match),
+                "untrained model": _map_statistics(untrained),
+            },
+            "predictors_of_wrong_matches": predictors,
+            "cost": cost,
+            "seconds": {"model": feature_seconds, "matching": match_seconds},
+        }
+        results["seconds"]["before_drawing"] = time.perf_counter() - started
+        _write(out, match, pair, results)
+        bar.update()
+    return results
+
+
+_BAR = "{desc} {bar} {n_fmt}/{total_fmt} [{elapsed}]"
+
+
+def token_field(matched: Tensor, match: Match) -> np.ndarray:
+    """[h, w, 2] of the left view from [N_s, 2] target positions, each token's pixels alike."""
+    here, there = match.source, match.target
+    sizes = here.image.shape[:2], there.image.shape[:2]
+    return pixel_field(matched, here.grid, *sizes, smooth=False)
+
+
+def _untrained_match(pipe: Any, pair: StereoPair, options: dict[str, Any], backend: str) -> Match:
+    """The same through a UNet of the same architecture with fresh random weights (VAE kept)."""
+    import copy
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_RANDOM_SEED)
+        unet = type(pipe.unet).from_config(pipe.unet.config).eval().requires_grad_(False)
+    fresh = copy.copy(pipe)
+    fresh.unet = unet.to(pipe.unet.device, pipe.unet.dtype)
+    left, right = features(fresh, [pair.left, pair.right], **options)
+    return match_features(left, right, backend=backend)
+
+
+def _score_methods(pair: StereoPair, match: Match, untrained: Match) -> dict[str, dict[str, float]]:
+    """PCK and errors in pixels of every method, all on the same tokens and pixels."""
+    target = centres(match.target.grid)
+    tokens = len(match.forward)
+    generator = torch.Generator().manual_seed(_RANDOM_SEED)
+    chosen = torch.randint(len(target), (tokens,), generator=generator)
+
+    def nearest(describe: Callable[[Features], Tensor]) -> np.ndarray:
+        return token_field(target[_nearest(describe(match.source), describe(match.target))], match)
+
+    fields = {
+        "flashmaps, hard": match.source_to_target,
+        "flashmaps, soft": match.source_to_target_soft,
+        "cosine of queries, same layers": nearest(lambda f: _unit_rows(f.query)),
+        "cosine of keys, same layers": nearest(lambda f: _unit_rows(f.key)),
+        "untrained model, hard": untrained.source_to_target,
+        "raw colour": nearest(lambda f: _colours(f, 1)),
+        "raw colour, 3 x 3 tokens": nearest(lambda f: _colours(f, 3)),
+        "identity (same place)": token_field(centres(match.source.grid), match),
+        "random": token_field(target[chosen], match),
+    }
+    base = max(pair.right.shape[:2])
+    return {name: evaluation.score_field(field, pair.truth, base) for name, field in fields.items()}
+
+
+def _nearest(queries: Tensor, keys: Tensor) -> Tensor:
+    """For each row of [N, c] the nearest row of [M, c], in strips."""
+    return torch.cat([torch.cdist(part, keys).argmin(1) for part in queries.split(512)])
+
+
+def _unit_rows(heads: Tensor) -> Tensor:
+    """[1, H, N, d] to [N, H d] of length 1, where nearest means largest cosine."""
+    flat = heads[0].permute(1, 0, 2).flatten(1).float().cpu()
+    return torch.nn.functional.normalize(flat, dim=1)
+
+
+def _colours(of: Features, side: int) -> Tensor:
+    """[N, 3 side^2]: mean colour of every token and of its neighbours, edges repeated."""
+    small = torch.from_numpy(resize(of.image, of.grid)).permute(2, 0, 1)[None]
+    padded = torch.nn.functional.pad(small, (side // 2,) * 4, mode="replicate")
+    return torch.nn.functional.unfold(padded, side)[0].T.contiguous()
+
+
+def _score_predictors(pair: StereoPair, match: Match) -> dict[str, dict[str, Any]]:
+    """How well each score tells wrong hard matches from right ones, per source token.
+
+    A token's match is wrong when it is off by more than two tokens (the longer side of one), at the
+    token's centre. Scores of target tokens are read at the matched token f(i).
+    """
+    rt = match.round_trip
+    errors = evaluation.endpoint_errors(match.source_to_target, pair.truth)
+    height, width = errors.shape
+    rows, columns = match.source.grid
+    middle = centres(match.source.grid).numpy() * (width, height)
+    error = errors[middle[:, 1].astype(int), middle[:, 0].astype(int)]
+    known = np.isfinite(error)
+    limit = 2 * max(height / rows, width / columns)
+    wrong = error > limit
+    forward = rt.forward[0]
+
+    def at_target(values: Tensor) -> Tensor:
+        return values[0][forward].float()
+
+    scores = {
+        "cycle error, hard": rt.hard_distance[0],
+        "cycle error, soft": rt.soft_distance[0],
+        "round-trip spread": rt.spread[0],
+        "return probability": rt.return_probability[0],
+        "IME at the match": at_target(rt.inverse_entropy),
+        "MD at the match": at_target(rt.density),
+        "NIMS at the match": at_target(rt.nims),
+        "IME / log(1 + MD) at the match": at_target(rt.nims_log1p),
+    }
+    report: dict[str, dict[str, Any]] = {}
+    for name, values in scores.items():
+        values_here = values.cpu().numpy()[known]
+        report[name] = {
+            "auroc_wrong_if_high": evaluation.auroc(values_here, wrong[known]),
+            "defined_share": float(np.isfinite(values_here).mean()),
+        }
+    mutual = match.mutual.cpu().numpy() & known
+    report["_task"] = {
+        "wrong_if_off_by_px": limit,
+        "wrong_share": float(wrong[known].mean()),
+        "wrong_share_of_mutual": float(wrong[mutual].mean()) if mutual.any() else None,
+        "mutual_tokens": int(mutual.sum()),
+        "tokens": int(known.sum()),
+    }
+    return report
+
+
+def _map_statistics(match: Match) -> dict[str, float]:
+    keys = (
+        "hard_ims", "soft_ims", "mean_ime_nats", "max_ime_nats", "density_min", "density_max",
+        "targets_hit_share", "mutual_share", "mean_return_probability",
+    )  # fmt: skip
+    summary = match.summary()
+    return {key: summary[key] for key in keys}
+
+
+def _describe_truth(pair: StereoPair, known: np.ndarray) -> dict[str, Any]:
+    columns = np.broadcast_to(np.arange(known.shape[1])[None, :], known.shape)
+    moved = (columns - pair.truth[:, :, 0])[known]
+    return {
+        "pixels": int(known.sum()),
+        "share_of_pixels": float(known.mean()),
+        "disparity_px_min": float(moved.min()),
+        "disparity_px_median": float(np.median(moved)),
+        "disparity_px_max": float(moved.max()),
+        "pck_base_px": int(max(pair.right.shape[:2])),
+        "pck_base": "longer side of the target image; every pixel with truth counts once",
+    }
+
+
+def _write(out: str | Path, match: Match, pair: StereoPair, results: dict[str, Any]) -> None:
+    from flashmaps import plots, report
+
+    x, y = CLICKED
+    columns = np.arange(pair.truth.shape[1])[None, :]
+    moved = columns - pair.truth[:, :, 0]
+    low, high = (float(v) for v in np.nanpercentile(moved, (1, 99)))
+    methods = results["methods"]
+    figures = {
+        "matches": plots.matches(match, truth=pair.truth),
+        "shifts": plots.shifts(
+            {
+                "truth": pair.truth,
+                "flashmaps, hard": match.source_to_target,
+                "flashmaps, soft": match.source_to_target_soft,
+            },
+            pair.left,
+            limits=(low, high),
+        ),
+        "heatmap": plots.heatmap(match, CLICKED, truth=pair.truth[y, x]),
+        "cycle_error": plots.cycle_error(match),
+        "entropy": plots.entropy(match),
+        "density": plots.density(match),
+        "methods": plots.bars(
+            list(methods),
+            [score["median_error_px"] for score in methods.values()],
+            "Median distance between the found and the true place (shorter is better)",
+            f"pixels (the image is {pair.right.shape[1]} wide)",
+        ),
+    }
+    with whole_folder(out, MARKER) as folder:
+        for name, figure in figures.items():
+            figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
+        report.write(folder / "report.html", results, folder)
+        write_json(folder / MARKER, results)

@@ -1,0 +1,189 @@
+"""The demo's results as one self-contained web page, and as tables for the terminal."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashmaps.evaluation import PCK_THRESHOLDS
+from flashmaps.files import write_text
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# What each picture shows, for somebody who has not read the paper.
+CAPTIONS = {
+    "matches": (
+        "Matches",
+        "Some points of the left photograph and where attention puts them in the right one.",
+    ),
+    "shifts": (
+        "Shift of every pixel",
+        "How far each pixel of the left photograph moves to the left in the right one. Near things "
+        "move further, so the truth is a depth map. Good matches look like it.",
+    ),
+    "heatmap": (
+        "One point's attention",
+        "One row of the attention map A_st: how one point of the left photograph spreads its "
+        "attention over the right one.",
+    ),
+    "cycle_error": (
+        "Cycle error",
+        "Each token goes to its best match in the right photograph and from there back to the best "
+        "match in the left one. Distances are in the unit square, where both sides are 1.",
+    ),
+    "entropy": (
+        "Inverse mapping entropy (IME)",
+        "Entropy of each row of the map back, A_ts. Zero: it knows exactly where it came from.",
+    ),
+    "density": (
+        "Mapping density (MD)",
+        "Where many source tokens choose the same target token, matching has collapsed.",
+    ),
+    "methods": ("Compared with simpler ways", "All methods choose among the same tokens."),
+}
+
+_METHOD_COLUMNS = [
+    *((f"pck@{t:g}", f"PCK@{t:g}") for t in sorted(PCK_THRESHOLDS, reverse=True)),
+    ("median_error_px", "median error, px"),
+    ("mean_error_px", "mean error, px"),
+]
+
+
+def method_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of methods."""
+    header = ["method", *(title for _, title in _METHOD_COLUMNS)]
+    rows = []
+    for name, score in results["methods"].items():
+        cells = [
+            f"{score[key]:.1%}" if key.startswith("pck") else f"{score[key]:.1f}"
+            for key, _ in _METHOD_COLUMNS
+        ]
+        rows.append([name, *cells])
+    return header, rows
+
+
+def map_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of the maps' own statistics, which need no truth."""
+    header = ["maps of", "hard IMS", "soft IMS", "mean IME, nats", "MD", "come back exactly"]
+    rows = [
+        [
+            name,
+            f"{s['hard_ims']:.4f}",
+            f"{s['soft_ims']:.4f}",
+            f"{s['mean_ime_nats']:.3f} of {s['max_ime_nats']:.3f}",
+            f"{s['density_min']} to {s['density_max']}",
+            f"{s['mutual_share']:.1%}",
+        ]
+        for name, s in results["maps"].items()
+    ]
+    return header, rows
+
+
+def cost_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of time and memory."""
+    header = ["the round trip, all statistics", "time", "peak memory", "hard IMS", "mean IME, nats"]
+    names = {"flashmaps": f"flashmaps ({results['settings']['backend']})", "eager": "eager torch"}
+    rows = [
+        [
+            names.get(name, name),
+            f"{cost['seconds']:.3f} s",
+            f"{cost['peak_mb']:.1f} MB",
+            f"{cost['hard_ims']:.4f}",
+            f"{cost['mean_ime']:.3f}",
+        ]
+        for name, cost in results["cost"].items()
+    ]
+    return header, rows
+
+
+def predictor_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of how well each score finds wrong matches."""
+    header = ["score", "AUROC", "reading", "defined for"]
+    rows = []
+    for name, value in results["predictors_of_wrong_matches"].items():
+        if name == "_task":
+            continue
+        area = value["auroc_wrong_if_high"]
+        if area is None:
+            shown, reading = "-", "not defined here"
+        else:
+            shown = f"{area:.3f}"
+            reading = "no information" if abs(area - 0.5) < 0.02 else (
+                "high means wrong" if area > 0.5 else "high means right"
+            )  # fmt: skip
+        rows.append([name, shown, reading, f"{value['defined_share']:.0%}"])
+    return header, rows
+
+
+def tables(results: dict[str, Any]) -> Iterator[Table]:
+    """The same tables for the terminal."""
+    from rich.table import Table
+
+    truth = results["truth"]
+    task = results["predictors_of_wrong_matches"]["_task"]
+    settings = results["settings"]
+    rows, columns = settings["source_grid"]
+    titles = [
+        (
+            method_rows,
+            f"Against the true disparity ({truth['pixels']:,} pixels; PCK of the image's longer "
+            f"side, {truth['pck_base_px']} px)",
+        ),
+        (map_rows, f"The maps' own statistics ({rows} x {columns} tokens; IMS: 1 = image side)"),
+        (cost_rows, f"Cost on {results['cost']['flashmaps']['threads']} threads, own process each"),
+        (
+            predictor_rows,
+            f"Which score finds wrong matches ({task['wrong_share']:.0%} of {task['tokens']} tokens "
+            f"are off by more than {task['wrong_if_off_by_px']:.0f} px)",
+        ),
+    ]
+    for make, title in titles:
+        header, body = make(results)
+        table = Table(title=title, title_justify="left", title_style="bold")
+        for index, name in enumerate(header):
+            table.add_column(name, justify="left" if index == 0 else "right")
+        for row in body:
+            table.add_row(*row)
+        yield table
+
+
+def write(path: str | Path, results: dict[str, Any], pictures: str | Path) -> None:
+    """Write the page to ``path``, with the PNG files of the folder ``pictures`` inside it."""
+    from jinja2 import Environment
+
+    template = files("flashmaps").joinpath("templates/report.html.j2").read_text("utf-8")
+    shown = []
+    for name, (title, caption) in CAPTIONS.items():
+        data = base64.b64encode((Path(pictures) / f"{name}.png").read_bytes()).decode()
+        shown.append({"name": name, "title": title, "caption": caption, "data": data})
+    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
+    text = page.render(
+        results=results,
+        pictures={picture["name"]: picture for picture in shown},
+        tables={
+            "methods": method_rows(results),
+            "maps": map_rows(results),
+            "cost": cost_rows(results),
+            "predictors": predictor_rows(results),
+        },
+        best=_best_line(results),
+    )
+    write_text(path, text)
+
+
+def _best_line(results: dict[str, Any]) -> str:
+    """One honest sentence: where FlashMaps' hard matches stand among the methods."""
+    methods = results["methods"]
+    ranked = sorted(methods, key=lambda name: methods[name]["median_error_px"])
+    name = "flashmaps, hard"
+    place = ranked.index(name) + 1
+    score = methods[name]
+    return (
+        f"Hard matches are {score['median_error_px']:.1f} pixels off in the median and within 5 % of "
+        f"the image for {score['pck@0.05']:.1%} of the pixels: place {place} of {len(ranked)} methods "
+        f"by median error (first: {ranked[0]}, {methods[ranked[0]]['median_error_px']:.1f} pixels)."
+    )
