@@ -1,4 +1,4 @@
-"""A Stable Diffusion 2 pipeline small enough to build in a test, with random weights, no network."""
+"""A Stable Diffusion 2 pipeline small enough for a test, with random weights and no network."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def tiny_unet(**changes: Any) -> Any:
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
-    config: dict[str, Any] = dict(
-        sample_size=16,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(16, 32, 32),
-        down_block_types=("CrossAttnDownBlock2D",) * 3,
-        up_block_types=("CrossAttnUpBlock2D",) * 3,
-        attention_head_dim=(1, 2, 2),  # head counts, as in SD2
-        cross_attention_dim=32,
-        norm_num_groups=4,
-        use_linear_projection=True,
-    )
+    config: dict[str, Any] = {
+        "sample_size": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "layers_per_block": 1,
+        "block_out_channels": (16, 32, 32),
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3,
+        "up_block_types": ("CrossAttnUpBlock2D",) * 3,
+        "attention_head_dim": (1, 2, 2),  # head counts, as in SD2
+        "cross_attention_dim": 32,
+        "norm_num_groups": 4,
+        "use_linear_projection": True,
+    }
     return UNet2DConditionModel(**{**config, **changes}).eval().requires_grad_(False)
 
 
@@ -76,7 +76,7 @@ def tiny_pipeline(folder: Path, **unet_changes: Any) -> Any:
         text_encoder=text.eval(),
         tokenizer=tokenizer,
         unet=tiny_unet(**unet_changes),
-        scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False),
+        scheduler=DDIMScheduler(beta_schedule="scaled_linear", steps_offset=1, clip_sample=False),
         safety_checker=None,
         feature_extractor=None,
         image_encoder=None,

@@ -57,7 +57,7 @@ class Entry:
     """Q and K of one attention layer in one forward pass of the model.
 
     Attributes:
-        layer: full name of the layer, such as ``up_blocks.1.attentions.0.transformer_blocks.0.attn1``.
+        layer: full name, such as ``up_blocks.1.attentions.0.transformer_blocks.0.attn1``.
         step: index of the model's forward pass, counted from 0 since the capture began.
         kind: ``"self"``, ``"cross"`` (keys from another sequence) or ``"joint"`` (both in one).
         query: ``[B, H, N, d]``; key: ``[B, H, M, d]``, as the attention saw them.
@@ -112,8 +112,8 @@ class Entry:
         of_keys = mask[:, :1, :1, :]
         if not bool((mask == of_keys).all()):
             raise ValueError(
-                f"layer {self.layer!r}: its mask {tuple(self.mask.shape)} differs between queries or "
-                "heads; a map takes one mask over keys, [batch, M]"
+                f"layer {self.layer!r}: its mask {tuple(self.mask.shape)} differs between queries "
+                "or heads; a map takes one mask over keys, [batch, M]"
             )
         return of_keys[:, 0, 0, :].expand(self.key.shape[0], -1)
 
@@ -200,11 +200,12 @@ class _Forward:
     size: tuple[int, int] | None  # latent (height, width)
 
 
-class capture:  # noqa: N801 - reads as the verb it is in `with fm.capture(...)`
-    """Context manager that records Q and K of chosen attention layers; see the module's docstring.
+class capture:
+    """Context manager that records Q and K of chosen attention layers (example at the top).
 
     Args:
-        pipe_or_model: a diffusers pipeline (its ``unet`` or ``transformer`` is observed) or the model.
+        pipe_or_model: a diffusers pipeline (its ``unet`` or ``transformer`` is observed), or such
+            a model.
         layers: one or several patterns in the manner of :mod:`fnmatch` on full layer names.
         steps: which forward passes of the model to record, counted from 0: an int, a collection or
             a range of ints, or a function of the index; None records all.
@@ -267,19 +268,21 @@ class capture:  # noqa: N801 - reads as the verb it is in `with fm.capture(...)`
         for name, stand_in in self._stand_ins.items():
             if self._layers[name].processor is not stand_in:
                 raise RuntimeError(
-                    f"the processor of layer {name!r} was replaced while it was captured (attention "
-                    "slicing, fuse_qkv_projections and load_ip_adapter do that); do it before "
-                    "`fm.capture`"
+                    f"the processor of layer {name!r} was replaced while it was captured "
+                    "(attention slicing, fuse_qkv_projections and load_ip_adapter do that); "
+                    "do it before `fm.capture`"
                 )
         given = dict(zip(self._forward_names, args, strict=False)) | kwargs
         latent = given.get("sample", given.get("hidden_states"))
-        is_image = isinstance(latent, Tensor) and latent.ndim == 4
+        size = None
+        if isinstance(latent, Tensor) and latent.ndim == 4:
+            size = (latent.shape[2], latent.shape[3])
         step = next(self._counter)
         self._now.forward = _Forward(
             step=step,
             wanted=self._wanted(step),
             timestep=given.get("timestep"),
-            size=(latent.shape[2], latent.shape[3]) if is_image else None,
+            size=size,
         )
 
     def _after_forward(self, model: nn.Module, args: tuple, output: Any) -> None:
@@ -316,17 +319,16 @@ class capture:  # noqa: N801 - reads as the verb it is in `with fm.capture(...)`
 
 def denoiser(pipe_or_model: Any) -> nn.Module:
     """The model that denoises: the pipeline's ``unet`` or ``transformer``, or the model itself."""
-    if isinstance(pipe_or_model, nn.Module):
-        model = pipe_or_model
-    else:
+    model: Any = pipe_or_model
+    if not isinstance(model, nn.Module):
         for name in ("unet", "transformer"):
             model = getattr(pipe_or_model, name, None)
             if isinstance(model, nn.Module):
                 break
         else:
             raise TypeError(
-                "capture needs a diffusers pipeline with a `unet` or `transformer`, or such a model; "
-                f"got {type(pipe_or_model).__name__}"
+                "capture needs a diffusers pipeline with a `unet` or `transformer`, or such a "
+                f"model; got {type(pipe_or_model).__name__}"
             )
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
         raise RuntimeError(
@@ -430,7 +432,7 @@ class _StandIn:
         call.__signature__ = inspect.signature(processor.__call__)  # type: ignore[attr-defined]
         object.__setattr__(self, "_fm_call", call)
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> type:
         return type(object.__getattribute__(self, "_fm_processor"))
 
@@ -474,7 +476,7 @@ def _attach(layer: nn.Module, listener: _Listener) -> _StandIn:
     The stand-in goes into the instance's __dict__, which Python reads before a Module's submodules:
     a processor that is a Module stays registered, with its parameters where they were.
     """
-    stand_in = layer.processor
+    stand_in: Any = layer.processor
     if type(stand_in) is not _StandIn:
         stand_in = _StandIn(layer.processor)
         layer.__dict__["processor"] = stand_in

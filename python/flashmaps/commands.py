@@ -26,7 +26,7 @@ Layers = Annotated[
 ]
 Timestep = Annotated[
     int, typer.Option(help="Noise level shown to the model: 0 is none, 999 nearly all.")
-] if typer else int  # fmt: skip
+]
 Seed = Annotated[
     list[int] | None,
     typer.Option(help="Noise seed; repeat it to average over several.", show_default="0"),

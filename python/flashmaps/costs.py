@@ -118,7 +118,7 @@ def _main(method: str, path: str) -> None:
 
     with safe_open(path, "pt") as file:
         settings = json.loads(file.metadata()["settings"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
     torch.set_num_threads(settings["threads"])
     grid_s, grid_t = tuple(settings["grid_s"]), tuple(settings["grid_t"])
     scale, backend = settings["scale"], settings["backend"]
@@ -163,7 +163,7 @@ def _main(method: str, path: str) -> None:
 
 
 def _reset_peak() -> int:
-    """Set the peak to the present memory where the system lets us; returns the present, in bytes."""
+    """Set the peak to the present memory where the system lets us; returns that, in bytes."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

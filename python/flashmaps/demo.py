@@ -110,7 +110,7 @@ def run(
         cost = {name: costs.measure(left, right, name, backend=backend) for name in costs.METHODS}
         step("drawing and writing the report")
         known = np.isfinite(pair.truth).all(axis=-1)
-        results = {
+        results: dict[str, Any] = {
             "model": str(model) if isinstance(model, (str, Path)) else type(model).__name__,
             "settings": match.summary(),
             "truth": _describe_truth(pair, known),

@@ -106,7 +106,7 @@ def _cpu_kernel() -> str:
     from flashmaps import cpu
 
     reason = cpu.unavailable_reason()
-    return cpu.instruction_set() if reason is None else "not built"
+    return f"{cpu.instruction_set()} build" if reason is None else "not built"
 
 
 def _builtin() -> str:

@@ -22,9 +22,10 @@ def endpoint_errors(field: np.ndarray, truth: np.ndarray) -> np.ndarray:
 def pck(
     errors: np.ndarray, base: float, thresholds: Sequence[float] = PCK_THRESHOLDS
 ) -> list[float]:
-    """Percentage of correct keypoints: share of errors at most threshold * base pixels, NaN left out.
+    """Percentage of correct keypoints: the share of errors at most threshold * base pixels.
 
-    Every pixel with a known error counts once; ``base`` is the longer side of the target image.
+    Every pixel with a known error counts once, NaN are left out; ``base`` is the longer side of the
+    target image.
     """
     known = errors[np.isfinite(errors)]
     if known.size == 0:

@@ -49,8 +49,8 @@ def check_replaceable(folder: str | Path, marker: str) -> None:
         raise ValueError(f"{str(folder)!r} is a file; give a folder to write to")
     if target.is_dir() and any(target.iterdir()) and not (target / marker).is_file():
         raise ValueError(
-            f"{str(folder)!r} holds other files (there is no {marker} in it), and would be replaced; "
-            "give another folder, or an empty one"
+            f"{str(folder)!r} holds other files (there is no {marker} in it), and would be "
+            "replaced; give another folder, or an empty one"
         )
 
 

@@ -44,7 +44,8 @@ def load_image(image: Any, name: str = "image") -> Image:
         array = _from_pil(image)
     else:
         raise ValueError(
-            f"{name} is a {type(image).__name__}; wanted a path, a PIL image, or a numpy or torch array"
+            f"{name} is a {type(image).__name__}; wanted a path, a PIL image, or a numpy "
+            "or torch array"
         )
     rgb = _to_rgb(_to_unit_range(_channels_last(array, name), name))
     height, width = rgb.shape[:2]
@@ -106,7 +107,8 @@ def _read(path: Path, name: str) -> np.ndarray:
             return _from_pil(image)
     except UnidentifiedImageError:
         raise ValueError(
-            f"{name}: {str(path)!r} is not an image that Pillow can read (PNG, JPEG, WebP, TIFF, ...)"
+            f"{name}: {str(path)!r} is not an image that Pillow can read (PNG, JPEG, WebP, "
+            "TIFF, ...)"
         ) from None
     except (OSError, SyntaxError, Pil.DecompressionBombError) as error:
         raise ValueError(f"{name}: {str(path)!r} cannot be read: {error}") from None
@@ -134,7 +136,8 @@ def _channels_last(array: np.ndarray, name: str) -> np.ndarray:
     if array.ndim == 3 and array.shape[0] in (1, 3, 4):
         return np.moveaxis(array, 0, 2)
     raise ValueError(
-        f"{name} has shape {shape}; wanted [height, width], [height, width, 3] or [3, height, width]"
+        f"{name} has shape {shape}; wanted [height, width], [height, width, 3] or "
+        "[3, height, width]"
     )
 
 

@@ -44,9 +44,9 @@ class Match:
         forward_map: A_st, lazy [1, N_s, N_t]; backward_map: A_ts, lazy [1, N_t, N_s].
         round_trip: every statistic of the note; per source token: ``forward`` (f, the best target
             token), ``hard_distance`` and ``soft_distance`` (cycle errors, in the unit square),
-            ``spread``, ``return_probability``; per target token: ``backward`` (g), ``inverse_entropy``
-            (nats), ``density``, ``nims``, ``nims_valid``, ``nims_log1p``; ``hard_ims``, ``soft_ims``.
-            All have a leading batch of 1.
+            ``spread``, ``return_probability``; per target token: ``backward`` (g),
+            ``inverse_entropy`` (nats), ``density``, ``nims``, ``nims_valid``, ``nims_log1p``; and
+            ``hard_ims``, ``soft_ims``. All have a leading batch of 1.
         expected_target: [N_s, 2], mean of each row of A_st, (x, y) in the target's unit square.
         expected_source: [N_t, 2], mean of each row of A_ts, (x, y) in the source's unit square.
     """
@@ -189,7 +189,7 @@ class Match:
         }
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``match.json``, ``correspondences.safetensors`` and the pictures, whole or not at all.
+        """Write match.json, correspondences.safetensors and the pictures, whole or not at all.
 
         An earlier match in ``folder`` is replaced; a folder with anything else in it is refused.
         """
@@ -269,8 +269,8 @@ class Match:
         rt = self.round_trip
         return (
             f"Match({hs}x{ws} to {ht}x{wt} tokens, hard IMS {float(rt.hard_ims[0]):.4f}, "
-            f"soft IMS {float(rt.soft_ims[0]):.4f}, {float(self.mutual.float().mean()):.0%} mutual, "
-            f"backend {self.forward_map.backend})"
+            f"soft IMS {float(rt.soft_ims[0]):.4f}, {float(self.mutual.float().mean()):.0%} "
+            f"mutual, backend {self.forward_map.backend})"
         )
 
 

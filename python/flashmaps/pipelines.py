@@ -148,7 +148,7 @@ def features(
     found = []
     with tqdm(total=len(loaded) * len(seeds), desc="model", disable=not progress) as bar:
         for image in loaded:
-            shown = resize(image, fit_size(*image.shape[:2], size, size_multiple(pipe)))
+            shown = resize(image, fit_size(image.shape[0], image.shape[1], size, size_multiple(pipe)))
             entries: list[Entry] = []
             for latent in _noisy_latents(pipe, shown, timestep, seeds):
                 with capture(pipe.unet, layers) as record:
@@ -215,8 +215,8 @@ def _check_same_tokens(entries: Sequence[Entry]) -> None:
             f"{e.layer}: grid {e.grid}, head size {e.query.shape[-1]}" for e in entries
         )
         raise ValueError(
-            "layers of different sizes cannot be averaged; choose layers of one level, for instance "
-            f"with layers='up_blocks.2.*.attn1'. Chosen were:\n  {found}"
+            "layers of different sizes cannot be averaged; choose layers of one level, for "
+            f"instance with layers='up_blocks.2.*.attn1'. Chosen were:\n  {found}"
         )
 
 
@@ -231,13 +231,13 @@ def _check_pipeline(pipe: Any) -> None:
     missing = [name for name in _NEEDED if getattr(pipe, name, None) is None]
     if missing:
         raise ValueError(
-            f"model is a {type(pipe).__name__} without {', '.join(missing)}; wanted a Stable Diffusion "
-            "pipeline (unet, vae, text_encoder, tokenizer, scheduler)"
+            f"model is a {type(pipe).__name__} without {', '.join(missing)}; wanted a Stable "
+            "Diffusion pipeline (unet, vae, text_encoder, tokenizer, scheduler)"
         )
     if getattr(pipe.unet.config, "addition_embed_type", None) is not None:
         raise ValueError(
-            f"{type(pipe).__name__} conditions its UNet on more than text (SDXL does); matching takes "
-            "Stable Diffusion 1 and 2 models. `fm.capture` works with it."
+            f"{type(pipe).__name__} conditions its UNet on more than text (SDXL does); matching "
+            "takes Stable Diffusion 1 and 2 models. `fm.capture` works with it."
         )
 
 
@@ -259,14 +259,14 @@ def _folder_or_hub_id(model: str) -> Path | str:
         return path
     if path.is_file():
         raise ValueError(
-            f"model={model!r} is a file; wanted a diffusers folder. Convert a single-file checkpoint "
-            "with StableDiffusionPipeline.from_single_file(...).save_pretrained(folder)"
+            f"model={model!r} is a file; wanted a diffusers folder. Convert a single-file "
+            "checkpoint with StableDiffusionPipeline.from_single_file(...).save_pretrained(folder)"
         )
     looks_like_path = model.startswith(("/", ".", "~")) or model.count("/") != 1 or "\\" in model
     if looks_like_path:
         raise FileNotFoundError(
-            f"model={model!r}: there is no such folder; give 'builtin', a diffusers folder, or a hub "
-            "id such as 'owner/name'"
+            f"model={model!r}: there is no such folder; give 'builtin', a diffusers folder, or a "
+            "hub id such as 'owner/name'"
         )
     return model
 
@@ -275,8 +275,8 @@ def _check_folder(folder: Path) -> None:
     index = folder / "model_index.json"
     if not index.is_file():
         raise ValueError(
-            f"model folder {str(folder)!r} has no model_index.json, so it is not a diffusers pipeline; "
-            "wanted a folder written by pipeline.save_pretrained"
+            f"model folder {str(folder)!r} has no model_index.json, so it is not a diffusers "
+            "pipeline; wanted a folder written by pipeline.save_pretrained"
         )
     try:
         names = json.loads(index.read_text())
@@ -287,8 +287,8 @@ def _check_folder(folder: Path) -> None:
     absent = [name for name in _NEEDED if name not in names or not (folder / name).is_dir()]
     if absent:
         raise ValueError(
-            f"model folder {str(folder)!r} lacks {', '.join(absent)}; wanted a Stable Diffusion "
-            "pipeline (unet, vae, text_encoder, tokenizer, scheduler)"
+            f"model folder {str(folder)!r} lacks {', '.join(absent)}; wanted a Stable "
+            "Diffusion pipeline (unet, vae, text_encoder, tokenizer, scheduler)"
         )
 
 

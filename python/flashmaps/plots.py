@@ -1,4 +1,4 @@
-"""Pictures of a match that explain themselves: titled, with units, colour bars and both images named.
+"""Pictures of a match that explain themselves: titles, units, colour bars, both images named.
 
 Every function returns a matplotlib Figure of its own (pyplot's global state is not touched), to be
 saved with ``figure.savefig(path)`` or shown by a notebook.
@@ -87,8 +87,8 @@ def heatmap(
 ) -> Figure:
     """The source with one marked (x, y) pixel, and where its token looks in the target.
 
-    The right picture shows that row of A_st, with its maximum and mean marked, and the true place if
-    ``truth`` gives one.
+    The right picture shows that row of A_st, with its maximum and mean marked, and the true place
+    if ``truth`` gives one.
     """
     token = token_at(point, match.source.grid, match.source.image.shape[:2])
     row = match.forward_map.rows([token]).reshape(match.target.grid).float().cpu().numpy()
@@ -133,7 +133,8 @@ def entropy(match: Match) -> Figure:
     )
     _name(
         right,
-        "Inverse mapping entropy: how undecided each target token is\nabout its place in the source "
+        "Inverse mapping entropy: how undecided each target token is\n"
+        "about its place in the source "
         f"(mean {values.mean():.2f}; {top:.2f} = knows nothing)",
     )
     return figure

@@ -137,8 +137,8 @@ def tables(results: dict[str, Any]) -> Iterator[Table]:
         (cost_rows, f"Cost on {results['cost']['flashmaps']['threads']} threads, own process each"),
         (
             predictor_rows,
-            f"Which score finds wrong matches ({task['wrong_share']:.0%} of {task['tokens']} tokens "
-            f"are off by more than {task['wrong_if_off_by_px']:.0f} px)",
+            f"Which score finds wrong matches ({task['wrong_share']:.0%} of {task['tokens']} "
+            f"tokens are off by more than {task['wrong_if_off_by_px']:.0f} px)",
         ),
     ]
     for make, title in titles:
@@ -183,7 +183,8 @@ def _best_line(results: dict[str, Any]) -> str:
     place = ranked.index(name) + 1
     score = methods[name]
     return (
-        f"Hard matches are {score['median_error_px']:.1f} pixels off in the median and within 5 % of "
-        f"the image for {score['pck@0.05']:.1%} of the pixels: place {place} of {len(ranked)} methods "
-        f"by median error (first: {ranked[0]}, {methods[ranked[0]]['median_error_px']:.1f} pixels)."
+        f"Hard matches are {score['median_error_px']:.1f} pixels off in the median and within 5 % "
+        f"of the image for {score['pck@0.05']:.1%} of the pixels: place {place} of {len(ranked)} "
+        f"methods by median error (first: {ranked[0]}, "
+        f"{methods[ranked[0]]['median_error_px']:.1f} pixels)."
     )
