@@ -48,7 +48,7 @@ def supports(problem: Problem) -> str | None:
 
 def instruction_set() -> str | None:
     """The build that runs here: "avx512", "avx2" or "baseline" (NEON on Arm)."""
-    return None if _C is None else _C.instruction_set()
+    return None if _C is None else _C.instruction_sets()[0]
 
 
 def last_workspace_bytes() -> int:

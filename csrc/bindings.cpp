@@ -1,0 +1,109 @@
+// flashmaps._C: structs that Python fills with pointers and sizes, and one function.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+
+#include "cpu/dispatch.h"
+#include "cpu/map.h"
+
+namespace py = pybind11;
+using flashmaps::Operands;
+using flashmaps::Outputs;
+using flashmaps::Problem;
+
+namespace {
+
+Outputs outputs_from(const py::dict& pointers) {
+  Outputs out;
+  const std::pair<const char*, std::uintptr_t*> fields[] = {
+      {"lse", &out.lse},
+      {"entropy", &out.entropy},
+      {"max", &out.max},
+      {"argmax", &out.argmax},
+      {"expectation", &out.expectation},
+      {"diagonal", &out.diagonal},
+      {"return_probability", &out.return_probability},
+      {"product", &out.product},
+      {"dense", &out.dense},
+      {"topk_values", &out.topk_values},
+      {"topk_indices", &out.topk_indices},
+      {"pooled_keys", &out.pooled_keys},
+      {"column_sum", &out.column_sum},
+      {"column_entropy", &out.column_entropy},
+      {"column_max", &out.column_max},
+      {"column_argmax", &out.column_argmax},
+      {"transposed_product", &out.transposed_product},
+  };
+  for (const auto& [key, value] : pointers) {
+    const auto name = key.cast<std::string>();
+    bool known = false;
+    for (const auto& [field, pointer] : fields) {
+      if (name == field) {
+        *pointer = value.cast<std::uintptr_t>();
+        known = true;
+      }
+    }
+    if (!known) throw std::invalid_argument("flashmaps._C.reduce: unknown output " + name);
+  }
+  return out;
+}
+
+std::int64_t reduce(const Problem& problem, const Operands& operands, const py::dict& pointers,
+                    int threads, const std::string& instruction_set) {
+  const Outputs outputs = outputs_from(pointers);
+  const flashmaps::Reduce run = flashmaps::find_reduce(instruction_set);
+  if (run == nullptr) {
+    throw std::invalid_argument("flashmaps: no build for instruction set " + instruction_set +
+                                " can run on this machine");
+  }
+  const py::gil_scoped_release release;
+  return run(problem, operands, outputs, threads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "C++ kernels of flashmaps. Private: use flashmaps.AttentionMap.";
+
+  py::class_<Problem>(m, "Problem")
+      .def(py::init<>())
+      .def_readwrite("query", &Problem::query)
+      .def_readwrite("query_strides", &Problem::query_strides)
+      .def_readwrite("key", &Problem::key)
+      .def_readwrite("key_strides", &Problem::key_strides)
+      .def_readwrite("dtype", &Problem::dtype)
+      .def_readwrite("bias", &Problem::bias)
+      .def_readwrite("weights", &Problem::weights)
+      .def_readwrite("pairs", &Problem::pairs)
+      .def_readwrite("lse", &Problem::lse)
+      .def_readwrite("query_batch", &Problem::query_batch)
+      .def_readwrite("key_batch", &Problem::key_batch)
+      .def_readwrite("maps", &Problem::maps)
+      .def_readwrite("heads", &Problem::heads)
+      .def_readwrite("queries", &Problem::queries)
+      .def_readwrite("keys", &Problem::keys)
+      .def_readwrite("dim", &Problem::dim)
+      .def_readwrite("scale", &Problem::scale)
+      .def_readwrite("normalize", &Problem::normalize)
+      .def_readwrite("grid_height", &Problem::grid_height)
+      .def_readwrite("grid_width", &Problem::grid_width);
+
+  py::class_<Operands>(m, "Operands")
+      .def(py::init<>())
+      .def_readwrite("right", &Operands::right)
+      .def_readwrite("right_columns", &Operands::right_columns)
+      .def_readwrite("left", &Operands::left)
+      .def_readwrite("left_columns", &Operands::left_columns)
+      .def_readwrite("k", &Operands::k)
+      .def_readwrite("cells", &Operands::cells)
+      .def_readwrite("num_cells", &Operands::num_cells)
+      .def_readwrite("partner", &Operands::partner)
+      .def_readwrite("partner_line_mass", &Operands::partner_line_mass);
+
+  m.def("reduce", &reduce, py::arg("problem"), py::arg("operands"), py::arg("outputs"),
+        py::arg("threads"), py::arg("instruction_set") = "",
+        "Fill the outputs; returns the bytes of workspace it took.");
+  m.def("instruction_sets", &flashmaps::instruction_sets,
+        "The builds that this machine can run, best first.");
+}

@@ -1,0 +1,58 @@
+#include "cpu/dispatch.h"
+
+namespace flashmaps {
+
+#define FLASHMAPS_DECLARE(isa) \
+  namespace isa {              \
+  std::int64_t reduce(const Problem&, const Operands&, const Outputs&, int threads); \
+  }
+#ifdef FLASHMAPS_HAVE_AVX512
+FLASHMAPS_DECLARE(avx512)
+#endif
+#ifdef FLASHMAPS_HAVE_AVX2
+FLASHMAPS_DECLARE(avx2)
+#endif
+FLASHMAPS_DECLARE(baseline)
+#undef FLASHMAPS_DECLARE
+
+namespace {
+
+struct Build {
+  const char* name;
+  Reduce reduce;
+  bool runs;
+};
+
+std::vector<Build> builds() {
+  std::vector<Build> all;
+#ifdef FLASHMAPS_HAVE_AVX512
+  all.push_back({"avx512", &avx512::reduce,
+                 __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                     __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")});
+#endif
+#ifdef FLASHMAPS_HAVE_AVX2
+  all.push_back(
+      {"avx2", &avx2::reduce, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
+#endif
+  all.push_back({"baseline", &baseline::reduce, true});
+  return all;
+}
+
+}  // namespace
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const Build& build : builds()) {
+    if (build.runs) names.emplace_back(build.name);
+  }
+  return names;
+}
+
+Reduce find_reduce(const std::string& name) {
+  for (const Build& build : builds()) {
+    if (build.runs && (name.empty() || name == build.name)) return build.reduce;
+  }
+  return nullptr;
+}
+
+}  // namespace flashmaps

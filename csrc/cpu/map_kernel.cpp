@@ -1,0 +1,630 @@
+// The mean attention map, a strip of R queries at a time, and what is asked of it.
+//
+// A strip of R queries x all keys is kept in cache: for each head its scores are computed and
+// exponentiated in place, then added, divided by their sum, to the strip of the mean map, which is
+// reduced while it is there. One product Q K^T in all. Where a strip would not fit the cache, or the
+// log-sum-exp is given, it is used instead: the probabilities of a block of keys then need no others,
+// at the price of a second product where the log-sum-exp had to be computed first.
+//
+// This file is compiled once for each instruction set, in a namespace of its own.
+#include <memory>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "cpu/map.h"
+#include "cpu/memory.h"
+#include "cpu/reducers.h"
+#include "cpu/simd.h"
+#include "cpu/tile.h"
+
+namespace flashmaps::FLASHMAPS_ISA {
+namespace {
+
+// Largest strip (the mean map's and one head's) that is worth keeping, per thread.
+constexpr std::int64_t kStripBytes = std::int64_t(4) << 20;
+
+// Keys of a block where the log-sum-exp is known. A multiple of kBlock and of kKeyChunk.
+constexpr std::int64_t kKnownKeys = 768;
+
+int thread_index() {
+#ifdef _OPENMP
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+// Numbers below the smallest normal one are zero here: they cost a hundred cycles each and weigh
+// nothing in a sum. Restored when a thread leaves the kernel.
+class FlushDenormals {
+ public:
+#if defined(__x86_64__)
+  FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+  ~FlushDenormals() { _mm_setcsr(before_); }
+  FlushDenormals(const FlushDenormals&) = delete;
+  FlushDenormals& operator=(const FlushDenormals&) = delete;
+
+ private:
+  unsigned before_;
+#endif
+};
+
+template <class T>
+T* pointer(std::uintptr_t p) {
+  return reinterpret_cast<T*>(p);
+}
+
+// A problem, typed. Scores are kept in log2 units: log2(e) is folded into the scale and the biases.
+template <class T>
+struct Map {
+  const Problem& problem;
+  Tokens<T> query, key;
+  T scale;
+  Buffer<T> bias;  // [B', M], log2 units
+  Buffer<T> lse;   // [P, H, N], log2 units, where given
+
+  Map(const Problem& p, Workspace& workspace)
+      : problem(p),
+        query{pointer<const void>(p.query), p.query_strides, DType(p.dtype), p.dim},
+        key{pointer<const void>(p.key), p.key_strides, DType(p.dtype), p.dim},
+        scale(T(p.scale * kLog2e)) {
+    if (p.bias != 0) {
+      bias = scaled(pointer<const T>(p.bias), p.key_batch * p.keys, workspace);
+    }
+    if (p.lse != 0) {
+      lse = scaled(pointer<const T>(p.lse), p.maps * p.heads * p.queries, workspace);
+    }
+  }
+  static Buffer<T> scaled(const T* from, std::int64_t count, Workspace& workspace) {
+    Buffer<T> to(workspace, count);
+    for (std::int64_t n = 0; n < count; ++n) to[n] = T(from[n] * kLog2e);
+    return to;
+  }
+  // Pairs that Python could not check (under torch.compile) are held inside the batch.
+  static std::int64_t clamp(std::int64_t b, std::int64_t size) {
+    return std::clamp<std::int64_t>(b, 0, size - 1);
+  }
+  std::int64_t query_index(std::int64_t map) const {
+    const auto* pairs = pointer<const std::int64_t>(problem.pairs);
+    return clamp(pairs == nullptr ? map : pairs[2 * map], problem.query_batch);
+  }
+  std::int64_t key_index(std::int64_t map) const {
+    const auto* pairs = pointer<const std::int64_t>(problem.pairs);
+    return clamp(pairs == nullptr ? map : pairs[2 * map + 1], problem.key_batch);
+  }
+  T weight(std::int64_t h) const {
+    const auto* weights = pointer<const T>(problem.weights);
+    return weights == nullptr ? T(1) / T(problem.heads) : weights[h];
+  }
+  const T* key_bias(std::int64_t map) const {
+    return problem.bias == 0 ? nullptr : bias + key_index(map) * problem.keys;
+  }
+  const T* lse_of(std::int64_t map, std::int64_t h) const {
+    return lse + (map * problem.heads + h) * problem.queries;
+  }
+};
+
+// The lines of note eq. 2.3 that the keys of a map lie on.
+struct Lines {
+  std::int64_t count = 1, period = 1;
+  bool wrap = false;
+  explicit Lines(const Problem& p) {
+    if (Normalize(p.normalize) == Normalize::Block) return;
+    wrap = Normalize(p.normalize) == Normalize::Columns;
+    count = wrap ? p.grid_width : p.grid_height;
+    period = p.grid_width;
+  }
+  std::int64_t of(std::int64_t key) const {
+    return count == 1 && !wrap ? 0 : wrap ? key % period : key / period;
+  }
+};
+
+// One call: what is wanted, and how it will be done.
+template <class T>
+struct Plan {
+  Workspace workspace;
+  const Problem& problem;
+  const Operands& operands;
+  const Outputs& out;
+  Map<T> map;
+  std::unique_ptr<Map<T>> back;
+  Lines lines, back_lines;
+  bool normalized, known;  // known: from the log-sum-exp, block by block
+  std::int64_t strips_per_map, strips;
+  Buffer<T> centre_x, centre_y;
+  Buffer<T> computed_lse;  // log2 units, where this call had to compute it
+
+  Plan(const Problem& p, const Operands& o, const Outputs& outputs)
+      : problem(p),
+        operands(o),
+        out(outputs),
+        map(p, workspace),
+        back(outputs.return_probability != 0 ? std::make_unique<Map<T>>(o.partner, workspace)
+                                             : nullptr),
+        lines(p),
+        back_lines(o.partner) {
+    normalized = Normalize(p.normalize) != Normalize::Block;
+    const std::int64_t bytes = strip_elements() * std::int64_t(sizeof(T));
+    known = !normalized && (p.lse != 0 || bytes > kStripBytes);
+    strips_per_map = (p.queries + kRows<T> - 1) / kRows<T>;
+    strips = strips_per_map * p.maps;
+    if (out.expectation != 0) {
+      centre_x = Buffer<T>(workspace, p.keys);
+      centre_y = Buffer<T>(workspace, p.keys);
+      for (std::int64_t j = 0; j < p.keys; ++j) {
+        centre_x[j] = (T(j % p.grid_width) + T(0.5)) / T(p.grid_width);
+        centre_y[j] = (T(j / p.grid_width) + T(0.5)) / T(p.grid_height);
+      }
+    }
+  }
+  // Elements of the mean map's strip and, where there are several heads, of one head's.
+  std::int64_t strip_elements() const {
+    return problem.keys * kRows<T> * (problem.heads > 1 ? 2 : 1);
+  }
+  std::int64_t strip_keys() const {
+    return known ? std::min(problem.keys, kKnownKeys) : problem.keys;
+  }
+  Strip strip(std::int64_t n) const {
+    const std::int64_t i0 = n % strips_per_map * kRows<T>;
+    return {n / strips_per_map, i0, std::min<std::int64_t>(kRows<T>, problem.queries - i0)};
+  }
+  bool wants_rows() const {
+    return out.entropy || out.max || out.argmax || out.expectation || out.diagonal ||
+           out.return_probability || out.product || out.dense || out.topk_values ||
+           out.topk_indices || out.pooled_keys;
+  }
+  Columns<T> columns() const {
+    Columns<T> c;
+    c.sum_out = pointer<T>(out.column_sum);
+    c.entropy_out = pointer<T>(out.column_entropy);
+    c.max_out = pointer<T>(out.column_max);
+    c.argmax_out = pointer<std::int64_t>(out.column_argmax);
+    c.product_out = pointer<T>(out.transposed_product);
+    c.left = pointer<const T>(operands.left);
+    c.left_columns = operands.left_columns;
+    c.keys = problem.keys;
+    return c;
+  }
+};
+
+// One thread's buffers and the making of blocks of the mean map.
+template <class T>
+class Worker {
+  static constexpr int R = kRows<T>, L = kLanes<T>;
+
+ public:
+  Worker(Plan<T>& plan, bool own_mean) : plan_(plan) {
+    const Problem& p = plan.problem;
+    Workspace& w = plan.workspace;
+    query_ = Buffer<T>(w, p.heads * p.dim * R);
+    convert_ = Buffer<T>(w, kKeyChunk * std::max(p.dim, plan.operands.partner.dim));
+    if (own_mean) mean_ = Buffer<T>(w, plan.strip_keys() * R);
+    if (p.heads > 1) head_ = Buffer<T>(w, plan.strip_keys() * R);
+    coefficients_.resize(std::size_t(p.heads));
+    if (plan.normalized) line_mass_ = Buffer<T>(w, plan.lines.count * R);
+    const Outputs& out = plan.out;
+    if (out.return_probability != 0) {
+      const Problem& b = plan.operands.partner;
+      back_query_ = Buffer<T>(w, b.heads * b.dim * R);
+      back_ = Buffer<T>(w, kBackKeys * R);
+      back_head_ = Buffer<T>(w, kBackKeys * R);
+    }
+    rows_.shape = {p.queries, p.keys, T(1) / T(plan.lines.count)};
+    rows_.entropy.out = pointer<T>(out.entropy);
+    rows_.top.max_out = pointer<T>(out.max);
+    rows_.top.argmax_out = pointer<std::int64_t>(out.argmax);
+    rows_.expectation.out = pointer<T>(out.expectation);
+    rows_.expectation.x = plan.centre_x;
+    rows_.expectation.y = plan.centre_y;
+    rows_.diagonal.out = pointer<T>(out.diagonal);
+    rows_.returns.out = pointer<T>(out.return_probability);
+    rows_.inverse_lines_of_trip = T(1) / T(plan.lines.count * plan.back_lines.count);
+    rows_.product.out = pointer<T>(out.product);
+    if (out.product != 0) {
+      rows_.product.x = pointer<const T>(plan.operands.right);
+      rows_.product.columns = plan.operands.right_columns;
+      rows_.product.held = Buffer<T>(w, plan.operands.right_columns * R);
+    }
+    rows_.dense = pointer<T>(out.dense);
+    rows_.topk.values_out = pointer<T>(out.topk_values);
+    rows_.topk.indices_out = pointer<std::int64_t>(out.topk_indices);
+    if (rows_.topk.wanted()) {
+      rows_.topk.k = plan.operands.k;
+      const bool small = rows_.topk.small();
+      rows_.topk.values = Buffer<T>(w, R * (small ? plan.operands.k : p.keys));
+      rows_.topk.indices = Buffer<std::int64_t>(w, small ? R * plan.operands.k : p.keys);
+    }
+    rows_.pooled.out = pointer<T>(out.pooled_keys);
+    if (out.pooled_keys != 0) {
+      rows_.pooled.cells = pointer<const std::int64_t>(plan.operands.cells);
+      rows_.pooled.num_cells = plan.operands.num_cells;
+      rows_.pooled.held = Buffer<T>(w, plan.operands.num_cells * R);
+    }
+  }
+
+  // Everything about one strip. `mean` receives its block of the mean map where columns need it too;
+  // null for this thread's own.
+  void rows(const Strip& s, T* mean = nullptr) {
+    if (mean == nullptr) mean = mean_;
+    const std::int64_t keys = plan_.problem.keys;
+    load_strip(s);
+    if (plan_.wants_rows()) rows_.begin();
+    if (plan_.out.return_probability != 0) load_back(s);
+    if (plan_.known) {
+      for (std::int64_t j0 = 0; j0 < keys; j0 += kKnownKeys) {
+        const std::int64_t j1 = std::min(j0 + kKnownKeys, keys);
+        known_heads(s, j0, j1, mean);
+        finish(s, j0, j1, mean);
+      }
+    } else {
+      softmax_heads(s, mean);
+      if (plan_.normalized) {
+        for (std::int64_t j0 = 0; j0 < keys; j0 += kBlock) combine_last(j0, block_end(j0, keys), mean);
+        normalize(mean);
+      }
+      finish(s, 0, keys, mean);
+    }
+    if (plan_.wants_rows()) rows_.write(s);
+  }
+
+  // Only the log-sum-exp of every head, in log2 units at `lse2` or in nats in the output.
+  void only_lse(const Strip& s, T* lse2) {
+    load_strip(s);
+    const Problem& p = plan_.problem;
+    for (std::int64_t h = 0; h < p.heads; ++h) {
+      SoftmaxLanes<T> lanes;
+      lanes.begin();
+      score_keys<T, Mode::Lse>(query_ + h * p.dim * R, plan_.map.key, plan_.map.key_index(s.map), h,
+                               0, p.keys, plan_.map.key_bias(s.map), lanes, nullptr, convert_);
+      write_lse(s, h, lanes, lse2);
+    }
+  }
+
+  // Keys j0 .. j1 of a strip, from the log-sum-exp: the last step of a column reduction.
+  void known_block(const Strip& s, std::int64_t j0, std::int64_t j1) {
+    load_strip(s);
+    known_heads(s, j0, j1, mean_);
+    for (std::int64_t b0 = j0; b0 < j1; b0 += kBlock) {
+      combine_last(b0 - j0, block_end(b0, j1) - j0, mean_);
+    }
+  }
+  const T* mean() const { return mean_; }
+
+ private:
+  // Keys of the map back that are made at once.
+  static constexpr std::int64_t kBackKeys = kBlock;
+
+  static std::int64_t block_end(std::int64_t j0, std::int64_t end) {
+    return std::min(j0 + kBlock, end);
+  }
+
+  void load_strip(const Strip& s) {
+    const Problem& p = plan_.problem;
+    for (std::int64_t h = 0; h < p.heads; ++h) {
+      pack_lanes<T>(plan_.map.query, plan_.map.query_index(s.map), h, s.i0, s.valid, plan_.map.scale,
+                    query_ + h * p.dim * R);
+    }
+    for (int r = 0; r < R; ++r) valid_[r / L][r % L] = r < s.valid ? T(1) : T(0);
+  }
+
+  // All heads with a running softmax; every head but the last is in `mean` afterwards, the last one
+  // in head_ (in `mean` where it is the only one), to be added by combine_last.
+  void softmax_heads(const Strip& s, T* mean) {
+    const Problem& p = plan_.problem;
+    for (std::int64_t h = 0; h < p.heads; ++h) {
+      T* e = h == 0 ? mean : head_;
+      SoftmaxLanes<T> lanes;
+      lanes.begin();
+      score_keys<T, Mode::Softmax>(query_ + h * p.dim * R, plan_.map.key, plan_.map.key_index(s.map),
+                                   h, 0, p.keys, plan_.map.key_bias(s.map), lanes, e, convert_);
+      for (int v = 0; v < 2; ++v) {
+        // A row without any visible key has sum 0 and gives zeros; so do lanes without a query.
+        const Vec<T> some = lanes.total[v] > Vec<T>{} ? lanes.total[v] : splat(T(1));
+        coefficients_[std::size_t(h)].lane[v] = plan_.map.weight(h) * valid_[v] / some;
+      }
+      if (plan_.out.lse != 0) write_lse(s, h, lanes, nullptr);
+      add_previous(h, p.keys, mean);
+    }
+  }
+
+  // Keys j0 .. j1 of all heads from their log-sum-exp, laid out as softmax_heads does.
+  void known_heads(const Strip& s, std::int64_t j0, std::int64_t j1, T* mean) {
+    const Problem& p = plan_.problem;
+    for (std::int64_t h = 0; h < p.heads; ++h) {
+      T* e = h == 0 ? mean : head_;
+      const T* lse = p.lse != 0 ? plan_.map.lse_of(s.map, h)
+                                : plan_.computed_lse + (s.map * p.heads + h) * p.queries;
+      SoftmaxLanes<T> lanes;
+      for (int r = 0; r < R; ++r) {
+        // A row without a visible key has LSE -inf: any shift gives zeros.
+        const T x = r < s.valid ? lse[s.i0 + r] : std::numeric_limits<T>::infinity();
+        lanes.shift[r / L][r % L] = x == -std::numeric_limits<T>::infinity() ? T(0) : x;
+      }
+      score_keys<T, Mode::Known>(query_ + h * p.dim * R, plan_.map.key, plan_.map.key_index(s.map),
+                                 h, j0, j1, plan_.map.key_bias(s.map), lanes, e, convert_);
+      for (auto& lane : coefficients_[std::size_t(h)].lane) lane = splat(plan_.map.weight(h));
+      add_previous(h, j1 - j0, mean);
+    }
+  }
+
+  // mean = c_0 e_0 + c_1 e_1 + ...: head h is added once it is complete, except for the last one,
+  // which combine_last adds block by block right before the reducers read it. Head 0 lies in `mean`
+  // as it is until head 1 comes.
+  void add_previous(std::int64_t h, std::int64_t count, T* mean) {
+    if (h > 0 && h + 1 < plan_.problem.heads) add_head(h, 0, count, mean);
+  }
+  void combine_last(std::int64_t from, std::int64_t to, T* mean) {
+    const std::int64_t last = plan_.problem.heads - 1;
+    if (last > 0) return add_head(last, from, to, mean);
+    const auto& c = coefficients_[0].lane;
+    for (std::int64_t j = from; j < to; ++j) {
+      for (int v = 0; v < 2; ++v) store<T>(mean + j * R + v * L, at(mean, j, v) * c[v]);
+    }
+  }
+  void add_head(std::int64_t h, std::int64_t from, std::int64_t to, T* mean) {
+    const auto& c = coefficients_[std::size_t(h)].lane;
+    const auto& first = coefficients_[0].lane;
+    const T* e = head_;
+    if (h == 1) {
+      for (std::int64_t j = from; j < to; ++j) {
+        for (int v = 0; v < 2; ++v) {
+          store<T>(mean + j * R + v * L, at(mean, j, v) * first[v] + at(e, j, v) * c[v]);
+        }
+      }
+    } else {
+      for (std::int64_t j = from; j < to; ++j) {
+        for (int v = 0; v < 2; ++v) {
+          store<T>(mean + j * R + v * L, at(mean, j, v) + at(e, j, v) * c[v]);
+        }
+      }
+    }
+  }
+
+  // Note eq. 2.3 on a whole strip. A line whose mass underflows float gives zeros.
+  void normalize(T* mean) {
+    const std::int64_t keys = plan_.problem.keys;
+    std::fill_n(&line_mass_[0], plan_.lines.count * R, T(0));
+    for (std::int64_t j = 0; j < keys; ++j) {
+      T* mass = line_mass_ + plan_.lines.of(j) * R;
+      for (int v = 0; v < 2; ++v) store<T>(mass + v * L, load(mass + v * L) + at(mean, j, v));
+    }
+    for (std::int64_t n = 0; n < plan_.lines.count * R; ++n) line_mass_[n] = inverse(line_mass_[n]);
+    for (std::int64_t j = 0; j < keys; ++j) {
+      const T* factor = line_mass_ + plan_.lines.of(j) * R;
+      for (int v = 0; v < 2; ++v) {
+        store<T>(mean + j * R + v * L, at(mean, j, v) * load(factor + v * L));
+      }
+    }
+  }
+  static T inverse(T mass) {
+    return mass >= T(std::numeric_limits<float>::min()) ? T(1) / mass : T(0);
+  }
+
+  // The reducers over keys j0 .. j1, whose block of the mean map starts at `mean`.
+  void finish(const Strip& s, std::int64_t j0, std::int64_t j1, T* mean) {
+    for (std::int64_t b0 = j0; b0 < j1; b0 += kBlock) {
+      const std::int64_t b1 = block_end(b0, j1);
+      if (!plan_.normalized) combine_last(b0 - j0, b1 - j0, mean);
+      const T* back = nullptr;
+      if (plan_.out.return_probability != 0) {
+        back_block(s, b0, b1);
+        back = back_;
+      }
+      if (plan_.wants_rows()) rows_.update(s, mean + (b0 - j0) * R, back, b0, b1 - b0);
+    }
+  }
+
+  void write_lse(const Strip& s, std::int64_t h, const SoftmaxLanes<T>& lanes, T* lse2) {
+    const Problem& p = plan_.problem;
+    const std::int64_t to = (s.map * p.heads + h) * p.queries + s.i0;
+    T* nats = pointer<T>(plan_.out.lse);
+    for (std::int64_t r = 0; r < s.valid; ++r) {
+      const double sum = double(lanes.total[r / L][r % L]);
+      const double log2 = std::log2(sum) + double(lanes.shift[r / L][r % L]);
+      if (lse2 != nullptr) lse2[to + r] = T(log2);
+      if (nats != nullptr) nats[to + r] = T(log2 * kLn2);
+    }
+  }
+
+  // The map back, transposed: these queries are its keys i0 .. i0 + valid, in the lanes, and its
+  // queries are broadcast. 2^(score - lse) needs no other key of it.
+  void load_back(const Strip& s) {
+    const Problem& b = plan_.operands.partner;
+    const Map<T>& back = *plan_.back;
+    for (std::int64_t h = 0; h < b.heads; ++h) {
+      pack_lanes<T>(back.key, back.key_index(s.map), h, s.i0, s.valid, back.scale,
+                    back_query_ + h * b.dim * R);
+    }
+    const T* bias = back.key_bias(s.map);
+    for (int r = 0; r < R; ++r) {
+      const T x = bias == nullptr ? T(0) : r < s.valid ? bias[s.i0 + r] : T(0);
+      // A hidden key of the map back: the largest shift there is takes everything to zero.
+      back_shift_[r / L][r % L] =
+          x == -std::numeric_limits<T>::infinity() ? std::numeric_limits<T>::max() : -x;
+    }
+  }
+  void back_block(const Strip& s, std::int64_t j0, std::int64_t j1) {
+    const Problem& b = plan_.operands.partner;
+    const Map<T>& back = *plan_.back;
+    const std::int64_t count = j1 - j0;
+    for (std::int64_t h = 0; h < b.heads; ++h) {
+      const T* lse = back.lse_of(s.map, h) + j0;
+      T negative[kBackKeys];
+      for (std::int64_t j = 0; j < count; ++j) negative[j] = -lse[j];
+      SoftmaxLanes<T> lanes;
+      lanes.shift[0] = back_shift_[0];
+      lanes.shift[1] = back_shift_[1];
+      score_keys<T, Mode::Known>(back_query_ + h * b.dim * R, back.query, back.query_index(s.map), h,
+                                 j0, j1, negative - j0, lanes, back_head_, convert_);
+      const T weight = back.weight(h);
+      for (std::int64_t n = 0; n < count * R; ++n) {
+        back_[n] = (h == 0 ? T(0) : back_[n]) + weight * back_head_[n];
+      }
+    }
+    if (plan_.operands.partner_line_mass != 0) normalize_back(s, j0, count);
+  }
+  void normalize_back(const Strip& s, std::int64_t j0, std::int64_t count) {
+    const std::int64_t lines = plan_.back_lines.count;
+    const T* mass = pointer<const T>(plan_.operands.partner_line_mass) +
+                    (s.map * plan_.problem.keys + j0) * lines;
+    for (std::int64_t j = 0; j < count; ++j, mass += lines) {
+      for (std::int64_t r = 0; r < s.valid; ++r) {
+        back_[j * R + r] *= inverse(mass[plan_.back_lines.of(s.i0 + r)]);
+      }
+    }
+  }
+
+  struct Coefficient {
+    Lanes<T> lane;
+  };
+
+  Plan<T>& plan_;
+  Rows<T> rows_;
+  Lanes<T> valid_, back_shift_;
+  std::vector<Coefficient> coefficients_;
+  Buffer<T> query_;             // [H][d][R], scaled
+  Buffer<T> convert_;           // [kKeyChunk][d]
+  Buffer<T> mean_, head_;       // [keys of a block][R]
+  Buffer<T> line_mass_;         // [lines][R]
+  Buffer<T> back_query_;        // [H][d][R]
+  Buffer<T> back_, back_head_;  // [kBackKeys][R]
+};
+
+// Row reductions: strips are independent.
+template <class T>
+void run_rows(Plan<T>& plan, std::vector<std::unique_ptr<Worker<T>>>& workers) {
+#pragma omp parallel num_threads(int(workers.size()))
+  {
+    const FlushDenormals flush;
+    Worker<T>& worker = *workers[std::size_t(thread_index())];
+#pragma omp for schedule(dynamic, 1)
+    for (std::int64_t n = 0; n < plan.strips; ++n) worker.rows(plan.strip(n));
+  }
+}
+
+// Rows and columns in one pass: a window of strips is made in parallel, then each key's column takes
+// them up in order. How many strips make a window does not change the order, so neither the bits.
+template <class T>
+void run_windows(Plan<T>& plan, std::vector<std::unique_ptr<Worker<T>>>& workers) {
+  constexpr int R = kRows<T>;
+  const std::int64_t keys = plan.problem.keys;
+  const std::int64_t window =
+      std::min<std::int64_t>(plan.strips, 2 * std::int64_t(workers.size()));
+  Columns<T> columns = plan.columns();
+  const std::int64_t packed = columns.product_out == nullptr ? 0 : R * columns.packed_columns();
+  Buffer<T> means(plan.workspace, window * keys * R);
+  Buffer<T> left(plan.workspace, window * packed);
+  columns.hold(plan.workspace, 1);  // strips come in order: a key is in one map at a time
+  // One piece of work is the columns of kBlock keys, or fewer where there are few.
+  const std::int64_t step = std::clamp<std::int64_t>(keys / (2 * std::int64_t(workers.size())),
+                                                     1, kBlock);
+  const std::int64_t pieces = (keys + step - 1) / step;
+#pragma omp parallel num_threads(int(workers.size()))
+  {
+    const FlushDenormals flush;
+    Worker<T>& worker = *workers[std::size_t(thread_index())];
+    for (std::int64_t first = 0; first < plan.strips; first += window) {
+      const std::int64_t last = std::min(first + window, plan.strips);
+#pragma omp for schedule(dynamic, 1)
+      for (std::int64_t n = first; n < last; ++n) {
+        const Strip s = plan.strip(n);
+        worker.rows(s, means + (n - first) * keys * R);
+        columns.pack_left(s, plan.problem.queries, left + (n - first) * packed);
+      }
+#pragma omp for schedule(static)
+      for (std::int64_t piece = 0; piece < pieces; ++piece) {
+        const std::int64_t j0 = piece * step, j1 = std::min(j0 + step, keys);
+        for (std::int64_t n = first; n < last; ++n) {
+          const Strip s = plan.strip(n);
+          if (s.i0 == 0) columns.begin(0, s.map, j0, j1);
+          columns.update(0, s, means + ((n - first) * keys + j0) * R,
+                         left + (n - first) * packed, j0, j1);
+          if (s.i0 + s.valid == plan.problem.queries) columns.write(0, s.map, j0, j1);
+        }
+      }
+    }
+  }
+}
+
+// Columns from the log-sum-exp: each thread keeps a block of keys and walks over all strips.
+template <class T>
+void run_known_columns(Plan<T>& plan, std::vector<std::unique_ptr<Worker<T>>>& workers) {
+  constexpr int R = kRows<T>;
+  const std::int64_t keys = plan.problem.keys;
+  const std::int64_t blocks = (keys + kKnownKeys - 1) / kKnownKeys;
+  Columns<T> columns = plan.columns();
+  const std::int64_t packed = columns.product_out == nullptr ? 0 : R * columns.packed_columns();
+  Buffer<T> left(plan.workspace, std::int64_t(workers.size()) * packed);
+  columns.hold(plan.workspace, std::int64_t(workers.size()));
+#pragma omp parallel num_threads(int(workers.size()))
+  {
+    const FlushDenormals flush;
+    const std::int64_t me = thread_index();
+    Worker<T>& worker = *workers[std::size_t(me)];
+#pragma omp for schedule(dynamic, 1)
+    for (std::int64_t n = 0; n < plan.problem.maps * blocks; ++n) {
+      const std::int64_t m = n / blocks, j0 = n % blocks * kKnownKeys;
+      const std::int64_t j1 = std::min(j0 + kKnownKeys, keys);
+      columns.begin(me, m, j0, j1);
+      for (std::int64_t i = 0; i < plan.strips_per_map; ++i) {
+        const Strip s = plan.strip(m * plan.strips_per_map + i);
+        worker.known_block(s, j0, j1);
+        columns.pack_left(s, plan.problem.queries, left + me * packed);
+        columns.update(me, s, worker.mean(), left + me * packed, j0, j1);
+      }
+      columns.write(me, m, j0, j1);
+    }
+  }
+}
+
+template <class T>
+std::int64_t run(const Problem& problem, const Operands& operands, const Outputs& outputs,
+                 int threads) {
+  Plan<T> plan(problem, operands, outputs);
+  const bool columns = plan.columns().wanted();
+  const bool in_windows = columns && !plan.known;
+#ifndef _OPENMP
+  threads = 1;
+#endif
+  std::vector<std::unique_ptr<Worker<T>>> workers;
+  const std::int64_t most = std::max<std::int64_t>(1, std::min<std::int64_t>(threads, plan.strips));
+  for (std::int64_t n = 0; n < most; ++n) {
+    workers.push_back(std::make_unique<Worker<T>>(plan, !in_windows));
+  }
+  const bool compute_lse = plan.known && problem.lse == 0;
+  const bool map_wanted = columns || plan.wants_rows();
+  if (compute_lse || (!map_wanted && outputs.lse != 0) || (plan.known && outputs.lse != 0)) {
+    if (compute_lse && map_wanted) {
+      plan.computed_lse = Buffer<T>(plan.workspace, problem.maps * problem.heads * problem.queries);
+    }
+#pragma omp parallel num_threads(int(workers.size()))
+    {
+      const FlushDenormals flush;
+      Worker<T>& worker = *workers[std::size_t(thread_index())];
+#pragma omp for schedule(dynamic, 1)
+      for (std::int64_t n = 0; n < plan.strips; ++n) {
+        worker.only_lse(plan.strip(n), plan.computed_lse);
+      }
+    }
+  }
+  if (in_windows) {
+    run_windows(plan, workers);
+  } else {
+    if (plan.wants_rows()) run_rows(plan, workers);
+    if (columns) run_known_columns(plan, workers);
+  }
+  return plan.workspace.bytes;
+}
+
+}  // namespace
+
+std::int64_t reduce(const Problem& problem, const Operands& operands, const Outputs& outputs,
+                    int threads) {
+  return DType(problem.dtype) == DType::Float64 ? run<double>(problem, operands, outputs, threads)
+                                                : run<float>(problem, operands, outputs, threads);
+}
+
+}  // namespace flashmaps::FLASHMAPS_ISA
