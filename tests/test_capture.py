@@ -16,6 +16,15 @@ DOWN = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 SELF, CROSS = "*.attn1", "*.attn2"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These models are so small that a second thread only makes them wait."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def pipe(tmp_path_factory):
     return tiny_pipeline(tmp_path_factory.mktemp("tokenizer"))
@@ -430,7 +439,7 @@ def test_pattern_without_match_names_the_layers_there_are(unet):
 def test_other_bad_arguments(unet):
     with pytest.raises(ValueError, match=r'keep=\'reduce\' is not known.*"qk"'):
         capture(unet, DOWN, keep="reduce")
-    with pytest.raises(TypeError, match="`unet` or `transformer`.*got str"):
+    with pytest.raises(TypeError, match=r"`unet` or `transformer`.*got str"):
         capture("stable-diffusion")
     with pytest.raises(ValueError, match="steps must be indices"):
         capture(unet, DOWN, steps=[-1])

@@ -52,6 +52,8 @@ def _friendly(command: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
+        except (typer.Exit, typer.Abort):  # typer's own, which are RuntimeErrors
+            raise
         except (*_MISTAKES, RuntimeError) as error:
             if os.environ.get("FLASHMAPS_DEBUG"):
                 raise

@@ -148,7 +148,9 @@ def features(
     found = []
     with tqdm(total=len(loaded) * len(seeds), desc="model", disable=not progress) as bar:
         for image in loaded:
-            shown = resize(image, fit_size(image.shape[0], image.shape[1], size, size_multiple(pipe)))
+            shown = resize(
+                image, fit_size(image.shape[0], image.shape[1], size, size_multiple(pipe))
+            )
             entries: list[Entry] = []
             for latent in _noisy_latents(pipe, shown, timestep, seeds):
                 with capture(pipe.unet, layers) as record:

@@ -1,0 +1,323 @@
+"""Models in, features out, and matches whose answer is known."""
+
+from __future__ import annotations
+
+import json
+
+import flashmaps as fm
+import numpy as np
+import pytest
+import torch
+from flashmaps import evaluation, pipelines
+from flashmaps.grids import centres
+from flashmaps.match import match_features, pixel_field, token_at
+from flashmaps.pipelines import Features, features, load_model
+from safetensors.torch import load_file
+from tiny_pipeline import tiny_pipeline
+
+PHOTO = np.random.default_rng(0).random((60, 90, 3), dtype=np.float32)
+LAYERS = "up_blocks.1.*.attn1"  # 8 x 8 tokens at 64 pixels
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These models are so small that a second thread only makes them wait."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def pipe(tmp_path_factory):
+    return tiny_pipeline(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def folder(pipe, tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    pipe.save_pretrained(path)
+    return path
+
+
+def known_features(codes, grid, size):
+    """Features whose tokens have the given codes [N, d] as query and key alike, in two heads."""
+    heads = torch.stack((codes, codes.roll(1, dims=1)))[None]
+    image = np.zeros((*size, 3), np.float32)
+    return Features(
+        query=heads, key=heads, scale=50.0, head_weights=torch.tensor([0.25, 0.75]), grid=grid,
+        image=image, input_size=size, layers=("known",), timestep=0, seeds=(0,), prompt="",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shifted():
+    """Every target token is the source token one row up and two columns to the left, cyclically."""
+    grid, size = (4, 6), (40, 90)
+    source = torch.eye(24)
+    target = source.reshape(4, 6, 24).roll((1, 2), dims=(0, 1)).reshape(24, 24)
+    return match_features(known_features(source, grid, size), known_features(target, grid, size))
+
+
+# -- matches with a known answer -------------------------------------------------------------------
+
+
+def test_permutation_is_found_and_comes_back(shifted):
+    where = torch.arange(24).reshape(4, 6).roll((-1, -2), dims=(0, 1)).flatten()
+    assert torch.equal(shifted.forward, where)
+    assert torch.equal(shifted.backward, where.argsort())
+    assert shifted.mutual.all()
+    numbers = shifted.summary()
+    assert numbers["hard_ims"] == 0 and numbers["soft_ims"] < 1e-4
+    assert (numbers["density_min"], numbers["density_max"]) == (1, 1)
+    assert numbers["mean_ime_nats"] < 1e-4 and numbers["mutual_share"] == 1
+    torch.testing.assert_close(shifted.confidence, torch.ones(24))
+
+
+def test_pixels_move_with_their_token(shifted):
+    """One row of 4 in 40 pixels is 10 pixels, two columns of 6 in 90 are 30."""
+    hard, soft = shifted.source_to_target, shifted.source_to_target_soft
+    assert hard.shape == soft.shape == (40, 90, 2) and hard.dtype == np.float32
+    np.testing.assert_allclose(hard[12, 20], (50, 22), atol=1e-4)
+    np.testing.assert_allclose(soft[12, 20], (50, 22), atol=1e-3)
+    np.testing.assert_allclose(
+        shifted.transfer([(20, 12), (20.25, 12.5)]), [(50, 22), (50.25, 22.5)]
+    )
+    np.testing.assert_allclose(shifted.target_to_source[22, 50], (20, 12), atol=1e-4)
+    back = shifted.target_to_source_soft[22, 50]
+    np.testing.assert_allclose(back, (20, 12), atol=1e-3)
+
+
+@pytest.mark.parametrize("smooth", [False, True], ids=["nearest", "bilinear"])
+def test_tokens_that_stay_give_exactly_the_identity(smooth):
+    for grid, size in (((4, 6), (40, 90)), ((3, 5), (41, 37))):
+        field = pixel_field(centres(grid), grid, size, size, smooth=smooth)
+        rows, columns = np.indices(size)
+        np.testing.assert_allclose(field, np.stack((columns, rows), -1), atol=1e-4)
+
+
+def test_images_and_grids_may_differ():
+    codes = torch.eye(24)
+    source = known_features(codes, (4, 6), (40, 60))
+    target = known_features(codes[:12].repeat_interleave(1, 0), (3, 4), (90, 120))
+    match = match_features(source, target)
+    assert match.forward_map.shape == (1, 24, 12)
+    assert match.source_to_target.shape == (40, 60, 2)
+    assert match.target_to_source.shape == (90, 120, 2)
+    assert match.source_to_target[..., 0].max() <= 119 and match.source_to_target.min() >= 0
+
+
+def test_points_and_kinds_are_checked(shifted):
+    with pytest.raises(ValueError, match=r"\(90, 3\) lies outside the source image of 90 x 40"):
+        shifted.transfer([(90, 3)])
+    with pytest.raises(ValueError, match=r"shape \(3,\); wanted \[n, 2\]"):
+        shifted.transfer([1, 2, 3])
+    with pytest.raises(ValueError, match="kind='best'; wanted 'hard' or 'soft'"):
+        shifted.field(kind="best")
+    with pytest.raises(ValueError, match="origin='left'"):
+        shifted.field("left")
+    assert token_at((0, 0), (4, 6), (40, 90)) == 0
+    assert token_at((89.4, 39.4), (4, 6), (40, 90)) == 23
+    with pytest.raises(ValueError, match="lies outside the image of 90 x 40"):
+        token_at((0, 40), (4, 6), (40, 90))
+
+
+# -- features --------------------------------------------------------------------------------------
+
+
+def test_features_know_their_grid_and_settings(pipe):
+    (found,) = features(pipe, PHOTO, layers=LAYERS, size=64, seeds=(0, 1), timestep=100)
+    assert found.input_size == (48, 64) and found.grid == (6, 8)
+    assert found.query.shape == (1, 8, 48, 16)  # 2 layers x 2 seeds x 2 heads
+    assert len(found.layers) == 2 and found.timestep == 100
+    assert found.head_weights.sum() == pytest.approx(1)
+
+
+def test_layers_and_seeds_are_averaged(pipe):
+    parts = [
+        features(pipe, PHOTO, layers=layer, size=64, seeds=seed)[0]
+        for layer in ("up_blocks.1.attentions.0.*.attn1", "up_blocks.1.attentions.1.*.attn1")
+        for seed in (4, 5)
+    ]
+    (both,) = features(pipe, PHOTO, layers=LAYERS, size=64, seeds=(4, 5))
+
+    def dense(of):
+        return fm.AttentionMap(
+            of.query, of.key, scale=of.scale, head_weights=of.head_weights, backend="reference"
+        ).to_dense()
+
+    mean = torch.stack([dense(part) for part in parts]).mean(0)
+    torch.testing.assert_close(dense(both), mean, atol=1e-6, rtol=1e-4)
+
+
+def test_equal_images_have_equal_features(pipe):
+    first, second = features(pipe, [PHOTO, PHOTO], layers=LAYERS, size=64)
+    assert torch.equal(first.query, second.query) and torch.equal(first.key, second.key)
+    (other,) = features(pipe, PHOTO, layers=LAYERS, size=64, seeds=1)
+    assert not torch.equal(first.query, other.query)
+
+
+def test_noise_is_normal_and_follows_the_schedule(pipe):
+    (clean,) = pipelines._noisy_latents(pipe, np.full((256, 256, 3), 0.5, np.float32), 0, (0,))
+    for t in (250, 999):
+        image = np.full((256, 256, 3), 0.5, np.float32)
+        (noisy,) = pipelines._noisy_latents(pipe, image, t, (0,))
+        kept = pipe.scheduler.alphas_cumprod[t]
+        start = pipe.scheduler.alphas_cumprod[0]
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(noisy.shape, generator=generator)
+        latent = (clean - (1 - start).sqrt() * noise) / start.sqrt()
+        expected = kept.sqrt() * latent + (1 - kept).sqrt() * noise
+        torch.testing.assert_close(noisy, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scheduler", ["PNDMScheduler", "EulerDiscreteScheduler"])
+def test_any_scheduler_gives_the_same_noise(pipe, scheduler):
+    import copy
+
+    import diffusers
+
+    other = copy.copy(pipe)
+    other.scheduler = getattr(diffusers, scheduler).from_config(
+        pipe.scheduler.config, prediction_type="v_prediction"
+    )
+    (a,) = features(pipe, PHOTO, layers=LAYERS, size=64)
+    (b,) = features(other, PHOTO, layers=LAYERS, size=64)
+    assert torch.equal(a.query, b.query)
+
+
+def test_prompt_reaches_the_model(pipe):
+    (a,) = features(pipe, PHOTO, layers=LAYERS, size=64)
+    (b,) = features(pipe, PHOTO, layers=LAYERS, size=64, prompt="a red motorcycle")
+    assert not torch.equal(a.query, b.query)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"timestep": 1000}, r"timestep=1000 is out of range; this model takes 0 to 999"),
+        ({"timestep": 0.5}, r"timestep=0\.5 is out of range"),
+        ({"seeds": ()}, "seeds is empty"),
+        ({"prompt": 3}, "prompt must be a string, got int"),
+        ({"size": 7}, "size=7 is too small; this model needs at least 16"),
+        (
+            {"layers": "up_blocks.*.attn1"},
+            r"layers of different sizes cannot be averaged.*\n.*grid",
+        ),
+        ({"layers": "up_blocks.1.*.attn2"}, r"attn2' is cross-attention.*needs self-attention"),
+        ({"layers": "nothing"}, "layers='nothing' matches no attention layer"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_options_are_named(pipe, options, text):
+    with pytest.raises(ValueError, match=text):
+        features(pipe, PHOTO, **{"layers": LAYERS, **options})
+
+
+# -- models ----------------------------------------------------------------------------------------
+
+
+def test_a_saved_folder_gives_the_same_features(pipe, folder):
+    loaded = load_model(folder)
+    assert load_model(str(folder)) is loaded  # read once
+    (a,) = features(pipe, PHOTO, layers=LAYERS, size=64)
+    (b,) = features(folder, PHOTO, layers=LAYERS, size=64)
+    assert torch.equal(a.query, b.query)
+
+
+def test_defaults_come_from_the_model(pipe):
+    assert pipelines.default_size(pipe) == 64
+    assert pipelines.default_layers(pipe) == "up_blocks.2.*.attn1"
+
+
+def test_what_is_no_model_is_refused(tmp_path, folder):
+    with pytest.raises(FileNotFoundError, match=r"there is no such folder; give 'builtin'"):
+        load_model("./nowhere")
+    with pytest.raises(ValueError, match=r"has no model_index\.json, so it is not a diffusers"):
+        load_model(tmp_path)
+    checkpoint = tmp_path / "model.safetensors"
+    checkpoint.write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"is a file; wanted.*from_single_file"):
+        load_model(checkpoint)
+    index = tmp_path / "model_index.json"
+    index.write_text("{")
+    with pytest.raises(ValueError, match=r"model_index\.json' is not readable as JSON"):
+        load_model(tmp_path)
+    index.write_text((folder / "model_index.json").read_text())
+    with pytest.raises(ValueError, match=r"lacks unet, vae, text_encoder, tokenizer, scheduler"):
+        load_model(tmp_path)
+    with pytest.raises(ValueError, match=r"is a dict without unet, vae"):
+        load_model({})
+
+
+def test_broken_weights_are_named(tmp_path, folder):
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    (broken / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match=r"model folder '.*broken' could not be loaded"):
+        load_model(broken)
+
+
+# -- the whole way ---------------------------------------------------------------------------------
+
+
+def test_match_from_pixels_to_files(pipe, tmp_path):
+    match = fm.match(PHOTO, PHOTO[::-1].copy(), model=pipe, layers=LAYERS, size=64)
+    assert match.source_to_target.shape == (60, 90, 2)
+    out = match.save(tmp_path / "out")
+    numbers = json.loads((out / "match.json").read_text())
+    assert numbers["source_grid"] == [6, 8] and 0 <= numbers["hard_ims"] <= 2**0.5
+    tensors = load_file(out / "correspondences.safetensors")
+    assert torch.equal(tensors["forward"], match.round_trip.forward)
+    assert tensors["target_to_source_soft"].shape == (60, 90, 2)
+    pictures = {path.stem for path in out.glob("*.png")}
+    assert pictures == {"matches", "heatmap", "entropy", "density", "cycle_error"}
+    match.save(out)  # replaces its own
+    assert "hard IMS" in repr(match)
+
+
+def test_saving_is_whole_or_not_at_all(shifted, tmp_path, monkeypatch):
+    from flashmaps import plots
+
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "thesis.txt").write_text("important")
+    with pytest.raises(ValueError, match=r"holds other files \(there is no match\.json in it\)"):
+        shifted.save(taken)
+    with pytest.raises(ValueError, match="is a file; give a folder"):
+        shifted.save(taken / "thesis.txt")
+
+    def fail(*_args, **_kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(plots, "density", fail)
+    with pytest.raises(OSError, match="disk full"):
+        shifted.save(tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+    assert (taken / "thesis.txt").read_text() == "important"
+
+
+# -- scores ----------------------------------------------------------------------------------------
+
+
+def test_pck_counts_known_pixels_within_the_base():
+    truth = np.zeros((1, 4, 2), np.float32)
+    truth[0, 3] = np.nan
+    field = np.zeros((1, 4, 2), np.float32)
+    field[0, :, 0] = (0, 1, 3, 100)
+    scores = evaluation.score_field(field, truth, base=20)
+    assert scores["pck@0.05"] == pytest.approx(2 / 3) and scores["pck@0.01"] == pytest.approx(1 / 3)
+    assert scores["median_error_px"] == 1
+    with pytest.raises(ValueError, match="no pixel has a known correspondence"):
+        evaluation.score_field(field, np.full_like(truth, np.nan), base=20)
+
+
+def test_auroc_on_known_cases():
+    yes = np.array([0, 0, 1, 1])
+    assert evaluation.auroc(np.array([1.0, 2, 3, 4]), yes) == 1
+    assert evaluation.auroc(np.array([4.0, 3, 2, 1]), yes) == 0
+    assert evaluation.auroc(np.array([1.0, 1, 1, 1]), yes) == 0.5
+    assert evaluation.auroc(np.array([1.0, np.nan, 1, 2]), yes) == 0.75
+    assert evaluation.auroc(np.array([1.0, 2, 3, 4]), np.ones(4)) is None
