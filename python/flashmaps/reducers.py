@@ -113,7 +113,11 @@ class ColumnSum:
 
 
 class ColumnEntropy:
-    """Entropy over i of A_ij / c_j: log c_j - sum_i A_ij log A_ij / c_j; 0 for an empty column."""
+    """Entropy over i of A_ij / c_j: log c_j - sum_i A_ij log A_ij / c_j.
+
+    0 for an empty column, and for one whose mass is no normal number: what is left of its entries
+    then has too few bits to make a distribution of.
+    """
 
     def __init__(self, out: Tensor) -> None:
         self.out = out
@@ -125,7 +129,7 @@ class ColumnEntropy:
         self.plogp[tile.maps] += torch.special.xlogy(tile.values, tile.values).sum(1)
 
     def finish(self) -> None:
-        some = self.mass > 0
+        some = self.mass >= torch.finfo(self.mass.dtype).tiny
         mass = self.mass.where(some, torch.ones_like(self.mass))
         self.out.copy_(torch.where(some, mass.log() - self.plogp / mass, 0.0))
 

@@ -61,6 +61,10 @@ def mean_map(problem: Problem, maps: slice = slice(None), rows: slice = slice(No
         probabilities = scores.softmax(-1)
     else:
         probabilities = (scores - problem.lse[maps, :, rows, None]).exp()
+    if problem.bias is not None:  # a row whose keys are all hidden is zero, not 0 / 0
+        seen = (problem.bias > -torch.inf).any(1)
+        seen = seen[maps] if problem.pairs is None else seen[problem.pairs[maps, 1]]
+        probabilities = probabilities.where(seen[:, None, None, None], 0.0)
     if problem.head_weights is None:
         values = probabilities.mean(1)
     else:
