@@ -47,7 +47,7 @@ def test_results_hold_every_number_and_are_strict_json(done):
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
     methods = results["methods"]
     assert {"flashmaps, hard", "flashmaps, soft", "raw colour", "random"} <= set(methods)
-    identity = methods["identity (same place)"]
+    identity = methods["identity"]
     assert identity["pck@0.1"] == 1  # nothing moves more than 60 pixels
     assert identity["median_error_px"] == pytest.approx(results["truth"]["disparity_px_median"])
     for score in methods.values():

@@ -165,12 +165,12 @@ def _score_methods(pair: StereoPair, match: Match, untrained: Match) -> dict[str
     fields = {
         "flashmaps, hard": match.source_to_target,
         "flashmaps, soft": match.source_to_target_soft,
-        "cosine of queries, same layers": nearest(lambda f: _unit_rows(f.query)),
-        "cosine of keys, same layers": nearest(lambda f: _unit_rows(f.key)),
-        "untrained model, hard": untrained.source_to_target,
+        "cosine of queries": nearest(lambda f: _unit_rows(f.query)),
+        "cosine of keys": nearest(lambda f: _unit_rows(f.key)),
+        "untrained, hard": untrained.source_to_target,
         "raw colour": nearest(lambda f: _colours(f, 1)),
-        "raw colour, 3 x 3 tokens": nearest(lambda f: _colours(f, 3)),
-        "identity (same place)": token_field(centres(match.source.grid), match),
+        "raw colour, 3 x 3": nearest(lambda f: _colours(f, 3)),
+        "identity": token_field(centres(match.source.grid), match),
         "random": token_field(target[chosen], match),
     }
     base = max(pair.right.shape[:2])

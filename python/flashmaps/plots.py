@@ -76,7 +76,7 @@ def matches(
     for (x0, y0), (x1, y1), colour in zip(points, found, colours, strict=True):
         ax.plot([x0, x1 + shift], [y0, y1], color=colour, linewidth=0.9, alpha=0.75)
         ax.plot([x0, x1 + shift], [y0, y1], "o", color=colour, markersize=3.5, mec="white", mew=0.5)
-    _name(ax, title)
+    _name(ax, title, pad=22)
     ax.text(0, -8, "source", fontsize=10, va="bottom")
     ax.text(shift, -8, "target", fontsize=10, va="bottom")
     return figure
@@ -210,9 +210,10 @@ def shifts(fields: dict[str, np.ndarray], image: Image, *, limits: tuple[float, 
 
 def bars(names: Sequence[str], values: Sequence[float], title: str, unit: str) -> Figure:
     """Horizontal bars, first on top, each with its value written beside it."""
-    figure, axes = _figure(1, 1, 0.06 + 0.055 * len(names), bar=False)
+    figure, axes = _figure(1, 1, 0.03 + 0.028 * len(names), bar=False)
     ax = axes[0]
-    drawn = ax.barh(range(len(names)), values, color="#4575b4")
+    colours = ["#d97706" if name.startswith("flashmaps") else "#7f97b8" for name in names]
+    drawn = ax.barh(range(len(names)), values, color=colours)
     ax.bar_label(drawn, labels=[f"{value:.1f}" for value in values], padding=3, fontsize=9)
     ax.set_yticks(range(len(names)), names, fontsize=9)
     ax.invert_yaxis()
@@ -251,8 +252,8 @@ def _figure(
     return figure, axes.ravel()
 
 
-def _name(ax: Axes, title: str) -> None:
-    ax.set_title(title, fontsize=10, loc="left", pad=18 if "\n" not in title else 8)
+def _name(ax: Axes, title: str, *, pad: float = 6) -> None:
+    ax.set_title(title, fontsize=10, loc="left", pad=pad)
     ax.set_axis_off()
 
 
@@ -286,7 +287,7 @@ def _overlay(
     grey = image.mean(axis=2)
     ax.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=extent)
     drawn = ax.imshow(
-        values, cmap=scale.cmap, norm=scale.norm, extent=extent, alpha=0.75, interpolation="nearest"
+        values, cmap=scale.cmap, norm=scale.norm, extent=extent, alpha=0.8, interpolation="nearest"
     )
     bar = _colour_bar(figure, ax, scale, label)
     if log:

@@ -48,8 +48,8 @@ CAPTIONS = {
 
 _METHOD_COLUMNS = [
     *((f"pck@{t:g}", f"PCK@{t:g}") for t in sorted(PCK_THRESHOLDS, reverse=True)),
-    ("median_error_px", "median error, px"),
-    ("mean_error_px", "mean error, px"),
+    ("median_error_px", "median px"),
+    ("mean_error_px", "mean px"),
 ]
 
 
@@ -68,13 +68,13 @@ def method_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def map_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of the maps' own statistics, which need no truth."""
-    header = ["maps of", "hard IMS", "soft IMS", "mean IME, nats", "MD", "come back exactly"]
+    header = ["maps of", "hard IMS", "soft IMS", "mean IME", "MD", "mutual"]
     rows = [
         [
             name,
             f"{s['hard_ims']:.4f}",
             f"{s['soft_ims']:.4f}",
-            f"{s['mean_ime_nats']:.3f} of {s['max_ime_nats']:.3f}",
+            f"{s['mean_ime_nats']:.2f} of {s['max_ime_nats']:.2f}",
             f"{s['density_min']} to {s['density_max']}",
             f"{s['mutual_share']:.1%}",
         ]
@@ -85,7 +85,7 @@ def map_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def cost_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the table of time and memory."""
-    header = ["the round trip, all statistics", "time", "peak memory", "hard IMS", "mean IME, nats"]
+    header = ["round trip by", "time", "peak memory", "hard IMS", "mean IME"]
     names = {"flashmaps": f"flashmaps ({results['settings']['backend']})", "eager": "eager torch"}
     rows = [
         [
@@ -121,6 +121,7 @@ def predictor_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]
 
 def tables(results: dict[str, Any]) -> Iterator[Table]:
     """The same tables for the terminal."""
+    from rich import box
     from rich.table import Table
 
     truth = results["truth"]
@@ -130,22 +131,34 @@ def tables(results: dict[str, Any]) -> Iterator[Table]:
     titles = [
         (
             method_rows,
-            f"Against the true disparity ({truth['pixels']:,} pixels; PCK of the image's longer "
-            f"side, {truth['pck_base_px']} px)",
+            f"Against the true disparity (PCK@a: within a x {truth['pck_base_px']} px, "
+            "the longer side)",
         ),
         (map_rows, f"The maps' own statistics ({rows} x {columns} tokens; IMS: 1 = image side)"),
-        (cost_rows, f"Cost on {results['cost']['flashmaps']['threads']} threads, own process each"),
+        (
+            cost_rows,
+            f"All statistics of the round trip, {results['cost']['flashmaps']['threads']} threads, "
+            "a process each",
+        ),
         (
             predictor_rows,
-            f"Which score finds wrong matches ({task['wrong_share']:.0%} of {task['tokens']} "
-            f"tokens are off by more than {task['wrong_if_off_by_px']:.0f} px)",
+            f"Which score finds wrong matches ({task['wrong_share']:.0%} are off by more than "
+            f"{task['wrong_if_off_by_px']:.0f} px)",
         ),
     ]
     for make, title in titles:
         header, body = make(results)
-        table = Table(title=title, title_justify="left", title_style="bold")
+        if make is method_rows:  # the last column does not fit into 80 characters
+            header, body = header[:-1], [row[:-1] for row in body]
+        table = Table(
+            title=title,
+            title_justify="left",
+            title_style="bold",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+        )
         for index, name in enumerate(header):
-            table.add_column(name, justify="left" if index == 0 else "right")
+            table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
         for row in body:
             table.add_row(*row)
         yield table
