@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import numpy as np
@@ -100,6 +101,16 @@ def test_help_names_the_commands():
     result = run("--help")
     for command in ("match", "demo", "doctor", "bench"):
         assert command in result.output
+
+
+def test_heavy_packages_are_imported_when_they_are_used():
+    code = (
+        "import sys, flashmaps.match, flashmaps.plots, flashmaps.report, flashmaps.demo\n"
+        "heavy = {'diffusers', 'transformers', 'matplotlib', 'PIL', 'skimage', 'typer', 'jinja2'};"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_without_typer_the_remedy_is_printed(monkeypatch, capsys):

@@ -330,11 +330,13 @@ def denoiser(pipe_or_model: Any) -> nn.Module:
                 "capture needs a diffusers pipeline with a `unet` or `transformer`, or such a "
                 f"model; got {type(pipe_or_model).__name__}"
             )
-    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
-        raise RuntimeError(
-            "a compiled model cannot be observed: its compiled code would not see the capture; "
-            "capture the model before torch.compile"
-        )
+    for name, part in model.named_modules():
+        if hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None:
+            what = f"its part {name!r}" if name else "the model"
+            raise RuntimeError(
+                f"{what} is compiled and cannot be observed: compiled code would not see the "
+                "capture; capture the model before torch.compile"
+            )
     return model
 
 

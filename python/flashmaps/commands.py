@@ -106,7 +106,10 @@ def match(
         found.save(out)
     table = Table(title=f"{source} to {target}", title_justify="left", show_header=False)
     for name, value in found.summary().items():
-        shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+        if isinstance(value, list):
+            shown = (" x " if name.endswith(("size", "grid")) else "\n").join(map(str, value))
+        else:
+            shown = f"{value:.4g}" if isinstance(value, float) else str(value)
         table.add_row(name.replace("_", " "), shown)
     console.print(table)
     console.print(f"Written to {out}: match.json, correspondences.safetensors and five pictures.")

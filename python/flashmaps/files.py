@@ -35,9 +35,15 @@ def whole_folder(folder: str | Path, marker: str) -> Iterator[Path]:
         for file in new.rglob("*"):  # some writers make files that only their owner may read
             if file.is_file():
                 file.chmod(new.stat().st_mode & 0o666)
-        if target.exists():
+        old = target.exists()
+        if old:
             target.rename(work / "old")
-        new.rename(target)
+        try:
+            new.rename(target)
+        except OSError:
+            if old:
+                (work / "old").rename(target)
+            raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
