@@ -215,8 +215,8 @@ def assert_within_budget(
     budget = 2 * theirs + band(of, dtype)
     worst = errors.argmax().item()
     assert errors.max().item() <= budget, (
-        f"{what} is off by {errors.max().item():.3g} of its magnitude at flat index {worst} "
-        f"(got {got.flatten()[worst].item():.9g}, truth {truth.value.flatten()[worst].item():.9g}); "
+        f"{what} is off by {errors.max().item():.3g} of its magnitude at flat index {worst}: "
+        f"got {got.flatten()[worst].item():.9g}, true {truth.value.flatten()[worst].item():.9g}; "
         f"the budget is 2 x {theirs:.3g} (plain torch) + {band(of, dtype):.3g} (band)"
     )
 
