@@ -52,8 +52,9 @@ def first_error(log: list[str]) -> str:
     """The first complaint in a build log, else its last line."""
     lines = [line.strip() for line in log if line.strip()] or ["no output"]
     start = next((i for i, line in enumerate(lines) if "error" in line.lower()), len(lines) - 1)
-    # CMake puts the place on the first line and the complaint on the next ones.
-    return " ".join(lines[start : start + (3 if lines[start].startswith("CMake") else 1)])
+    if lines[start].startswith("CMake Error at"):  # the place; the complaint follows
+        return " ".join(lines[start + 1 : start + 3])
+    return lines[start]
 
 
 def run(*command: str) -> None:
