@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from flashmaps.match import Match
 
 _GOOD, _BAD = "#1a9850", "#d73027"
+_GOLDEN = 0.618034  # multiples of it, modulo 1, keep apart
 
 
 def matches(
@@ -97,8 +98,15 @@ def heatmap(
     left.plot(*point, "o", markersize=12, markerfacecolor="none", markeredgecolor="white", mew=3.5)
     left.plot(*point, "o", markersize=12, markerfacecolor="none", markeredgecolor=_BAD, mew=1.8)
     _name(left, f"source: the chosen point, pixel ({point[0]:.0f}, {point[1]:.0f})")
-    scale = _overlay(figure, right, match.target.image, row, "magma", "attention probability")
-    scale.set_clim(0, float(row.max()))
+    _overlay(
+        figure,
+        right,
+        match.target.image,
+        row,
+        "magma",
+        "attention probability (square-root scale)",
+        norm=_norms().PowerNorm(0.5, 0, float(row.max())),
+    )
     best, mean = match.transfer([point], "hard")[0], match.transfer([point], "soft")[0]
     marks = [(best, "x", "most attended (hard match)"), (mean, "+", "mean (soft match)")]
     for (x, y), sign, label in marks:
@@ -146,16 +154,19 @@ def density(match: Match) -> Figure:
     figure, (left, right) = _figure(1, 2, _aspect(match.target.image))
     left.imshow(match.target.image)
     _name(left, "target")
-    scale = _overlay(
+    highest = float(values.max())
+    bar = _overlay(
         figure,
         right,
         match.target.image,
         values.reshape(match.target.grid),
         "inferno",
         "source tokens",
-        log=True,
+        norm=_norms().SymLogNorm(1.0, vmin=0, vmax=max(highest, 1), base=10),
     )
-    del scale
+    ticks = [n for n in (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if n <= highest]
+    bar.set_ticks(ticks, labels=[str(n) for n in ticks])
+    bar.minorticks_off()
     _name(
         right,
         "Mapping density: how many source tokens chose each target token\n"
@@ -224,12 +235,18 @@ def bars(names: Sequence[str], values: Sequence[float], title: str, unit: str) -
 
 
 def _spread_points(grid: tuple[int, int], size: tuple[int, int], count: int) -> np.ndarray:
-    """About ``count`` token centres, [n, 2] in pixels, on an even sub-grid of the tokens."""
+    """About ``count`` token centres, [n, 2] in pixels, spread evenly over the tokens.
+
+    Neighbouring columns are staggered, so that lines to the same place in another image do not lie
+    on top of each other.
+    """
     rows, columns = grid
     step = max(1.0, (rows * columns / max(count, 1)) ** 0.5)
-    some_rows = np.arange(step / 2, rows, step).astype(int)
+    some_rows = np.arange(step / 2, rows, step)
     some_columns = np.arange(step / 2, columns, step).astype(int)
-    tokens = (some_rows[:, None] * columns + some_columns[None, :]).ravel()
+    stagger = (np.arange(len(some_columns)) * _GOLDEN % 1 - 0.5) * step
+    staggered = (some_rows[:, None] + stagger[None, :]).clip(0, rows - 1).astype(int)
+    tokens = (staggered * columns + some_columns[None, :]).ravel()
     height, width = size
     return centres(grid)[tokens].numpy().astype(float) * (width, height) - 0.5
 
@@ -257,12 +274,16 @@ def _name(ax: Axes, title: str, *, pad: float = 6) -> None:
     ax.set_axis_off()
 
 
-def _colour_scale(low: float, high: float, colours: str, *, log: bool = False) -> Any:
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize, SymLogNorm
+def _norms() -> Any:
+    from matplotlib import colors
 
-    norm = SymLogNorm(1.0, vmin=low, vmax=high, base=10) if log else Normalize(low, high)
-    return ScalarMappable(norm=norm, cmap=colours)
+    return colors
+
+
+def _colour_scale(low: float, high: float, colours: str) -> Any:
+    from matplotlib.cm import ScalarMappable
+
+    return ScalarMappable(norm=_norms().Normalize(low, high), cmap=colours)
 
 
 def _colour_bar(figure: Figure, ax: Axes, scale: Any, label: str) -> Any:
@@ -277,21 +298,20 @@ def _overlay(
     colours: str,
     label: str,
     *,
-    log: bool = False,
+    norm: Any = None,
 ) -> Any:
-    """Token values over a faint grey version of the image, each token a flat cell, with a bar."""
+    """Token values over a faint grey version of the image, each token a flat cell; its colour bar.
+
+    ``norm`` scales values to colours; default linear between their extremes.
+    """
     height, width = image.shape[:2]
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
-    high = float(values.max())
-    scale = _colour_scale(0.0 if log else float(values.min()), max(high, 1e-12), colours, log=log)
-    grey = image.mean(axis=2)
-    ax.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=extent)
+    ax.imshow(image.mean(axis=2), cmap="gray", vmin=0, vmax=1, extent=extent)
     drawn = ax.imshow(
-        values, cmap=scale.cmap, norm=scale.norm, extent=extent, alpha=0.8, interpolation="nearest"
+        values, cmap=colours, norm=norm, extent=extent, alpha=0.8, interpolation="nearest"
     )
-    bar = _colour_bar(figure, ax, scale, label)
-    if log:
-        ticks = [t for t in (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if t <= high]
-        bar.set_ticks(ticks, labels=[str(t) for t in ticks])
-        bar.minorticks_off()
-    return drawn
+    # A bar of the plain colours: one of what is drawn would be as faint as that is.
+    from matplotlib.cm import ScalarMappable
+
+    scale = ScalarMappable(norm=drawn.norm, cmap=colours)
+    return _colour_bar(figure, ax, scale, label)
