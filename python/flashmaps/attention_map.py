@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, overload
 
@@ -152,7 +153,9 @@ class AttentionMap:
         """The weighted mean of maps over layers or timesteps, as one lazy map with all their heads.
 
         Concatenates heads (O(N d) memory). Head dimensions and scales may differ; N, M, batch,
-        pairs, masks, normalisation and dtype may not, and the first map's are used.
+        pairs, masks, normalisation and dtype may not, and the first map's are used. Under
+        normalize="rows"/"columns" the mean is normalised, not each map. Half-precision maps whose
+        scales differ are kept in float32.
         """
         if not maps:
             raise ValueError("average() needs at least one map")
@@ -160,6 +163,8 @@ class AttentionMap:
             weights = [1.0 / len(maps)] * len(maps)
         if len(weights) != len(maps):
             raise ValueError(f"weights has {len(weights)} entries for {len(maps)} maps")
+        if not math.isclose(sum(weights), 1.0, rel_tol=1e-4) or min(weights) < 0:
+            raise ValueError(f"weights must be >= 0 and sum to 1, got {list(weights)}")
         first = maps[0]
         for index, other in enumerate(maps):
             if (other.shape, other.dtype, other.problem.normalize) != (
@@ -171,6 +176,11 @@ class AttentionMap:
                     f"maps[{index}] is {other}, but maps[0] is {first}: only maps of one shape, "
                     f"dtype and normalisation average"
                 )
+            if first.problem.normalize != "block" and other.key_grid != first.key_grid:
+                raise ValueError(
+                    f"maps[{index}] has key_grid {other.key_grid}, but maps[0] has "
+                    f"{first.key_grid}: their normalised lines are not the same keys"
+                )
             for name in ("bias", "pairs"):
                 mine, theirs = getattr(first.problem, name), getattr(other.problem, name)
                 if (mine is None) != (theirs is None) or (
@@ -179,13 +189,21 @@ class AttentionMap:
                     what = "key_mask" if name == "bias" else name
                     raise ValueError(f"maps[{index}] has another {what} than maps[0]")
         width = max(m.problem.query.shape[3] for m in maps)
-        scale = first.problem.scale
+        scale, dtype = first.problem.scale, first.problem.query.dtype
+        # One scale for all heads: where they differ, queries take them up, in the compute dtype, for
+        # rounding that to half precision would cost percents of the map.
+        alike = all((m.problem.scale, m.problem.query.dtype) == (scale, dtype) for m in maps)
+        if not alike:
+            scale, dtype = 1.0, first.dtype
         queries, keys, heads = [], [], []
         for one, weight in zip(maps, weights, strict=True):
             problem = one.problem
             pad = (0, width - problem.query.shape[3])
-            queries.append(torch.nn.functional.pad(problem.query * (problem.scale / scale), pad))
-            keys.append(torch.nn.functional.pad(problem.key, pad))
+            query, key = problem.query.to(dtype), problem.key.to(dtype)
+            if not alike:
+                query = query * problem.scale
+            queries.append(torch.nn.functional.pad(query, pad))
+            keys.append(torch.nn.functional.pad(key, pad))
             each = problem.head_weights
             if each is None:
                 each = torch.full(
