@@ -190,7 +190,7 @@ class AttentionMap:
                     raise ValueError(f"maps[{index}] has another {what} than maps[0]")
         width = max(m.problem.query.shape[3] for m in maps)
         scale, dtype = first.problem.scale, first.problem.query.dtype
-        # One scale for all heads: where they differ, queries take them up, in the compute dtype, for
+        # One scale for all heads: where they differ, queries take them up, in the compute dtype:
         # rounding that to half precision would cost percents of the map.
         alike = all((m.problem.scale, m.problem.query.dtype) == (scale, dtype) for m in maps)
         if not alike:
