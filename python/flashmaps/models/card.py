@@ -41,15 +41,18 @@ Seed {seed}; AdamW, warm-up then cosine decay, bfloat16 autocast, on 2 CPU cores
 work. VAE loss: L1 + MSE + L1 of the differences between neighbours + 1e-5 KL; reconstruction
 {psnr:.1f} dB PSNR on fresh crops of the training photos. UNet loss: epsilon prediction with min-SNR
 weighting (gamma 5), 10 % of captions dropped, exponential moving average of the weights.
-`python -m flashmaps.models.train` repeats it.
+`python -m flashmaps.models.train` trains it anew, with options for each of these numbers; where a
+stage was ended by the clock, the learning rate followed the clock, and the result is alike but not
+the same to the bit.
 
 ## Data
 
 Random crops, flips and colour jitter of photos that the installed packages carry: {skimage} from
 scikit-image, {sklearn} from scikit-learn, {crops} crops for the UNet. `stereo_motorcycle` was
-held out: matching is demonstrated on it. No photo is redistributed here. The photos of scikit-image
-are in the public domain, CC0 or CC BY, source by source in the docstrings of `skimage.data`;
-scikit-learn's are CC BY 2.0, china.jpg by danielbuechele and flower.jpg by vultilion.
+held out: matching is demonstrated on it. No photo is redistributed here. The docstrings of
+`skimage.data` name the sources of its photos: public domain, CC0 or no known restrictions wherever
+a licence is stated. scikit-learn's are CC BY 2.0, china.jpg by danielbuechele and flower.jpg by
+vultilion.
 
 ## Limits
 

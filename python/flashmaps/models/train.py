@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     args.checkpoints.mkdir(parents=True, exist_ok=True)
     if not args.resume:
-        for name in ("vae.pt", "unet.pt", "log.jsonl"):
+        for name in ("vae.pt", "bank.pt", "unet.pt", "log.jsonl"):
             (args.checkpoints / name).unlink(missing_ok=True)
     sizes = TINY if args.tiny else Sizes()
     parts = build(sizes, args.seed)
@@ -131,9 +131,7 @@ class Run:
             "modules": {k: m.state_dict() for k, m in self.modules.items()},
             "averages": {k: a.state_dict() for k, a in self.averages.items()},
         }
-        partial = self.path.with_suffix(".partial")
-        torch.save(state, partial)
-        os.replace(partial, self.path)
+        save_whole(state, self.path)
 
     def _load(self) -> None:
         state = torch.load(self.path, map_location="cpu", weights_only=False)
@@ -253,9 +251,16 @@ def train_unet(parts: Parts, photos: Photos, psnr: float, args: argparse.Namespa
 def encode_bank(parts: Parts, photos: Photos, args: argparse.Namespace):
     """Encode `args.bank` crops once: the frozen encoder would else cost a fifth of each step.
 
+    The bank is kept beside the checkpoints, for a resumed run to start at once.
+
     Returns:
         Scaled latent means and deviations [bank, 4, h, w] and caption tokens [bank, 77].
     """
+    path = args.checkpoints / "bank.pt"
+    if args.resume and path.exists():
+        bank = torch.load(path)
+        if len(bank[0]) == args.bank:
+            return bank
     scale = parts.vae.config.scaling_factor
     means, deviations, captions = [], [], []
     for index in tqdm(range(0, args.bank, 32), desc="latents", mininterval=5):
@@ -268,7 +273,16 @@ def encode_bank(parts: Parts, photos: Photos, args: argparse.Namespace):
     tokens = parts.tokenizer(
         captions, padding="max_length", truncation=True, max_length=77, return_tensors="pt"
     ).input_ids
-    return torch.cat(means), torch.cat(deviations), tokens
+    bank = torch.cat(means), torch.cat(deviations), tokens
+    save_whole(bank, path)
+    return bank
+
+
+def save_whole(state, path: Path) -> None:
+    """Write under another name, then rename: a run killed meanwhile leaves the old file."""
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)
 
 
 def generator_for(args: argparse.Namespace, stage: int, step: int) -> torch.Generator:
