@@ -8,7 +8,6 @@ nothing, write nothing out of bounds, and give zeros for a row that has no key.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 
@@ -24,7 +23,7 @@ NORMALIZE = (None, "block", "columns", "rows")
 _check_values = False
 
 
-class checks(contextlib.ContextDecorator):
+class checks:
     """Look for NaN and inf in Q and K whenever a map is made: ``fm.checks(True)``.
 
     A switch when called, and a context manager that puts the old setting back. Off by default:

@@ -84,7 +84,26 @@ def row_index(
     return torch.where(picked < 0, picked + rows, picked)
 
 
-class AttentionMap:
+class Lazy:
+    """Lets torch see ``@``: ``torch.matmul(A, x)`` works, and torch.compile traces ``A @ x``."""
+
+    __matmul__: Any
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func not in (torch.matmul, Tensor.matmul):
+            return NotImplemented
+        left, right = args
+        if torch.compiler.is_compiling() and not isinstance(left, Lazy):
+            # torch.compile presents A @ x as Tensor.matmul(x, A): it swaps the operands so that the
+            # tensor comes first, and has no reverse of matmul. (x @ A itself is a TypeError.)
+            left, right = right, left
+        return left.__matmul__(right) if isinstance(left, Lazy) else NotImplemented
+
+
+class AttentionMap(Lazy):
     """A = sum_h w_h softmax(scale * Q_h K_h^T + mask), N x M, never built (note eq. 2.1, 2.2).
 
     Args:
@@ -263,7 +282,10 @@ class AttentionMap:
     @overload
     def __matmul__(self, other: AttentionMap) -> Composition: ...
     def __matmul__(self, other: Tensor | AttentionMap) -> Tensor | Composition:
-        """A @ x: [batch, M, C] -> [batch, N, C]; or A @ A', the lazy `Composition`."""
+        """A @ x: [batch, M, C] -> [batch, N, C]; or A @ A', the lazy `Composition`.
+
+        In one graph of torch.compile, write fm.compose(A, A'): it cannot trace ``@`` of two maps.
+        """
         if isinstance(other, AttentionMap):
             from flashmaps.composition import Composition
 
@@ -388,7 +410,7 @@ class AttentionMap:
         return cell_index((height, width), (rows, columns), device=self.device), rows * columns
 
 
-class TransposedMap:
+class TransposedMap(Lazy):
     """A.mT, lazy."""
 
     def __init__(self, of: AttentionMap) -> None:

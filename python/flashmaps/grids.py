@@ -12,7 +12,7 @@ Grid = tuple[int, int]
 
 def square_grid(tokens: int) -> Grid | None:
     """(s, s) when ``tokens`` is s * s, else None."""
-    side = math.isqrt(tokens)
+    side = int(math.sqrt(tokens) + 0.5)  # not math.isqrt, which torch.compile cannot trace
     return (side, side) if side * side == tokens else None
 
 
