@@ -267,6 +267,7 @@ def _problems() -> list[Problem]:
     wide = (2, 3, 21, 45, 24)
     found = [Problem(shape) for shape in shapes]
     found += [
+        Problem((1, 2, 19, 33001, 8), "two-passes"),  # rows too long for the strips of csrc/
         Problem(wide, "mask", options=bool_mask),
         Problem((1, 2, 19, 131, 40), "first-120-hidden", options=hidden(0, 120)),
         Problem((1, 2, 19, 131, 40), "last-120-hidden", options=hidden(11, 131)),

@@ -284,3 +284,13 @@ def test_scores_too_large_for_exp(dtype: torch.dtype, backend: str) -> None:
     last = fm.AttentionMap(query, key.flip(2), scale=4.0, backend=backend)
     assert (last.argmax() == 99).all()
     close(last.to_dense().flip(2), A.to_dense())
+
+
+def test_subnormal_halves_count(backend: str) -> None:
+    """float16 goes down to 6e-8: what is subnormal there is an ordinary float32."""
+    query, key = torch.zeros(2, 1, 1, 1, 8, dtype=torch.float16).unbind(0)
+    query[..., 0], key[..., 0] = 2.0**-20, 1024.0
+    A = fm.AttentionMap(query, key, scale=1024.0, backend=backend)
+    assert A.lse.item() == 1.0
+    B = fm.AttentionMap(key, query, scale=1024.0, backend=backend)
+    assert B.lse.item() == 1.0

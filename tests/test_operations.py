@@ -80,7 +80,7 @@ def test_topk(subject: Subject) -> None:
 def test_products(subject: Subject) -> None:
     batch, queries, keys = subject.lazy.shape
     generator = torch.Generator().manual_seed(0)
-    for columns in (1, 3, 16, 17, 200):
+    for columns in (1, 3, 16, 17, 200) if keys < 10_000 else (3, 17):
         x = torch.randn(batch, keys, columns, generator=generator, dtype=subject.lazy.dtype)
         y = torch.randn(batch, queries, columns, generator=generator, dtype=subject.lazy.dtype)
         subject.check("product", subject.lazy @ x, x)
@@ -88,15 +88,16 @@ def test_products(subject: Subject) -> None:
 
 
 def test_pool(subject: Subject, case: tuple[Problem, torch.dtype]) -> None:
-    _, queries, keys = subject.lazy.shape
+    query_to, key_to, query_cells, key_cells = None, None, None, None
     query_grid, key_grid = grids(*case)
-    query_to, key_to = (None if grid is None else _coarser(grid) for grid in (query_grid, key_grid))
-    alone = [torch.eye(tokens).double() for tokens in (queries, keys)]
-    query_cells = alone[0] if query_to is None else oracle.cells(query_grid, query_to)
-    key_cells = alone[1] if key_to is None else oracle.cells(key_grid, key_to)
-    subject.check("pool", subject.lazy.pool(), *alone)
-    subject.check("pool", subject.lazy.pool(query_to=query_to), query_cells, alone[1])
-    subject.check("pool", subject.lazy.pool(key_to=key_to), alone[0], key_cells)
+    if query_grid is not None:
+        query_to = _coarser(query_grid)
+        query_cells = oracle.cells(query_grid, query_to)
+    if key_grid is not None:
+        key_to = _coarser(key_grid)
+        key_cells = oracle.cells(key_grid, key_to)
+    subject.check("pool", subject.lazy.pool(query_to=query_to), query_cells, None)
+    subject.check("pool", subject.lazy.pool(key_to=key_to), None, key_cells)
     subject.check("pool", subject.lazy.pool(query_to, key_to), query_cells, key_cells)
 
 
