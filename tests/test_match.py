@@ -10,7 +10,7 @@ import pytest
 import torch
 from flashmaps import evaluation, pipelines
 from flashmaps.grids import centres
-from flashmaps.match import match_features, pixel_field, token_at
+from flashmaps.match import TEMPERATURE, match_features, pixel_field, token_at
 from flashmaps.pipelines import Features, features, load_model
 from safetensors.torch import load_file
 from tiny_pipeline import tiny_pipeline
@@ -107,6 +107,20 @@ def test_images_and_grids_may_differ():
     assert match.source_to_target[..., 0].max() <= 119 and match.source_to_target.min() >= 0
 
 
+def test_keys_or_queries_are_compared_by_cosine(pipe):
+    """With keys on keys an image finds itself, however long its keys are."""
+    (found,) = features(pipe, PHOTO, layers=LAYERS, size=64)
+    for compare in ("kk", "qq"):
+        match = match_features(found, found, compare=compare)
+        assert match.mutual.all() and match.summary()["compare"] == compare
+    keys = torch.nn.functional.normalize(found.key, dim=-1)
+    dense = (keys @ keys.mT / TEMPERATURE).softmax(-1).mean(1)
+    measured = match_features(found, found, compare="kk").forward_map.to_dense()
+    torch.testing.assert_close(measured, dense, atol=1e-4, rtol=1e-3)
+    with pytest.raises(ValueError, match=r"compare='best' is not known; choose 'qk'"):
+        fm.match(PHOTO, PHOTO, model=pipe, compare="best")
+
+
 def test_points_and_kinds_are_checked(shifted):
     with pytest.raises(ValueError, match=r"\(90, 3\) lies outside the source image of 90 x 40"):
         shifted.transfer([(90, 3)])
@@ -155,6 +169,8 @@ def test_equal_images_have_equal_features(pipe):
     assert torch.equal(first.query, second.query) and torch.equal(first.key, second.key)
     (other,) = features(pipe, PHOTO, layers=LAYERS, size=64, seeds=1)
     assert not torch.equal(first.query, other.query)
+    first, second = features(pipe, [PHOTO, PHOTO], layers=LAYERS, size=64, same_noise=False)
+    assert first.seeds != second.seeds and not torch.equal(first.query, second.query)
 
 
 def test_noise_is_normal_and_follows_the_schedule(pipe):

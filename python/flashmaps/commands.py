@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
+from flashmaps.pipelines import DEFAULT_TIMESTEP
+
 # Errors whose message tells the user what to mend; anything else is a bug and shows its traceback.
 _MISTAKES = (ValueError, OSError, ImportError)
 _EXIT_MISTAKE = 2
@@ -30,6 +32,9 @@ Timestep = Annotated[
 Seed = Annotated[
     list[int] | None,
     typer.Option(help="Noise seed; repeat it to average over several.", show_default="0"),
+]
+Compare = Annotated[
+    str, typer.Option(help="qk: queries on keys (attention). kk, qq: keys or queries by cosine.")
 ]
 Backend = Annotated[str, typer.Option(help="What computes the maps; flashmaps doctor lists them.")]
 
@@ -69,7 +74,7 @@ def match(
     target: Annotated[Path, typer.Argument(help="Image file to find the source's points in.")],
     model: Model = "builtin",
     layers: Layers = None,
-    timestep: Timestep = 261,
+    timestep: Timestep = DEFAULT_TIMESTEP,
     seed: Seed = None,
     prompt: Annotated[str, typer.Option(help="Text the model sees.")] = "",
     size: Annotated[
@@ -80,6 +85,7 @@ def match(
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("flashmaps-match"),
+    compare: Compare = "qk",
     backend: Backend = "auto",
 ) -> None:
     """Match two images: writes correspondences, statistics and pictures to a folder."""
@@ -100,7 +106,7 @@ def match(
         pipe = load_model(model)
     found = match_images(
         first, second, model=pipe, layers=layers or None, timestep=timestep, seeds=seed or [0],
-        prompt=prompt, size=size, backend=backend, progress=True,
+        prompt=prompt, size=size, compare=compare, backend=backend, progress=True,
     )  # fmt: skip
     with console.status("drawing"):
         found.save(out)
@@ -119,9 +125,12 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("demo-output"),
     model: Model = "builtin",
     layers: Layers = None,
-    timestep: Timestep = 261,
+    timestep: Timestep = DEFAULT_TIMESTEP,
     seed: Seed = None,
     size: Annotated[int, typer.Option(help="Longer side in pixels that the model sees.")] = 288,
+    compare: Annotated[
+        str, typer.Option(help="Which comparison the pictures show: qk, kk or qq.")
+    ] = "kk",
     backend: Backend = "auto",
 ) -> None:
     """Match a real stereo pair, score it against its true disparity, and write a report."""
@@ -133,7 +142,7 @@ def demo(
 
     results = job.run(
         out, model=model, layers=layers or None, timestep=timestep, seeds=seed or [0], size=size,
-        backend=backend, progress=True,
+        compare=compare, backend=backend, progress=True,
     )  # fmt: skip
     console = Console()
     for table in report.tables(results):

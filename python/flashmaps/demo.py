@@ -20,11 +20,12 @@ from flashmaps import costs, evaluation
 from flashmaps.files import check_replaceable, whole_folder, write_json
 from flashmaps.grids import centres
 from flashmaps.images import Image, resize
-from flashmaps.match import Match, match_features, pixel_field
+from flashmaps.match import COMPARE, READING, Match, match_features, pixel_field
 from flashmaps.pipelines import BUILTIN, DEFAULT_TIMESTEP, Features, features, load_model
 
 DEMO_SIZE = 288  # longer side in pixels: 48 x 72 tokens at a quarter of the pixels
 MARKER = "results.json"
+
 CLICKED = (372, 268)  # a pixel of the left view: on the engine, with texture and a true disparity
 _RANDOM_SEED = 0
 
@@ -69,17 +70,22 @@ def run(
     timestep: int = DEFAULT_TIMESTEP,
     seeds: Sequence[int] = (0,),
     size: int = DEMO_SIZE,
+    compare: str = "kk",
     backend: str = "auto",
     progress: bool = False,
 ) -> dict[str, Any]:
     """Match the pair, score it against truth and baselines, and write the folder ``out``.
 
-    The folder holds ``report.html`` (self-contained), the pictures and ``results.json``, which has
-    every number and is what this returns. It is written whole or not at all.
+    Queries on keys (the note's attention), keys on keys and queries on queries are all scored; the
+    pictures and the prediction of wrong matches are of ``compare``. The folder holds
+    ``report.html`` (self-contained), the pictures and ``results.json``, which has every number and
+    is what this returns. It is written whole or not at all.
     """
     from tqdm.auto import tqdm
 
     check_replaceable(out, MARKER)  # before the work, not after it
+    if compare not in COMPARE:
+        raise ValueError(f"compare={compare!r}; wanted one of {', '.join(COMPARE)}")
     started = time.perf_counter()
     with tqdm(total=7, disable=not progress, bar_format=_BAR) as bar:
 
@@ -99,12 +105,15 @@ def run(
         feature_seconds = time.perf_counter() - began
         step("matching")
         began = time.perf_counter()
-        match = match_features(left, right, backend=backend)
+        matches = {
+            name: match_features(left, right, compare=name, backend=backend) for name in COMPARE
+        }
+        match = matches[compare]
         match_seconds = time.perf_counter() - began
         step("running the untrained model")
-        untrained = _untrained_match(pipe, pair, options, backend)
+        untrained = _untrained_match(pipe, pair, options, compare, backend)
         step("scoring against the truth")
-        methods = _score_methods(pair, match, untrained)
+        methods = _score_methods(pair, matches, untrained)
         predictors = _score_predictors(pair, match)
         step("measuring time and memory")
         cost = {name: costs.measure(left, right, name, backend=backend) for name in costs.METHODS}
@@ -116,15 +125,15 @@ def run(
             "truth": _describe_truth(pair, known),
             "methods": methods,
             "maps": {
-                "trained model": _map_statistics(match),
-                "untrained model": _map_statistics(untrained),
+                **{READING[name]: _map_statistics(each) for name, each in matches.items()},
+                f"untrained, {READING[compare]}": _map_statistics(untrained),
             },
             "predictors_of_wrong_matches": predictors,
             "cost": cost,
             "seconds": {"model": feature_seconds, "matching": match_seconds},
         }
         results["seconds"]["before_drawing"] = time.perf_counter() - started
-        _write(out, match, pair, results)
+        _write(out, matches, match, pair, results)
         bar.update()
     return results
 
@@ -139,7 +148,9 @@ def token_field(matched: Tensor, match: Match) -> np.ndarray:
     return pixel_field(matched, here.grid, *sizes, smooth=False)
 
 
-def _untrained_match(pipe: Any, pair: StereoPair, options: dict[str, Any], backend: str) -> Match:
+def _untrained_match(
+    pipe: Any, pair: StereoPair, options: dict[str, Any], compare: str, backend: str
+) -> Match:
     """The same through a UNet of the same architecture with fresh random weights (VAE kept)."""
     import copy
 
@@ -149,11 +160,14 @@ def _untrained_match(pipe: Any, pair: StereoPair, options: dict[str, Any], backe
     fresh = copy.copy(pipe)
     fresh.unet = unet.to(pipe.unet.device, pipe.unet.dtype)
     left, right = features(fresh, [pair.left, pair.right], **options)
-    return match_features(left, right, backend=backend)
+    return match_features(left, right, compare=compare, backend=backend)
 
 
-def _score_methods(pair: StereoPair, match: Match, untrained: Match) -> dict[str, dict[str, float]]:
+def _score_methods(
+    pair: StereoPair, matches: dict[str, Match], untrained: Match
+) -> dict[str, dict[str, float]]:
     """PCK and errors in pixels of every method, all on the same tokens and pixels."""
+    match = matches["qk"]
     target = centres(match.target.grid)
     tokens = len(match.forward)
     generator = torch.Generator().manual_seed(_RANDOM_SEED)
@@ -163,11 +177,10 @@ def _score_methods(pair: StereoPair, match: Match, untrained: Match) -> dict[str
         return token_field(target[_nearest(describe(match.source), describe(match.target))], match)
 
     fields = {
-        "flashmaps, hard": match.source_to_target,
-        "flashmaps, soft": match.source_to_target_soft,
-        "cosine of queries": nearest(lambda f: _unit_rows(f.query)),
+        **{f"{READING[n]}, hard": m.source_to_target for n, m in matches.items()},
+        **{f"{READING[n]}, soft": m.source_to_target_soft for n, m in matches.items()},
         "cosine of keys": nearest(lambda f: _unit_rows(f.key)),
-        "untrained, hard": untrained.source_to_target,
+        f"untrained {READING[untrained.compare]}": untrained.source_to_target,
         "raw colour": nearest(lambda f: _colours(f, 1)),
         "raw colour, 3 x 3": nearest(lambda f: _colours(f, 3)),
         "identity": token_field(centres(match.source.grid), match),
@@ -239,6 +252,7 @@ def _score_predictors(pair: StereoPair, match: Match) -> dict[str, dict[str, Any
         "wrong_share_of_mutual": float(wrong[mutual].mean()) if mutual.any() else None,
         "mutual_tokens": int(mutual.sum()),
         "tokens": int(known.sum()),
+        "right_tokens": int((~wrong[known]).sum()),
     }
     return report
 
@@ -266,7 +280,18 @@ def _describe_truth(pair: StereoPair, known: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _write(out: str | Path, match: Match, pair: StereoPair, results: dict[str, Any]) -> None:
+def _other(match: Match) -> str:
+    """The comparison to show beside attention proper: the chosen one, or keys on keys."""
+    return "kk" if match.compare == "qk" else match.compare
+
+
+def _write(
+    out: str | Path,
+    matches: dict[str, Match],
+    match: Match,
+    pair: StereoPair,
+    results: dict[str, Any],
+) -> None:
     from flashmaps import plots, report
 
     x, y = CLICKED
@@ -279,8 +304,9 @@ def _write(out: str | Path, match: Match, pair: StereoPair, results: dict[str, A
         "shifts": plots.shifts(
             {
                 "truth": pair.truth,
-                "flashmaps, hard": match.source_to_target,
-                "flashmaps, soft": match.source_to_target_soft,
+                "queries on keys (attention), hard": matches["qk"].source_to_target,
+                f"{READING[_other(match)]}, hard": matches[_other(match)].source_to_target,
+                f"{READING[_other(match)]}, soft": matches[_other(match)].source_to_target_soft,
             },
             pair.left,
             limits=(low, high),
@@ -290,10 +316,10 @@ def _write(out: str | Path, match: Match, pair: StereoPair, results: dict[str, A
         "entropy": plots.entropy(match),
         "density": plots.density(match),
         "methods": plots.bars(
-            list(methods),
-            [score["median_error_px"] for score in methods.values()],
+            {name: score["median_error_px"] for name, score in methods.items()},
             "Median distance between the found and the true place (shorter is better)",
             f"pixels (the image is {pair.right.shape[1]} wide)",
+            highlighted=[name for name in methods if name.startswith(tuple(READING.values()))],
         ),
     }
     with whole_folder(out, MARKER) as folder:

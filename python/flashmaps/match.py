@@ -6,6 +6,8 @@
 
 A_st = softmax(scale Q_s K_t^T) says where each source token looks in the target, and
 A_ts = softmax(scale Q_t K_s^T) the way back, both averaged over heads, layers and noise seeds.
+Queries and keys live in different spaces, so that what a token looks at need not be what it looks
+like; ``compare="kk"`` and ``"qq"`` compare keys with keys, or queries with queries, instead.
 """
 
 from __future__ import annotations
@@ -31,6 +33,11 @@ if TYPE_CHECKING:
 
 KINDS = ("hard", "soft")
 
+# What is multiplied with what: (of the one image, of the other).
+COMPARE = {"qk": ("query", "key"), "kk": ("key", "key"), "qq": ("query", "query")}
+READING = {"qk": "queries on keys", "kk": "keys on keys", "qq": "queries on queries"}
+TEMPERATURE = 0.005  # of the softmax over cosines; chosen on known warps of other photographs
+
 
 @dataclass(frozen=True, eq=False)
 class Match:
@@ -41,6 +48,7 @@ class Match:
 
     Attributes:
         source, target: Q, K, token grid, image and settings of each image.
+        compare: "qk", "kk" or "qq", see :func:`cross_map`.
         forward_map: A_st, lazy [1, N_s, N_t]; backward_map: A_ts, lazy [1, N_t, N_s].
         round_trip: every statistic of the note; per source token: ``forward`` (f, the best target
             token), ``hard_distance`` and ``soft_distance`` (cycle errors, in the unit square),
@@ -53,6 +61,7 @@ class Match:
 
     source: Features
     target: Features
+    compare: str
     forward_map: AttentionMap
     backward_map: AttentionMap
     round_trip: RoundTrip
@@ -176,6 +185,7 @@ class Match:
             "timestep": self.source.timestep,
             "seeds": list(self.source.seeds),
             "prompt": self.source.prompt,
+            "compare": self.compare,
             "backend": self.forward_map.backend,
             "hard_ims": float(rt.hard_ims[0]),
             "soft_ims": float(rt.soft_ims[0]),
@@ -284,6 +294,8 @@ def match(
     prompt: str = "",
     seeds: int | Sequence[int] = (0,),
     size: int | tuple[int, int] | None = None,
+    same_noise: bool = True,
+    compare: str = "qk",
     backend: str = "auto",
     progress: bool = False,
 ) -> Match:
@@ -292,11 +304,13 @@ def match(
     Args:
         source, target: a path, PIL image, numpy array or torch tensor each.
         model: ``"builtin"``, a Stable Diffusion folder or hub id, or a loaded pipeline.
-        layers, timestep, prompt, seeds, size: see :func:`flashmaps.pipelines.features`. Both images
-            are resized by ``size`` on their own, so a larger size means more tokens.
+        layers, timestep, prompt, seeds, size, same_noise: see
+            :func:`flashmaps.pipelines.features`. A larger size means more tokens.
+        compare: "qk", "kk" or "qq", see :func:`cross_map`.
         backend: what computes the maps; see :func:`flashmaps.backends`.
         progress: show bars for what takes long.
     """
+    _check_compare(compare)  # before the work, not after it
     found = features(
         model,
         [source, target],
@@ -305,18 +319,22 @@ def match(
         prompt=prompt,
         seeds=seeds,
         size=size,
+        same_noise=same_noise,
         progress=progress,
     )
-    return match_features(found[0], found[1], backend=backend)
+    return match_features(found[0], found[1], compare=compare, backend=backend)
 
 
-def match_features(source: Features, target: Features, *, backend: str = "auto") -> Match:
+def match_features(
+    source: Features, target: Features, *, compare: str = "qk", backend: str = "auto"
+) -> Match:
     """Match two images whose features are there already, for instance one image against many."""
-    forward_map = cross_map(source, target, backend=backend)
-    backward_map = cross_map(target, source, backend=backend)
+    forward_map = cross_map(source, target, compare=compare, backend=backend)
+    backward_map = cross_map(target, source, compare=compare, backend=backend)
     return Match(
         source=source,
         target=target,
+        compare=compare,
         forward_map=forward_map,
         backward_map=backward_map,
         round_trip=round_trip(forward_map, backward_map),
@@ -325,17 +343,39 @@ def match_features(source: Features, target: Features, *, backend: str = "auto")
     )
 
 
-def cross_map(queries: Features, keys: Features, *, backend: str = "auto") -> AttentionMap:
-    """Cross-self-attention: one image's queries on another's keys, lazy [1, N, M] (eq. 2.4)."""
+def cross_map(
+    of: Features, to: Features, *, compare: str = "qk", backend: str = "auto"
+) -> AttentionMap:
+    """The map from one image's tokens to the other's, lazy [1, N, M].
+
+    compare="qk": cross-self-attention, softmax(scale Q K^T), the note's eq. 2.4.
+    compare="kk", "qq": softmax(cosine / TEMPERATURE) of keys with keys, or queries with queries;
+        vectors of each head are scaled to length 1, since a long one would otherwise win
+        everywhere.
+    """
+    _check_compare(compare)
+    ours, theirs = (getattr(f, name) for f, name in zip((of, to), COMPARE[compare], strict=True))
+    scale = of.scale
+    if compare != "qk":
+        ours, theirs = (torch.nn.functional.normalize(x, dim=-1) for x in (ours, theirs))
+        scale = 1 / TEMPERATURE
     return AttentionMap(
-        queries.query,
-        keys.key,
-        scale=queries.scale,
-        head_weights=queries.head_weights,
-        query_grid=queries.grid,
-        key_grid=keys.grid,
+        ours,
+        theirs,
+        scale=scale,
+        head_weights=of.head_weights,
+        query_grid=of.grid,
+        key_grid=to.grid,
         backend=backend,
     )
+
+
+def _check_compare(compare: str) -> None:
+    if compare not in COMPARE:
+        raise ValueError(
+            f"compare={compare!r} is not known; choose 'qk' (attention), 'kk' (keys with keys) or "
+            "'qq' (queries with queries)"
+        )
 
 
 def pixel_field(

@@ -6,7 +6,7 @@ saved with ``figure.savefig(path)`` or shown by a notebook.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -219,13 +219,16 @@ def shifts(fields: dict[str, np.ndarray], image: Image, *, limits: tuple[float, 
     return figure
 
 
-def bars(names: Sequence[str], values: Sequence[float], title: str, unit: str) -> Figure:
-    """Horizontal bars, first on top, each with its value written beside it."""
+def bars(
+    values: dict[str, float], title: str, unit: str, *, highlighted: Collection[str] = ()
+) -> Figure:
+    """Horizontal bars by name, first on top, each with its value written beside it."""
+    names = list(values)
     figure, axes = _figure(1, 1, 0.03 + 0.028 * len(names), bar=False)
     ax = axes[0]
-    colours = ["#d97706" if name.startswith("flashmaps") else "#7f97b8" for name in names]
-    drawn = ax.barh(range(len(names)), values, color=colours)
-    ax.bar_label(drawn, labels=[f"{value:.1f}" for value in values], padding=3, fontsize=9)
+    colours = ["#d97706" if name in highlighted else "#7f97b8" for name in names]
+    drawn = ax.barh(range(len(names)), list(values.values()), color=colours)
+    ax.bar_label(drawn, labels=[f"{value:.1f}" for value in values.values()], padding=3, fontsize=9)
     ax.set_yticks(range(len(names)), names, fontsize=9)
     ax.invert_yaxis()
     ax.set_xlabel(unit, fontsize=9)
