@@ -23,11 +23,11 @@ BUILTIN = "builtin"
 
 # The note works at the level with N = 1024 tokens: 32 x 32 in SD at 512 pixels. In the decoder of
 # SD1.5 and SD2, and of the built-in miniature at 128 pixels, that level is up_blocks.2. The layers
-# of the decoder are the ones that DIFT, DiffSeg and the note's references found to carry semantics.
+# of the decoder are those that published work on diffusion features found to carry semantics.
 DEFAULT_LAYERS = "up_blocks.2.*.attn1"
 # Of 1000: next to no noise. On known warps of four photographs (not the demo's), an early built-in
-# model finds 43 % of the points within 2 % of the image at timestep 1 and 10 % at 101, keys compared
-# with keys. Large models match meaning, rather than places, better at about 261.
+# model finds 43 % of the points within 2 % of the image at timestep 1 and 10 % at 101 (keys with
+# keys). Large models match meaning, rather than places, better at about 261.
 DEFAULT_TIMESTEP = 1
 _OTHER_NOISE = 1_000_003  # added to the seeds of the next image when noise is to differ
 

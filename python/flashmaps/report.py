@@ -154,8 +154,8 @@ def tables(results: dict[str, Any]) -> Iterator[Table]:
             title=title,
             title_justify="left",
             title_style="bold",
-            box=box.SIMPLE_HEAD,
-            pad_edge=False,
+            box=None,
+            padding=(0, 2, 0, 0),
         )
         for index, name in enumerate(header):
             table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
