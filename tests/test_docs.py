@@ -1,0 +1,178 @@
+"""What the documents say: their examples run, and what they name exists."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import doctest
+import importlib
+import io
+import pkgutil
+import re
+import shlex
+from pathlib import Path
+
+import flashmaps
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "python/flashmaps"
+DOCUMENTS = ("README.md", "ARCHITECTURE.md", "docs/maths.md")
+
+# Named before they exist: the picture is drawn by `make demo`, results are written by `make bench`.
+MADE_LATER = {"docs/demo.png", "benches/results", "results"}
+# Names of other things that look like paths to `paths_in`.
+NOT_OURS = {"left.png", "right.png", "matches.png"}
+
+
+def text_of(document: str) -> str:
+    return (ROOT / document).read_text("utf-8")
+
+
+def blocks(document: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text_of(document), re.M | re.S)
+
+
+def needs_model(block: str) -> bool:
+    return "fm.match" in block or "load_model" in block
+
+
+README_PYTHON = [
+    pytest.param(
+        block,
+        id=f"block{n}",
+        marks=[pytest.mark.slow] if needs_model(block) else [],
+    )
+    for n, block in enumerate(blocks("README.md", "python"), 1)
+]
+
+
+@pytest.mark.parametrize("block", README_PYTHON)
+def test_the_readme_runs(
+    block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if needs_model(block):
+        pytest.importorskip("diffusers")
+        from skimage import data, io, transform
+
+        for name, image in zip(("left", "right"), data.stereo_motorcycle()[:2], strict=True):
+            small = transform.resize(image, (96, 144), anti_aliasing=True)
+            io.imsave(tmp_path / f"{name}.png", (small * 255).astype("uint8"))
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_readme_has_examples() -> None:
+    assert len(README_PYTHON) >= 4
+
+
+def modules() -> list[str]:
+    names = [module.name for module in pkgutil.walk_packages(flashmaps.__path__, "flashmaps.")]
+    return ["flashmaps", *(name for name in names if ".models" not in name and "._C" not in name)]
+
+
+@pytest.mark.parametrize("name", modules())
+def test_doctests(name: str) -> None:
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        pytest.skip(f"{error.name} is not installed")
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log):
+        failed, _ = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
+    assert failed == 0, log.getvalue()
+
+
+def paths_in(document: str) -> set[str]:
+    """What is linked to, or written in backticks and looks like a file or a folder of ours."""
+    text = re.sub(r"^```.*?^```$", "", text_of(document), flags=re.M | re.S)
+    linked = re.findall(r"\]\(([^)#\s]+)\)", text)
+    written = re.findall(r"`([\w./-]+\.(?:py|h|cpp|md|txt|toml|png)|[\w./-]+/)`", text)
+    found = {name for name in (*linked, *written) if not name.startswith("http")}
+    return {name.rstrip("/") for name in found} - NOT_OURS
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_named_files_exist(document: str) -> None:
+    missing = []
+    for name in paths_in(document) - MADE_LATER:
+        # As written from the root, from the document, or, where no folder is given, in the package.
+        places = [ROOT, (ROOT / document).parent, *([PACKAGE] if "/" not in name else [])]
+        if not any((place / name).exists() for place in places):
+            missing.append(name)
+    assert not missing, f"{document} names files that do not exist: {sorted(missing)}"
+
+
+def test_every_source_is_in_the_architecture() -> None:
+    named = paths_in("ARCHITECTURE.md")
+    python = {f"python/flashmaps/{file.name}" for file in PACKAGE.glob("[!_]*.py")}
+    missing = sorted(python - named)
+    assert not missing, f"ARCHITECTURE.md does not say what is in {missing}"
+
+
+def layers() -> list[str]:
+    """Modules in the order of ARCHITECTURE.md's first table."""
+    table = text_of("ARCHITECTURE.md").split("## Layers")[1].split("##")[0]
+    return re.findall(r"^\|[^|]*\| `python/flashmaps/(\w+)(?:\.py|/)` \|", table, re.M)
+
+
+def test_imports_run_one_way() -> None:
+    order = layers()
+    assert len(order) > 20
+    wrong = []
+    for position, name in enumerate(order):
+        file = PACKAGE / f"{name}.py"
+        if not file.exists():  # a folder
+            continue
+        for node in ast.parse(file.read_text("utf-8")).body:
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith(
+                "flashmaps"
+            ):
+                continue
+            tail = node.module.split(".")[1:2]
+            for imported in tail or [alias.name for alias in node.names]:
+                if imported in order and order.index(imported) >= position:
+                    wrong.append(f"{name}.py imports {imported}")
+    assert not wrong
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_named_functions_exist(document: str) -> None:
+    """`fm.x` in text and examples."""
+    for name in set(re.findall(r"\bfm\.(\w+)", text_of(document))):
+        assert name in flashmaps.__all__, f"{document} names fm.{name}"
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", text_of("Makefile"), re.M))
+    for document in DOCUMENTS:
+        found = re.findall(r"(?:`|^)make ([a-z-]+)", text_of(document), re.M)
+        assert set(found) <= targets, document
+
+
+def shell_lines(start: str) -> list[str]:
+    lines = [line for block in blocks("README.md", "sh") for line in block.splitlines()]
+    return [line for line in lines if line.startswith(start)]
+
+
+@pytest.mark.parametrize("line", shell_lines("flashmaps "))
+def test_commands_exist(line: str) -> None:
+    """Each `flashmaps` command of the README, with its options."""
+    typer = pytest.importorskip("typer")
+    pytest.importorskip("rich")
+    from flashmaps.commands import make_app
+
+    _, name, *arguments = shlex.split(line, comments=True)
+    app = typer.main.get_command(make_app())
+    assert name in app.commands
+    options = {option for each in app.commands[name].params for option in each.opts}
+    assert {word for word in arguments if word.startswith("--")} <= options
+
+
+def test_named_extras_exist() -> None:
+    import tomllib
+
+    known = tomllib.loads(text_of("pyproject.toml"))["project"]["optional-dependencies"]
+    found = re.findall(r"pip install '\.\[(\w+)\]'", text_of("README.md"))
+    assert found and set(found) <= set(known)
