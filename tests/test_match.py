@@ -218,7 +218,7 @@ def test_prompt_reaches_the_model(pipe):
         ({"size": 7}, "size=7 is too small; this model needs at least 16"),
         (
             {"layers": "up_blocks.*.attn1"},
-            r"layers of different sizes cannot be averaged.*\n.*gri",
+            r"layers of different sizes cannot be averaged.*\n.*grid",
         ),
         ({"layers": "up_blocks.1.*.attn2"}, r"attn2' is cross-attention.*needs self-attention"),
         ({"layers": "nothing"}, "layers='nothing' matches no attention layer"),
