@@ -16,9 +16,10 @@ pipeline_tag: text-to-image
 
 # FlashMaps builtin: a miniature Stable Diffusion 2
 
-The classes and block structure of Stable Diffusion 2 at a hundredth of its width, small enough to
-ship inside a Python package: {sizes}. It exists so that attention maps of a real latent diffusion
-pipeline can be captured and matched without a download.
+The classes and block structure of Stable Diffusion 2 with a two-hundredth of its parameters
+({sizes}), small enough to ship inside a
+Python package. It exists so that attention maps of a latent diffusion pipeline can be captured and
+matched without a download.
 
     from diffusers import StableDiffusionPipeline
     from flashmaps.models import builtin_folder
@@ -37,29 +38,33 @@ Pictures are 128 x 128 pixels, latents 4 x 32 x 32, self-attention runs at 32 x 
 | loss, mean of the last 200 iterations | {vae_loss:.4f} (L1 {vae_l1:.4f}) | {unet_loss:.4f} \
 (plain MSE {unet_mse:.4f}) |
 
-Seed {seed}; AdamW, warm-up then cosine decay, bfloat16 autocast, on 2 CPU cores shared with other
-work. VAE loss: L1 + MSE + L1 of the differences between neighbours + 1e-5 KL; reconstruction
-{psnr:.1f} dB PSNR on fresh crops of the training photos. UNet loss: epsilon prediction with min-SNR
-weighting (gamma 5), 10 % of captions dropped, exponential moving average of the weights.
+Seed {seed}; AdamW, warm-up then cosine decay, bfloat16 autocast, on 2 CPU cores or fewer, shared
+with other work. VAE loss: L1 + MSE + L1 of the differences between neighbours + 1e-5 KL;
+reconstruction {psnr:.1f} dB PSNR on fresh crops of the training photos. UNet loss: epsilon
+prediction with min-SNR weighting (gamma 5), 10 % of captions dropped, exponential moving average
+of the weights.
 `python -m flashmaps.models.train` trains it anew, with options for each of these numbers; where a
 stage was ended by the clock, the learning rate followed the clock, and the result is alike but not
 the same to the bit.
 
 ## Data
 
-Random crops, flips and colour jitter of photos that the installed packages carry: {skimage} from
-scikit-image, {sklearn} from scikit-learn, {crops} crops for the UNet. `stereo_motorcycle` was
-held out: matching is demonstrated on it. No photo is redistributed here. The docstrings of
-`skimage.data` name the sources of its photos: public domain, CC0 or no known restrictions wherever
-a licence is stated. scikit-learn's are CC BY 2.0, china.jpg by danielbuechele and flower.jpg by
-vultilion.
+Random crops, flips and colour jitter of photos that the installed packages carry, {crops} crops
+for the UNet:
+
+- scikit-image: {skimage};
+- scikit-learn: {sklearn}.
+
+`stereo_motorcycle` was held out: matching is demonstrated on it. No photo is
+redistributed here. The docstrings of `skimage.data` name the sources of its photos: public domain,
+CC0 or no known restrictions wherever a licence is stated. scikit-learn's are CC BY 2.0, china.jpg
+by danielbuechele and flower.jpg by vultilion.
 
 ## Limits
 
-A first short training on {photos} photos: it knows these pictures and little else, generates
-textures and fragments of them rather than scenes, and understands hardly any words beyond their
-captions. Not for producing images. Its features are made for trying attention maps out, not for
-state-of-the-art matching.
+A first short training on {photos} photos. What it generates are hazy textures in their colours, no
+objects, and captions hardly steer it. The VAE blurs fine detail and mutes colours. Not for
+producing images. Its features are made for trying attention maps out, not for good matching.
 """
 
 
@@ -75,8 +80,7 @@ def model_card(parts: Parts, log: Path, psnr: float, args) -> str:
         for name in ("unet", "vae", "text_encoder")
     }
     return TEMPLATE.format(
-        sizes=", ".join(f"{n.replace('_', ' ')} {c / 1e6:.2f} M" for n, c in counts.items())
-        + " parameters",
+        sizes=", ".join(f"{n.replace('_', ' ')} {c / 1e6:.2f} M" for n, c in counts.items()),
         vae_steps=len(vae),
         unet_steps=len(unet),
         vae_batch=args.vae_batch,

@@ -39,6 +39,8 @@ def export(parts: Parts, folder: Path, card: str) -> None:
         pipeline.save_pretrained(staging)
         write_vocabulary(staging / "tokenizer")
         (staging / "README.md").write_text(card)
+        for path in staging.rglob("*.safetensors"):
+            path.chmod(0o644)  # safetensors writes for the owner alone, whatever the umask
         _replace(folder, staging)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
