@@ -9,13 +9,13 @@ import torch
 from operations import FUSED
 from shapes import SHAPES
 
-LONG = ("wan", "tokens-65536")
+LONG = ("wan", "tokens-16384", "tokens-65536")
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes(case: Callable[..., None], full: bool, name: str) -> None:
     if name in LONG and not full:
-        pytest.skip("takes minutes: --full runs it")
+        pytest.skip("takes long: --full runs it")
     headline = name == "sd2-64"
     case(FUSED, SHAPES[name], compiled=headline or (full and name not in LONG), headline=headline)
 

@@ -52,7 +52,7 @@ class Roofline:
         self.flops[dtype] = max(rate, self.flops.get(dtype, 0.0))
         x = -torch.rand(_EXPS * torch.get_num_threads(), dtype=dtype)
         y = torch.empty_like(x)
-        rate = x.numel() / _best(lambda: torch.exp(x, out=y), 0.05)
+        rate = x.numel() / _best(lambda: torch.exp(x, out=y), 0.2)
         self.exps[dtype] = max(rate, self.exps.get(dtype, 0.0))
 
     def limit(self, flops: float, exps: float, dtype: torch.dtype) -> float:
