@@ -27,8 +27,7 @@ do the job.
 workspace: the most held at once beyond inputs and outputs, in MB (10^6 bytes).
 of limit: the machine's limit divided by the median. limit = flops / (multiply-add rate) + exps / \
 (exp rate), with what the definition needs, each element once, and the best rates of torch.mm and \
-torch.exp in this run. More than 100% is possible where products in float32 precision are made on \
-a matrix unit for bfloat16, which torch.mm leaves alone.
+torch.exp in this run.
 ps/element: picoseconds for each of the H N M elements of the heads' maps (of both maps, where \
 there are two).
 torch.compile: compiled eager. map, then reduce: the mean map built head by head by torch, then \
