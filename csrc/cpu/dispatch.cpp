@@ -2,8 +2,8 @@
 
 namespace flashmaps {
 
-#define FLASHMAPS_DECLARE(isa) \
-  namespace isa {              \
+#define FLASHMAPS_DECLARE(isa)                                                       \
+  namespace isa {                                                                    \
   std::int64_t reduce(const Problem&, const Operands&, const Outputs&, int threads); \
   }
 #ifdef FLASHMAPS_HAVE_AVX512
@@ -25,6 +25,9 @@ struct Build {
 
 std::vector<Build> builds() {
   std::vector<Build> all;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+#endif
 #ifdef FLASHMAPS_HAVE_AVX512
   all.push_back({"avx512", &avx512::reduce,
                  __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&

@@ -35,7 +35,7 @@ struct Operands {
   std::int64_t k = 0;        // for topk
   std::uintptr_t cells = 0;  // int64 [M], the cell of each key, for pooled_keys
   std::int64_t num_cells = 0;
-  Problem partner;                      // the map back, M x N, with its lse, for return_probability
+  Problem partner;  // the map back, M x N, with its lse, for return_probability
   std::uintptr_t partner_line_mass = 0;  // T [P, M, lines] of the map back, where it is normalised
 };
 

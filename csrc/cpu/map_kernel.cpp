@@ -2,9 +2,9 @@
 //
 // A strip of R queries x all keys is kept in cache: for each head its scores are computed and
 // exponentiated in place, then added, divided by their sum, to the strip of the mean map, which is
-// reduced while it is there. One product Q K^T in all. Where a strip would not fit the cache, or the
-// log-sum-exp is given, it is used instead: the probabilities of a block of keys then need no others,
-// at the price of a second product where the log-sum-exp had to be computed first.
+// reduced while it is there. One product Q K^T in all. Where a strip would not fit the cache, or
+// the log-sum-exp is given, it is used instead: the probabilities of a block of keys then need no
+// others, at the price of a second product where the log-sum-exp had to be computed first.
 //
 // This file is compiled once for each instruction set, in a namespace of its own.
 #include <memory>
@@ -37,18 +37,22 @@ int thread_index() {
 #endif
 }
 
+// The state that a thread needs in here, put back when it leaves.
+//
 // Numbers below the smallest normal one are zero here: they cost a hundred cycles each and weigh
-// nothing in a sum. Restored when a thread leaves the kernel.
-class FlushDenormals {
+// nothing in a sum.
+class ThreadState {
  public:
 #if defined(__x86_64__)
-  FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
-  ~FlushDenormals() { _mm_setcsr(before_); }
-  FlushDenormals(const FlushDenormals&) = delete;
-  FlushDenormals& operator=(const FlushDenormals&) = delete;
+  ThreadState() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+  ~ThreadState() { _mm_setcsr(before_); }
+  ThreadState(const ThreadState&) = delete;
+  ThreadState& operator=(const ThreadState&) = delete;
 
  private:
   unsigned before_;
+#else
+  ThreadState() {}  // not trivial: an unused variable otherwise
 #endif
 };
 
@@ -202,15 +206,13 @@ class Worker {
     query_ = Buffer<T>(w, p.heads * p.dim * R);
     convert_ = Buffer<T>(w, kKeyChunk * std::max(p.dim, plan.operands.partner.dim));
     if (own_mean) mean_ = Buffer<T>(w, plan.strip_keys() * R);
-    if (p.heads > 1) head_ = Buffer<T>(w, plan.strip_keys() * R);
-    coefficients_.resize(std::size_t(p.heads));
+    if (p.heads > 1 && !plan.known) head_ = Buffer<T>(w, plan.strip_keys() * R);
     if (plan.normalized) line_mass_ = Buffer<T>(w, plan.lines.count * R);
     const Outputs& out = plan.out;
     if (out.return_probability != 0) {
       const Problem& b = plan.operands.partner;
       back_query_ = Buffer<T>(w, b.heads * b.dim * R);
       back_ = Buffer<T>(w, kBackKeys * R);
-      back_head_ = Buffer<T>(w, kBackKeys * R);
     }
     rows_.shape = {p.queries, p.keys, T(1) / T(plan.lines.count)};
     rows_.entropy.out = pointer<T>(out.entropy);
@@ -245,8 +247,8 @@ class Worker {
     }
   }
 
-  // Everything about one strip. `mean` receives its block of the mean map where columns need it too;
-  // null for this thread's own.
+  // Everything about one strip. `mean` receives its block of the mean map where columns need it
+  // too; null for this thread's own.
   void rows(const Strip& s, T* mean = nullptr) {
     if (mean == nullptr) mean = mean_;
     const std::int64_t keys = plan_.problem.keys;
@@ -262,7 +264,7 @@ class Worker {
     } else {
       softmax_heads(s, mean);
       if (plan_.normalized) {
-        for (std::int64_t j0 = 0; j0 < keys; j0 += kBlock) combine_last(j0, block_end(j0, keys), mean);
+        combine_last(0, keys, mean);
         normalize(mean);
       }
       finish(s, 0, keys, mean);
@@ -277,8 +279,7 @@ class Worker {
     for (std::int64_t h = 0; h < p.heads; ++h) {
       SoftmaxLanes<T> lanes;
       lanes.begin();
-      score_keys<T, Mode::Lse>(query_ + h * p.dim * R, plan_.map.key, plan_.map.key_index(s.map), h,
-                               0, p.keys, plan_.map.key_bias(s.map), lanes, nullptr, convert_);
+      score<Mode::Lse>(s, h, 0, p.keys, lanes, Target<T>{});
       write_lse(s, h, lanes, lse2);
     }
   }
@@ -287,9 +288,6 @@ class Worker {
   void known_block(const Strip& s, std::int64_t j0, std::int64_t j1) {
     load_strip(s);
     known_heads(s, j0, j1, mean_);
-    for (std::int64_t b0 = j0; b0 < j1; b0 += kBlock) {
-      combine_last(b0 - j0, block_end(b0, j1) - j0, mean_);
-    }
   }
   const T* mean() const { return mean_; }
 
@@ -304,37 +302,69 @@ class Worker {
   void load_strip(const Strip& s) {
     const Problem& p = plan_.problem;
     for (std::int64_t h = 0; h < p.heads; ++h) {
-      pack_lanes<T>(plan_.map.query, plan_.map.query_index(s.map), h, s.i0, s.valid, plan_.map.scale,
-                    query_ + h * p.dim * R);
+      pack_lanes<T>(plan_.map.query, plan_.map.query_index(s.map), h, s.i0, s.valid,
+                    plan_.map.scale, query_ + h * p.dim * R);
     }
     for (int r = 0; r < R; ++r) valid_[r / L][r % L] = r < s.valid ? T(1) : T(0);
   }
 
-  // All heads with a running softmax; every head but the last is in `mean` afterwards, the last one
-  // in head_ (in `mean` where it is the only one), to be added by combine_last.
+  // Scores of head h of this strip, whatever the mode.
+  template <Mode mode>
+  void score(const Strip& s, std::int64_t h, std::int64_t j0, std::int64_t j1,
+             SoftmaxLanes<T>& lanes, const Target<T>& to) {
+    score_keys<T, mode>(query_ + h * plan_.problem.dim * R, plan_.map.key,
+                        plan_.map.key_index(s.map), h, j0, j1, plan_.map.key_bias(s.map), lanes, to,
+                        convert_);
+  }
+
+  // All heads with a running softmax. Afterwards the last head is still to be added (combine_last,
+  // block by block, right before the reducers read it): it lies in head_, or in `mean` if it is the
+  // only one.
   void softmax_heads(const Strip& s, T* mean) {
     const Problem& p = plan_.problem;
+    Target<T> to;
+    to.e = p.heads > 1 ? head_ : mean;
+    to.mean = mean;
     for (std::int64_t h = 0; h < p.heads; ++h) {
-      T* e = h == 0 ? mean : head_;
       SoftmaxLanes<T> lanes;
       lanes.begin();
-      score_keys<T, Mode::Softmax>(query_ + h * p.dim * R, plan_.map.key, plan_.map.key_index(s.map),
-                                   h, 0, p.keys, plan_.map.key_bias(s.map), lanes, e, convert_);
-      for (int v = 0; v < 2; ++v) {
+      if (h == 0) {
+        score<Mode::First>(s, h, 0, p.keys, lanes, to);
+      } else if (h == 1) {
+        score<Mode::Second>(s, h, 0, p.keys, lanes, to);
+      } else {
+        score<Mode::Later>(s, h, 0, p.keys, lanes, to);
+      }
+      for (int v = 0; v < kWidth; ++v) {
         // A row without any visible key has sum 0 and gives zeros; so do lanes without a query.
         const Vec<T> some = lanes.total[v] > Vec<T>{} ? lanes.total[v] : splat(T(1));
-        coefficients_[std::size_t(h)].lane[v] = plan_.map.weight(h) * valid_[v] / some;
+        to.coefficient[v] = plan_.map.weight(h) * valid_[v] / some;
+        last_[v] = to.coefficient[v];
       }
       if (plan_.out.lse != 0) write_lse(s, h, lanes, nullptr);
-      add_previous(h, p.keys, mean);
+    }
+  }
+  void combine_last(std::int64_t from, std::int64_t to, T* mean) const {
+    const bool one = plan_.problem.heads == 1;
+    for (std::int64_t n = from * R; n < to * R; n += R) {
+      for (int v = 0; v < kWidth; ++v) {
+        T* m = mean + n + v * L;
+        store<T>(m, one ? load(m) * last_[v] : load(m) + load(head_ + n + v * L) * last_[v]);
+      }
     }
   }
 
-  // Keys j0 .. j1 of all heads from their log-sum-exp, laid out as softmax_heads does.
+  static Target<T> known_target(T* mean, T weight) {
+    Target<T> to;
+    to.mean = mean;
+    for (auto& lane : to.coefficient) lane = splat(weight);
+    return to;
+  }
+
+  // Keys j0 .. j1 of the mean map from the log-sum-exp of every head.
   void known_heads(const Strip& s, std::int64_t j0, std::int64_t j1, T* mean) {
     const Problem& p = plan_.problem;
     for (std::int64_t h = 0; h < p.heads; ++h) {
-      T* e = h == 0 ? mean : head_;
       const T* lse = p.lse != 0 ? plan_.map.lse_of(s.map, h)
                                 : plan_.computed_lse + (s.map * p.heads + h) * p.queries;
       SoftmaxLanes<T> lanes;
@@ -343,42 +373,11 @@ class Worker {
         const T x = r < s.valid ? lse[s.i0 + r] : std::numeric_limits<T>::infinity();
         lanes.shift[r / L][r % L] = x == -std::numeric_limits<T>::infinity() ? T(0) : x;
       }
-      score_keys<T, Mode::Known>(query_ + h * p.dim * R, plan_.map.key, plan_.map.key_index(s.map),
-                                 h, j0, j1, plan_.map.key_bias(s.map), lanes, e, convert_);
-      for (auto& lane : coefficients_[std::size_t(h)].lane) lane = splat(plan_.map.weight(h));
-      add_previous(h, j1 - j0, mean);
-    }
-  }
-
-  // mean = c_0 e_0 + c_1 e_1 + ...: head h is added once it is complete, except for the last one,
-  // which combine_last adds block by block right before the reducers read it. Head 0 lies in `mean`
-  // as it is until head 1 comes.
-  void add_previous(std::int64_t h, std::int64_t count, T* mean) {
-    if (h > 0 && h + 1 < plan_.problem.heads) add_head(h, 0, count, mean);
-  }
-  void combine_last(std::int64_t from, std::int64_t to, T* mean) {
-    const std::int64_t last = plan_.problem.heads - 1;
-    if (last > 0) return add_head(last, from, to, mean);
-    const auto& c = coefficients_[0].lane;
-    for (std::int64_t j = from; j < to; ++j) {
-      for (int v = 0; v < 2; ++v) store<T>(mean + j * R + v * L, at(mean, j, v) * c[v]);
-    }
-  }
-  void add_head(std::int64_t h, std::int64_t from, std::int64_t to, T* mean) {
-    const auto& c = coefficients_[std::size_t(h)].lane;
-    const auto& first = coefficients_[0].lane;
-    const T* e = head_;
-    if (h == 1) {
-      for (std::int64_t j = from; j < to; ++j) {
-        for (int v = 0; v < 2; ++v) {
-          store<T>(mean + j * R + v * L, at(mean, j, v) * first[v] + at(e, j, v) * c[v]);
-        }
-      }
-    } else {
-      for (std::int64_t j = from; j < to; ++j) {
-        for (int v = 0; v < 2; ++v) {
-          store<T>(mean + j * R + v * L, at(mean, j, v) + at(e, j, v) * c[v]);
-        }
+      const Target<T> to = known_target(mean, plan_.map.weight(h));
+      if (h == 0) {
+        score<Mode::KnownFirst>(s, h, j0, j1, lanes, to);
+      } else {
+        score<Mode::KnownLater>(s, h, j0, j1, lanes, to);
       }
     }
   }
@@ -389,12 +388,12 @@ class Worker {
     std::fill_n(&line_mass_[0], plan_.lines.count * R, T(0));
     for (std::int64_t j = 0; j < keys; ++j) {
       T* mass = line_mass_ + plan_.lines.of(j) * R;
-      for (int v = 0; v < 2; ++v) store<T>(mass + v * L, load(mass + v * L) + at(mean, j, v));
+      for (int v = 0; v < kWidth; ++v) store<T>(mass + v * L, load(mass + v * L) + at(mean, j, v));
     }
     for (std::int64_t n = 0; n < plan_.lines.count * R; ++n) line_mass_[n] = inverse(line_mass_[n]);
     for (std::int64_t j = 0; j < keys; ++j) {
       const T* factor = line_mass_ + plan_.lines.of(j) * R;
-      for (int v = 0; v < 2; ++v) {
+      for (int v = 0; v < kWidth; ++v) {
         store<T>(mean + j * R + v * L, at(mean, j, v) * load(factor + v * L));
       }
     }
@@ -407,7 +406,7 @@ class Worker {
   void finish(const Strip& s, std::int64_t j0, std::int64_t j1, T* mean) {
     for (std::int64_t b0 = j0; b0 < j1; b0 += kBlock) {
       const std::int64_t b1 = block_end(b0, j1);
-      if (!plan_.normalized) combine_last(b0 - j0, b1 - j0, mean);
+      if (!plan_.known && !plan_.normalized) combine_last(b0 - j0, b1 - j0, mean);
       const T* back = nullptr;
       if (plan_.out.return_probability != 0) {
         back_block(s, b0, b1);
@@ -455,13 +454,16 @@ class Worker {
       T negative[kBackKeys];
       for (std::int64_t j = 0; j < count; ++j) negative[j] = -lse[j];
       SoftmaxLanes<T> lanes;
-      lanes.shift[0] = back_shift_[0];
-      lanes.shift[1] = back_shift_[1];
-      score_keys<T, Mode::Known>(back_query_ + h * b.dim * R, back.query, back.query_index(s.map), h,
-                                 j0, j1, negative - j0, lanes, back_head_, convert_);
-      const T weight = back.weight(h);
-      for (std::int64_t n = 0; n < count * R; ++n) {
-        back_[n] = (h == 0 ? T(0) : back_[n]) + weight * back_head_[n];
+      for (int v = 0; v < kWidth; ++v) lanes.shift[v] = back_shift_[v];
+      const Target<T> to = known_target(back_, back.weight(h));
+      const T* lanes_k = back_query_ + h * b.dim * R;
+      const std::int64_t of = back.query_index(s.map);
+      if (h == 0) {
+        score_keys<T, Mode::KnownFirst>(lanes_k, back.query, of, h, j0, j1, negative - j0, lanes,
+                                        to, convert_);
+      } else {
+        score_keys<T, Mode::KnownLater>(lanes_k, back.query, of, h, j0, j1, negative - j0, lanes,
+                                        to, convert_);
       }
     }
     if (plan_.operands.partner_line_mass != 0) normalize_back(s, j0, count);
@@ -477,20 +479,15 @@ class Worker {
     }
   }
 
-  struct Coefficient {
-    Lanes<T> lane;
-  };
-
   Plan<T>& plan_;
   Rows<T> rows_;
-  Lanes<T> valid_, back_shift_;
-  std::vector<Coefficient> coefficients_;
-  Buffer<T> query_;             // [H][d][R], scaled
-  Buffer<T> convert_;           // [kKeyChunk][d]
-  Buffer<T> mean_, head_;       // [keys of a block][R]
-  Buffer<T> line_mass_;         // [lines][R]
-  Buffer<T> back_query_;        // [H][d][R]
-  Buffer<T> back_, back_head_;  // [kBackKeys][R]
+  Lanes<T> valid_, last_, back_shift_;  // last_: the coefficient of the head yet to be added
+  Buffer<T> query_;                     // [H][d][R], scaled
+  Buffer<T> convert_;                   // [kKeyChunk][d]
+  Buffer<T> mean_, head_;               // [keys of a block][R]
+  Buffer<T> line_mass_;                 // [lines][R]
+  Buffer<T> back_query_;                // [H][d][R]
+  Buffer<T> back_;                      // [kBackKeys][R]
 };
 
 // Row reductions: strips are independent.
@@ -498,33 +495,33 @@ template <class T>
 void run_rows(Plan<T>& plan, std::vector<std::unique_ptr<Worker<T>>>& workers) {
 #pragma omp parallel num_threads(int(workers.size()))
   {
-    const FlushDenormals flush;
+    const ThreadState state;
     Worker<T>& worker = *workers[std::size_t(thread_index())];
 #pragma omp for schedule(dynamic, 1)
     for (std::int64_t n = 0; n < plan.strips; ++n) worker.rows(plan.strip(n));
   }
 }
 
-// Rows and columns in one pass: a window of strips is made in parallel, then each key's column takes
-// them up in order. How many strips make a window does not change the order, so neither the bits.
+// Rows and columns in one pass: a window of strips is made in parallel, then each key's column
+// takes them up in order. How many strips make a window does not change the order, so neither the
+// bits.
 template <class T>
 void run_windows(Plan<T>& plan, std::vector<std::unique_ptr<Worker<T>>>& workers) {
   constexpr int R = kRows<T>;
   const std::int64_t keys = plan.problem.keys;
-  const std::int64_t window =
-      std::min<std::int64_t>(plan.strips, 2 * std::int64_t(workers.size()));
+  const std::int64_t window = std::min<std::int64_t>(plan.strips, 2 * std::int64_t(workers.size()));
   Columns<T> columns = plan.columns();
   const std::int64_t packed = columns.product_out == nullptr ? 0 : R * columns.packed_columns();
   Buffer<T> means(plan.workspace, window * keys * R);
   Buffer<T> left(plan.workspace, window * packed);
   columns.hold(plan.workspace, 1);  // strips come in order: a key is in one map at a time
   // One piece of work is the columns of kBlock keys, or fewer where there are few.
-  const std::int64_t step = std::clamp<std::int64_t>(keys / (2 * std::int64_t(workers.size())),
-                                                     1, kBlock);
+  const std::int64_t step =
+      std::clamp<std::int64_t>(keys / (2 * std::int64_t(workers.size())), 1, kBlock);
   const std::int64_t pieces = (keys + step - 1) / step;
 #pragma omp parallel num_threads(int(workers.size()))
   {
-    const FlushDenormals flush;
+    const ThreadState state;
     Worker<T>& worker = *workers[std::size_t(thread_index())];
     for (std::int64_t first = 0; first < plan.strips; first += window) {
       const std::int64_t last = std::min(first + window, plan.strips);
@@ -540,8 +537,8 @@ void run_windows(Plan<T>& plan, std::vector<std::unique_ptr<Worker<T>>>& workers
         for (std::int64_t n = first; n < last; ++n) {
           const Strip s = plan.strip(n);
           if (s.i0 == 0) columns.begin(0, s.map, j0, j1);
-          columns.update(0, s, means + ((n - first) * keys + j0) * R,
-                         left + (n - first) * packed, j0, j1);
+          columns.update(0, s, means + ((n - first) * keys + j0) * R, left + (n - first) * packed,
+                         j0, j1);
           if (s.i0 + s.valid == plan.problem.queries) columns.write(0, s.map, j0, j1);
         }
       }
@@ -561,7 +558,7 @@ void run_known_columns(Plan<T>& plan, std::vector<std::unique_ptr<Worker<T>>>& w
   columns.hold(plan.workspace, std::int64_t(workers.size()));
 #pragma omp parallel num_threads(int(workers.size()))
   {
-    const FlushDenormals flush;
+    const ThreadState state;
     const std::int64_t me = thread_index();
     Worker<T>& worker = *workers[std::size_t(me)];
 #pragma omp for schedule(dynamic, 1)
@@ -602,7 +599,7 @@ std::int64_t run(const Problem& problem, const Operands& operands, const Outputs
     }
 #pragma omp parallel num_threads(int(workers.size()))
     {
-      const FlushDenormals flush;
+      const ThreadState state;
       Worker<T>& worker = *workers[std::size_t(thread_index())];
 #pragma omp for schedule(dynamic, 1)
       for (std::int64_t n = 0; n < plan.strips; ++n) {

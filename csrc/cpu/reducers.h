@@ -28,9 +28,6 @@ struct Shape {
   T inverse_lines;
 };
 
-template <class T>
-using Lanes = Vec<T>[2];
-
 template <class T, class To>
 inline void write_lanes(const Lanes<T>& lanes, const Strip& s, std::int64_t queries, To* out,
                         std::int64_t stride = 1) {
@@ -43,17 +40,17 @@ inline void write_lanes(const Lanes<T>& lanes, const Strip& s, std::int64_t quer
 template <class T>
 struct Sum {
   Lanes<T> total;
-  void begin() { total[0] = total[1] = Vec<T>{}; }
-  // term(j, v) for each key of a block and each half of the lanes.
+  void begin() {
+    for (auto& lane : total) lane = Vec<T>{};
+  }
+  // term(j, v) for each key of a block and each vector of the lanes.
   template <class F>
   void add(std::int64_t count, F term) {
     Lanes<T> block = {};
     for (std::int64_t j = 0; j < count; ++j) {
-      block[0] += term(j, 0);
-      block[1] += term(j, 1);
+      for (int v = 0; v < kWidth; ++v) block[v] += term(j, v);
     }
-    total[0] += block[0];
-    total[1] += block[1];
+    for (int v = 0; v < kWidth; ++v) total[v] += block[v];
   }
 };
 
@@ -71,7 +68,7 @@ struct Entropy {
     sum.add(count, [&](std::int64_t j, int v) { return xlogx(at(p, j, v) * inverse_lines); });
   }
   void write(const Strip& s, std::int64_t queries) {
-    for (auto& half : sum.total) half = Vec<T>{} - half;
+    for (auto& lane : sum.total) lane = Vec<T>{} - lane;
     write_lanes<T>(sum.total, s, queries, out);
   }
 };
@@ -81,17 +78,17 @@ struct MaxArgmax {
   T* max_out = nullptr;
   std::int64_t* argmax_out = nullptr;
   Lanes<T> top;
-  IVec<T> where[2];
+  IVec<T> where[kWidth];
   bool wanted() const { return max_out != nullptr || argmax_out != nullptr; }
   void begin() {
-    top[0] = top[1] = splat(T(-1));
-    where[0] = where[1] = IVec<T>{};
+    for (auto& lane : top) lane = splat(T(-1));
+    for (auto& lane : where) lane = IVec<T>{};
   }
   void update(const T* p, std::int64_t j0, std::int64_t count) {
     using Int = typename Simd<T>::Int;
     for (std::int64_t j = 0; j < count; ++j) {
       const IVec<T> index = IVec<T>{} + Int(j0 + j);
-      for (int v = 0; v < 2; ++v) {
+      for (int v = 0; v < kWidth; ++v) {
         const Vec<T> x = at(p, j, v);
         const IVec<T> better = x > top[v];  // strictly: the lowest index wins ties
         where[v] = (where[v] & ~better) | (index & better);
@@ -121,8 +118,8 @@ struct Expectation {
     sum_y.add(count, [&](std::int64_t j, int v) { return at(p, j, v) * y[j0 + j]; });
   }
   void write(const Strip& s, std::int64_t queries, T inverse_lines) {
-    for (auto& half : sum_x.total) half *= inverse_lines;
-    for (auto& half : sum_y.total) half *= inverse_lines;
+    for (auto& lane : sum_x.total) lane *= inverse_lines;
+    for (auto& lane : sum_y.total) lane *= inverse_lines;
     write_lanes<T>(sum_x.total, s, queries, out, 2);
     write_lanes<T>(sum_y.total, s, queries, out + 1, 2);
   }
@@ -151,7 +148,7 @@ struct ReturnProbability {
     sum.add(count, [&](std::int64_t j, int v) { return at(p, j, v) * at(back, j, v); });
   }
   void write(const Strip& s, std::int64_t queries, T inverse_lines) {
-    for (auto& half : sum.total) half *= inverse_lines;
+    for (auto& lane : sum.total) lane *= inverse_lines;
     write_lanes<T>(sum.total, s, queries, out);
   }
 };
@@ -169,17 +166,12 @@ struct Product {
     const T* b = x + (map * keys + j0) * columns;
     std::int64_t c = 0;
     const auto tile = [&]<int J>() {
-      Vec<T> acc[J][2] = {};
-      multiply<T, J, false>(p, b + c, 1, columns, count, acc);
       T* to = held + c * kRows<T>;
-      for (int j = 0; j < J; ++j, to += kRows<T>) {
-        store<T>(to, load(to) + acc[j][0]);
-        store<T>(to + kLanes<T>, load(to + kLanes<T>) + acc[j][1]);
-      }
+      multiply_into<T, kWidth, J, false>(p, kRows<T>, b + c, 1, columns, count, to);
       c += J;
     };
     while (c + kTileKeys <= columns) tile.template operator()<kTileKeys>();
-    while (c + 3 <= columns) tile.template operator()<3>();
+    while (c + 2 <= columns) tile.template operator()<2>();
     while (c < columns) tile.template operator()<1>();
   }
   void write(const Strip& s, std::int64_t queries) {
@@ -200,8 +192,8 @@ inline void write_rows(const T* p, std::int64_t count, std::int64_t valid, T* to
   }
 }
 
-// The k largest of each row, largest first, the lowest index among equals. Small k: a sorted list for
-// each lane, entered only by what beats its last entry. Large k: whole rows, sorted at the end.
+// The k largest of each row, largest first, the lowest index among equals. Small k: a sorted list
+// for each lane, entered only by what beats its last entry. Large k: whole rows, sorted at the end.
 template <class T>
 struct TopK {
   static constexpr std::int64_t kSmall = 64;
@@ -214,7 +206,7 @@ struct TopK {
   bool wanted() const { return values_out != nullptr || indices_out != nullptr; }
   bool small() const { return k <= kSmall; }
   void begin() {
-    threshold[0] = threshold[1] = splat(T(-1));
+    for (auto& lane : threshold) lane = splat(T(-1));
     if (small()) {
       std::fill_n(&values[0], kRows<T> * k, T(-1));
       std::fill_n(&indices[0], kRows<T> * k, std::int64_t(0));
@@ -223,7 +215,7 @@ struct TopK {
   void update(const T* p, std::int64_t j0, std::int64_t count, const Strip& s, std::int64_t keys) {
     if (!small()) return write_rows(p, count, s.valid, values + j0, keys);
     for (std::int64_t j = 0; j < count; ++j) {
-      for (int v = 0; v < 2; ++v) {
+      for (int v = 0; v < kWidth; ++v) {
         const Vec<T> x = at(p, j, v);
         if (!any_greater<T>(x, threshold[v])) continue;
         for (int l = 0; l < kLanes<T>; ++l) {
@@ -273,8 +265,7 @@ struct PooledKeys {
   void update(const T* p, std::int64_t j0, std::int64_t count) {
     for (std::int64_t j = 0; j < count; ++j) {
       T* to = held + cells[j0 + j] * kRows<T>;
-      store<T>(to, load(to) + at(p, j, 0));
-      store<T>(to + kLanes<T>, load(to + kLanes<T>) + at(p, j, 1));
+      for (int v = 0; v < kWidth; ++v, to += kLanes<T>) store<T>(to, load(to) + at(p, j, v));
     }
   }
   void write(const Strip& s, std::int64_t queries) {
@@ -332,38 +323,39 @@ struct Rows {
   }
 };
 
-// Column reducers see strips in order, each key by one thread: the bits do not depend on the threads.
-// Lanes without a query hold zeros. Sums over strips are kept in double.
+// Column reducers see strips in order, each key by one thread: the bits do not depend on the
+// threads. Lanes without a query hold zeros. Sums over strips are kept in double.
 template <class T>
 struct Columns {
   T *sum_out = nullptr, *entropy_out = nullptr, *max_out = nullptr;
   std::int64_t* argmax_out = nullptr;
-  T* product_out = nullptr;              // [P, M, C], added to in place
-  const T* left = nullptr;               // [P, N, C]
+  T* product_out = nullptr;  // [P, M, C], added to in place
+  const T* left = nullptr;   // [P, N, C]
   std::int64_t left_columns = 0;
-  Buffer<double> mass, plogp;            // [slots][M]
-  Buffer<T> top;                         // [slots][M]
+  Buffer<double> mass, plogp;  // [slots][M]
+  Buffer<T> top;               // [slots][M]
   std::int64_t keys = 0;
 
   bool sums() const { return sum_out != nullptr || entropy_out != nullptr; }
   bool tops() const { return max_out != nullptr || argmax_out != nullptr; }
   bool wanted() const { return sums() || tops() || product_out != nullptr; }
-  std::int64_t packed_columns() const { return (left_columns + kRows<T> - 1) / kRows<T> * kRows<T>; }
+  std::int64_t packed_columns() const {
+    return (left_columns + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+  }
 
   void hold(Workspace& workspace, std::int64_t slots) {
     if (sums()) mass = Buffer<double>(workspace, slots * keys);
     if (entropy_out != nullptr) plogp = Buffer<double>(workspace, slots * keys);
     if (tops()) top = Buffer<T>(workspace, slots * keys);
   }
-  // Rows of y for a strip, [C / R][R queries][R columns], zeros where there is none.
+  // Rows of y for a strip, [R queries][packed columns], zeros where there is none.
   void pack_left(const Strip& s, std::int64_t queries, T* to) const {
     if (product_out == nullptr) return;
+    const std::int64_t stride = packed_columns();
     const T* y = left + (s.map * queries + s.i0) * left_columns;
-    for (std::int64_t c = 0; c < packed_columns(); ++c) {
-      T* block = to + c / kRows<T> * kRows<T> * kRows<T> + c % kRows<T>;
-      for (std::int64_t r = 0; r < kRows<T>; ++r) {
-        block[r * kRows<T>] = c < left_columns && r < s.valid ? y[r * left_columns + c] : T(0);
-      }
+    for (std::int64_t r = 0; r < s.valid; ++r, to += stride, y += left_columns) {
+      std::copy_n(y, left_columns, to);
+      std::fill_n(to + left_columns, stride - left_columns, T(0));
     }
   }
   void begin(std::int64_t slot, std::int64_t map, std::int64_t j0, std::int64_t j1) {
@@ -386,8 +378,7 @@ struct Columns {
       if (sums()) mass[here] += double(lane_sum(column));
       if (entropy_out != nullptr) {
         alignas(kVectorBytes) T t[R];
-        store<T>(t, xlogx(at(column, 0, 0)));
-        store<T>(t + kLanes<T>, xlogx(at(column, 0, 1)));
+        for (int v = 0; v < kWidth; ++v) store<T>(t + v * kLanes<T>, xlogx(at(column, 0, v)));
         plogp[here] += double(lane_sum(t));
       }
       if (tops()) {
@@ -406,26 +397,39 @@ struct Columns {
   }
   void multiply_left(const Strip& s, const T* p, const T* packed, std::int64_t j0,
                      std::int64_t j1) {
-    constexpr int R = kRows<T>, L = kLanes<T>;
-    for (std::int64_t c0 = 0; c0 < left_columns; c0 += R, packed += R * R) {
-      const std::int64_t width = std::min<std::int64_t>(R, left_columns - c0);
-      std::int64_t j = j0;
-      const auto tile = [&]<int J>() {
-        Vec<T> acc[J][2] = {};
-        multiply<T, J, true>(packed, p + (j - j0) * R, R, 1, s.valid, acc);
-        for (int n = 0; n < J; ++n) {
-          alignas(kVectorBytes) T t[R];
-          store<T>(t, acc[n][0]);
-          store<T>(t + L, acc[n][1]);
-          T* to = product_out + (s.map * keys + j + n) * left_columns + c0;
-          for (std::int64_t c = 0; c < width; ++c) to[c] += t[c];
-        }
-        j += J;
-      };
-      while (j + kTileKeys <= j1) tile.template operator()<kTileKeys>();
-      while (j + 3 <= j1) tile.template operator()<3>();
-      while (j < j1) tile.template operator()<1>();
+    const std::int64_t stride = packed_columns();
+    std::int64_t c = 0;
+    while (c < stride) {
+      const std::int64_t vectors = (stride - c) / kLanes<T>;
+      if (vectors >= 3) {
+        c += columns_left<3>(s, p, packed + c, c, j0, j1);
+      } else if (vectors == 2) {
+        c += columns_left<2>(s, p, packed + c, c, j0, j1);
+      } else {
+        c += columns_left<1>(s, p, packed + c, c, j0, j1);
+      }
     }
+  }
+  // Columns c .. c + W vectors of y; returns how many that is. A strip's product is summed by
+  // itself before it is added, so that rounding does not grow with the queries.
+  template <int W>
+  std::int64_t columns_left(const Strip& s, const T* p, const T* packed, std::int64_t c,
+                            std::int64_t j0, std::int64_t j1) {
+    constexpr int R = kRows<T>, C = W * kLanes<T>;
+    const std::int64_t width = std::min<std::int64_t>(C, left_columns - c);
+    std::int64_t j = j0;
+    const auto tile = [&]<int J>() {
+      alignas(kVectorBytes) T t[J * C] = {};
+      multiply_into<T, W, J, true>(packed, packed_columns(), p + (j - j0) * R, R, 1, s.valid, t);
+      for (int n = 0; n < J; ++n) {
+        T* to = product_out + (s.map * keys + j + n) * left_columns + c;
+        for (std::int64_t x = 0; x < width; ++x) to[x] += t[n * C + x];
+      }
+      j += J;
+    };
+    while (j + kTileKeys <= j1) tile.template operator()<kTileKeys>();
+    while (j < j1) tile.template operator()<1>();
+    return C;
   }
   void write(std::int64_t slot, std::int64_t map, std::int64_t j0, std::int64_t j1) const {
     for (std::int64_t j = j0; j < j1; ++j) {

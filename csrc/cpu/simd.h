@@ -1,5 +1,5 @@
 // Vectors of the instruction set that this file is compiled for, by GCC and Clang's vector types.
-// The kernels keep R = 2 vectors of queries side by side: every reduction over keys is then
+// The kernels keep R = kWidth vectors of queries side by side: every reduction over keys is then
 // lane-wise, with no shuffles, whatever the width.
 #pragma once
 
@@ -20,16 +20,25 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
-constexpr int kTileKeys = 12;  // 24 of 32 registers accumulate
+constexpr int kTileKeys = 8;
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;
-constexpr int kTileKeys = 6;  // 12 of 16 registers accumulate
+constexpr int kTileKeys = 4;
 #elif defined(__aarch64__)
 constexpr int kVectorBytes = 16;
-constexpr int kTileKeys = 12;
+constexpr int kTileKeys = 8;
 #else
 constexpr int kVectorBytes = 16;
-constexpr int kTileKeys = 6;
+constexpr int kTileKeys = 4;
+#endif
+// Three vectors of queries by kTileKeys keys accumulate in 24 of 32 registers, or 12 of 16. Two
+// vectors by half as many keys again would fit as well, but load more for each multiplication.
+constexpr int kWidth = 3;
+// With sixteen registers the product must be a function of its own, or GCC spills its accumulators.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr bool kManyRegisters = true;
+#else
+constexpr bool kManyRegisters = false;
 #endif
 
 template <class T>
@@ -54,7 +63,7 @@ using IVec = typename Simd<T>::I;
 template <class T>
 constexpr int kLanes = kVectorBytes / int(sizeof(T));
 template <class T>
-constexpr int kRows = 2 * kLanes<T>;  // R, the queries of a strip
+constexpr int kRows = kWidth * kLanes<T>;  // R, the queries of a strip
 
 template <class T>
 inline Vec<T> load(const T* p) {  // p aligned
@@ -188,11 +197,13 @@ inline Vec<double> xlogx(Vec<double> x) {
   return x * (exponent * 0.693147180559945309417 + 2.0 * s * p);
 }
 
-// Sum and maximum over the R lanes at p, in one fixed order (halving).
+// Sum and maximum over the R lanes at p, in one fixed order: vectors first, then halving.
 template <class T>
 inline T lane_sum(const T* p) {
   alignas(kVectorBytes) T t[kLanes<T>];
-  store<T>(t, load(p) + load(p + kLanes<T>));
+  Vec<T> all = load(p);
+  for (int v = 1; v < kWidth; ++v) all += load(p + v * kLanes<T>);
+  store<T>(t, all);
   for (int w = kLanes<T> / 2; w > 0; w /= 2) {
     for (int l = 0; l < w; ++l) t[l] += t[l + w];
   }
@@ -201,7 +212,9 @@ inline T lane_sum(const T* p) {
 template <class T>
 inline T lane_max(const T* p) {
   alignas(kVectorBytes) T t[kLanes<T>];
-  store<T>(t, vmax<T>(load(p), load(p + kLanes<T>)));
+  Vec<T> all = load(p);
+  for (int v = 1; v < kWidth; ++v) all = vmax<T>(all, load(p + v * kLanes<T>));
+  store<T>(t, all);
   for (int w = kLanes<T> / 2; w > 0; w /= 2) {
     for (int l = 0; l < w; ++l) t[l] = t[l] > t[l + w] ? t[l] : t[l + w];
   }
@@ -232,12 +245,18 @@ inline T widen(BFloat x) {
 }
 template <class T>
 inline T widen(Half x) {
-  // Move exponent and mantissa into place and multiply by 2^112 to correct the bias: subnormals come
-  // out right. Infinity and NaN have the largest exponent afterwards too: raise it to float's.
-  const std::uint32_t magnitude = std::uint32_t(x.bits & 0x7fff) << 13;
+  // Renormalise so that no intermediate is a subnormal float (the kernel flushes those): add
+  // 2^-14's exponent to a subnormal half's mantissa and subtract 2^-14 again.
+  std::uint32_t magnitude = std::uint32_t(x.bits & 0x7fff) << 13;
   float f;
-  std::memcpy(&f, &magnitude, 4);
-  f *= 5.192296858534828e33f;
+  if (magnitude < 0x00800000u) {
+    const std::uint32_t shifted = magnitude + 0x38800000u;  // 2^-14 (1 + m)
+    std::memcpy(&f, &shifted, 4);
+    f -= 6.103515625e-5f;
+  } else {
+    const std::uint32_t rebased = magnitude + 0x38000000u;
+    std::memcpy(&f, &rebased, 4);
+  }
   std::uint32_t bits;
   std::memcpy(&bits, &f, 4);
   bits |= magnitude >= 0x0f800000u ? 0x7f800000u : 0u;

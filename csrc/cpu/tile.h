@@ -7,121 +7,127 @@
 #include "cpu/map.h"
 #include "cpu/memory.h"
 #include "cpu/simd.h"
+#include "cpu/tokens.h"
 
 namespace flashmaps::FLASHMAPS_ISA {
 namespace {
 
-// acc[j][lanes] += sum_k a[k][lanes] * b[j * bj + k * bk], for J columns j. `a` is aligned [K][R].
-// Q K^T, A @ x and A^T y are all this: what differs is who sits in the lanes and who is broadcast.
-template <class T, int J, bool ContiguousK>
-inline void multiply(const T* a, const T* b, std::int64_t bj, std::int64_t bk, std::int64_t K,
-                     Vec<T> (&acc)[J][2]) {
-  constexpr int L = kLanes<T>;
+// acc[j][lanes] += sum_k a[k][lanes] * b[j * bj + k * bk], for J columns j. `a` is aligned, W
+// vectors from each multiple of lda. Q K^T, A @ x and A^T y are all this: what differs is who sits
+// in the lanes and who is broadcast.
+template <class T, int W, int J, bool ContiguousK>
+inline void multiply(const T* a, std::int64_t lda, const T* b, std::int64_t bj, std::int64_t bk,
+                     std::int64_t K, Vec<T> (&acc)[J][W]) {
   // Three columns share a pointer: x86 addresses b, b + bj and b + 2 bj from one register and an
-  // index, and twelve pointers would not fit the registers.
+  // index, and a pointer for each column would not fit the registers.
   constexpr int G = (J + 2) / 3;
   const T* pointer[G];
   for (int g = 0; g < G; ++g) pointer[g] = b + 3 * g * bj;
   for (std::int64_t k = 0; k < K; ++k) {
-    const Vec<T> a0 = load(a), a1 = load(a + L);
-    a += 2 * L;
-#pragma GCC unroll 12
+    Vec<T> lanes[W];
+    for (int v = 0; v < W; ++v) lanes[v] = load(a + v * kLanes<T>);
+    a += lda;
+#pragma GCC unroll 8
     for (int j = 0; j < J; ++j) {
       const T x = pointer[j / 3][(j % 3) * bj];
-      acc[j][0] += a0 * x;
-      acc[j][1] += a1 * x;
+#pragma GCC unroll 3
+      for (int v = 0; v < W; ++v) acc[j][v] += lanes[v] * x;
     }
     for (int g = 0; g < G; ++g) pointer[g] += ContiguousK ? 1 : bk;
+  }
+}
+
+// to[j][lanes] += the same product, [J][W vectors]. Not inlined, as score_tile.
+template <class T, int W, int J, bool ContiguousK>
+[[gnu::noinline]] void multiply_into(const T* a, std::int64_t lda, const T* b, std::int64_t bj,
+                                     std::int64_t bk, std::int64_t K, T* to) {
+  Vec<T> acc[J][W] = {};
+  multiply<T, W, J, ContiguousK>(a, lda, b, bj, bk, K, acc);
+#pragma GCC unroll 8
+  for (int j = 0; j < J; ++j, to += W * kLanes<T>) {
+#pragma GCC unroll 3
+    for (int v = 0; v < W; ++v) {
+      T* here = to + v * kLanes<T>;
+      store<T>(here, load(here) + acc[j][v]);
+    }
   }
 }
 
 constexpr double kLog2e = 1.44269504088896340736;
 constexpr double kLn2 = 0.693147180559945309417;
 
-// Keys are converted, where they must be, this many at a time. A multiple of every kTileKeys.
-constexpr std::int64_t kKeyChunk = 96;
+// One value for each of the R queries of a strip.
+template <class T>
+using Lanes = Vec<T>[kWidth];
 
 // Running state of the softmax over keys of R queries, scores in log2 units.
 template <class T>
 struct SoftmaxLanes {
-  Vec<T> max[2];    // an earlier maximum: no score seen exceeds it by more than kSlack
-  Vec<T> shift[2];  // what is subtracted: max, or 0 while every key was hidden
-  Vec<T> sum[2], total[2];  // two levels, so that rounding does not grow with the keys
+  Lanes<T> max;         // an earlier maximum: no score seen exceeds it by more than kSlack
+  Lanes<T> shift;       // what is subtracted: max, or 0 while every key was hidden
+  Lanes<T> sum, total;  // two levels, so that rounding does not grow with the keys
 
   // A maximum that lags behind saves rescaling: 2^40 times the row's length is far from overflow,
   // and terms 2^-86 of the largest are still exact.
   static constexpr T kSlack = T(40);
 
   void begin() {
-    for (int v = 0; v < 2; ++v) {
+    for (int v = 0; v < kWidth; ++v) {
       max[v] = splat(-std::numeric_limits<T>::infinity());
       shift[v] = sum[v] = total[v] = Vec<T>{};
     }
   }
   void fold() {
-    for (int v = 0; v < 2; ++v) {
+    for (int v = 0; v < kWidth; ++v) {
       total[v] += sum[v];
       sum[v] = Vec<T>{};
     }
   }
   // Adopt `seen` as the maximum; what was stored so far (`count` keys at e) is rescaled.
-  void raise(const Vec<T> (&seen)[2], T* e, std::int64_t count) {
-    Vec<T> factor[2];
+  [[gnu::noinline, gnu::cold]] void raise(const Lanes<T>& seen, T* e, std::int64_t count) {
+    Lanes<T> factor;
     const Vec<T> lowest = splat(-std::numeric_limits<T>::infinity());
-    for (int v = 0; v < 2; ++v) {
+    for (int v = 0; v < kWidth; ++v) {
       const Vec<T> to = vmax<T>(max[v], seen[v]);
       const Vec<T> difference = max[v] > lowest ? max[v] - to : lowest;  // nothing seen yet: 2^-inf
-      factor[v] = exp2(difference);
+      factor[v] =
+          exp2(difference * T(0.5));  // applied twice: its square may underflow where e does not
       max[v] = to;
       shift[v] = to > lowest ? to : Vec<T>{};
-      sum[v] *= factor[v];
-      total[v] *= factor[v];
+      sum[v] = sum[v] * factor[v] * factor[v];
+      total[v] = total[v] * factor[v] * factor[v];
     }
     if (e == nullptr) return;
-    for (std::int64_t j = 0; j < count; ++j, e += kRows<T>) {
-      store<T>(e, load(e) * factor[0]);
-      store<T>(e + kLanes<T>, load(e + kLanes<T>) * factor[1]);
+    for (std::int64_t j = 0; j < count; ++j) {
+      for (int v = 0; v < kWidth; ++v, e += kLanes<T>) {
+        store<T>(e, load(e) * factor[v] * factor[v]);
+      }
     }
   }
 };
 
+// What becomes of a tile of scores. With a running softmax a head's coefficient (its weight over
+// its sum) is known only when all keys are done, so head h is added to the mean map while head h +
+// 1 is being computed and takes its place: the traffic hides behind the product.
 enum class Mode {
-  Softmax,  // e = 2^(score - running maximum), stored; sums kept
-  Lse,      // the same, only the sums
-  Known,    // e = 2^(score - shift), shift given for each lane: probabilities where it is the LSE
+  Lse,         // nothing is kept but max and sum
+  First,       // e = 2^(score - max)
+  Second,      // mean = coefficient * e, then e as above
+  Later,       // mean += coefficient * e, then e as above
+  KnownFirst,  // mean = coefficient * 2^(score - shift): shift is the log-sum-exp
+  KnownLater,  // mean += the same
 };
 
-// Rows of a [B, H, tokens, d] tensor as T, read in place where they are T and contiguous in d.
-template <class T>
-struct Tokens {
-  const void* data;
-  std::array<std::int64_t, 4> strides;
-  DType dtype;
-  std::int64_t dim;
+constexpr bool is_known(Mode mode) {
+  return mode == Mode::KnownFirst || mode == Mode::KnownLater;
+}
 
-  bool in_place() const {
-    const bool same = dtype == (sizeof(T) == 4 ? DType::Float32 : DType::Float64);
-    // Rows a multiple of 2 KB apart would fight for a few sets of the cache.
-    return same && strides[3] == 1 && (strides[2] * std::int64_t(sizeof(T))) % 2048 != 0;
-  }
-  template <class S, class F>
-  void each(std::int64_t b, std::int64_t h, std::int64_t row, F use) const {
-    const S* p = static_cast<const S*>(data) + b * strides[0] + h * strides[1] + row * strides[2];
-    if (strides[3] == 1) {
-      for (std::int64_t x = 0; x < dim; ++x) use(x, widen<T>(p[x]));
-    } else {
-      for (std::int64_t x = 0; x < dim; ++x) use(x, widen<T>(p[x * strides[3]]));
-    }
-  }
-  template <class F>
-  void row(std::int64_t b, std::int64_t h, std::int64_t row, F use) const {
-    switch (dtype) {
-      case DType::Float32: return each<float>(b, h, row, use);
-      case DType::Float64: return each<double>(b, h, row, use);
-      case DType::Float16: return each<Half>(b, h, row, use);
-      case DType::BFloat16: return each<BFloat>(b, h, row, use);
-    }
-  }
+// Where a tile goes: [keys][R] each, from the first key scored.
+template <class T>
+struct Target {
+  T* e = nullptr;
+  T* mean = nullptr;
+  Lanes<T> coefficient = {};
 };
 
 // Rows start .. start + count as lanes, times `scale`: [d][R], lanes beyond count zero.
@@ -138,47 +144,110 @@ void pack_lanes(const Tokens<T>& tokens, std::int64_t b, std::int64_t h, std::in
   }
 }
 
+// What becomes of the scores of J keys, in log2 units, the first of them key `done` of those
+// scored.
 template <class T, Mode mode, int J>
-inline void score_tile(const T* lanes_q, const T* keys, std::int64_t ld, std::int64_t dim,
-                       const T* key_bias, SoftmaxLanes<T>& s, T* e, std::int64_t done) {
+[[gnu::always_inline]] inline void keep_scores(const Vec<T> (&acc)[J][kWidth], SoftmaxLanes<T>& s,
+                                               const Target<T>& to, std::int64_t done) {
   constexpr int L = kLanes<T>, R = kRows<T>;
-  Vec<T> acc[J][2];
-#pragma GCC unroll 12
-  for (int j = 0; j < J; ++j) {
-    acc[j][0] = acc[j][1] = key_bias == nullptr ? Vec<T>{} : splat(key_bias[j]);
-  }
-  multiply<T, J, true>(lanes_q, keys, ld, 1, dim, acc);
-  if constexpr (mode != Mode::Known) {
-    Vec<T> seen[2] = {acc[0][0], acc[0][1]};
-#pragma GCC unroll 12
-    for (int j = 1; j < J; ++j) {
-      seen[0] = vmax<T>(acc[j][0], seen[0]);
-      seen[1] = vmax<T>(acc[j][1], seen[1]);
+  if constexpr (!is_known(mode)) {
+    Lanes<T> seen;
+    bool above = false;
+#pragma GCC unroll 3
+    for (int v = 0; v < kWidth; ++v) {
+      seen[v] = acc[0][v];
+#pragma GCC unroll 8
+      for (int j = 1; j < J; ++j) seen[v] = vmax<T>(acc[j][v], seen[v]);
+      above |= any_greater<T>(seen[v], s.max[v] + SoftmaxLanes<T>::kSlack);
     }
-    const T slack = SoftmaxLanes<T>::kSlack;
-    if (__builtin_expect(any_greater<T>(seen[0], s.max[0] + slack) ||
-                             any_greater<T>(seen[1], s.max[1] + slack), 0)) {
-      s.raise(seen, mode == Mode::Softmax ? e : nullptr, done);
-    }
+    if (__builtin_expect(above, 0)) s.raise(seen, to.e, done);
   }
-  T* to = mode == Mode::Lse ? nullptr : e + done * R;
-#pragma GCC unroll 12
+#pragma GCC unroll 3
+  for (int v = 0; v < kWidth; ++v) {
+    // Locals: through references the compiler would have to write the sum before each store.
+    const Vec<T> shift = s.shift[v], c = to.coefficient[v];
+    Vec<T> sum = s.sum[v];
+    const std::int64_t lane = done * R + v * L;
+    T* const e = to.e + lane;
+    T* const mean = to.mean + lane;
+#pragma GCC unroll 8
+    for (int j = 0; j < J; ++j) {
+      const Vec<T> value = exp2(acc[j][v] - shift);
+      if constexpr (!is_known(mode)) sum += value;
+      if constexpr (mode == Mode::Second) store<T>(mean + j * R, load(e + j * R) * c);
+      if constexpr (mode == Mode::Later) {
+        store<T>(mean + j * R, load(mean + j * R) + load(e + j * R) * c);
+      }
+      if constexpr (!is_known(mode) && mode != Mode::Lse) store<T>(e + j * R, value);
+      if constexpr (mode == Mode::KnownFirst) store<T>(mean + j * R, value * c);
+      if constexpr (mode == Mode::KnownLater) {
+        store<T>(mean + j * R, load(mean + j * R) + value * c);
+      }
+    }
+    s.sum[v] = sum;
+  }
+}
+
+// The product of a tile of scores alone: to = [J][R].
+template <class T, int J>
+[[gnu::noinline]] void multiply_to(const T* lanes_q, const T* keys, std::int64_t ld,
+                                   std::int64_t dim, T* to) {
+  Vec<T> acc[J][kWidth] = {};
+  multiply<T, kWidth, J, true>(lanes_q, kRows<T>, keys, ld, 1, dim, acc);
   for (int j = 0; j < J; ++j) {
-#pragma GCC unroll 2
-    for (int v = 0; v < 2; ++v) {
-      const Vec<T> value = exp2(acc[j][v] - s.shift[v]);
-      if constexpr (mode != Mode::Known) s.sum[v] += value;
-      if constexpr (mode != Mode::Lse) store<T>(to + j * R + v * L, value);
+    for (int v = 0; v < kWidth; ++v, to += kLanes<T>) store<T>(to, acc[j][v]);
+  }
+}
+
+// Ask for the lines of the strips that the next `count` keys will need: they are in the second- or
+// third-level cache, and the product takes long enough to bring them here.
+template <class T, Mode mode>
+inline void prefetch_target(const Target<T>& to, std::int64_t done, std::int64_t count) {
+  constexpr std::int64_t kLine = 64 / std::int64_t(sizeof(T));
+  for (std::int64_t n = done * kRows<T>; n < (done + count) * kRows<T>; n += kLine) {
+    if constexpr (mode == Mode::Second || mode == Mode::Later) __builtin_prefetch(to.e + n, 1);
+    if constexpr (mode == Mode::Later || mode == Mode::KnownLater) {
+      __builtin_prefetch(to.mean + n, 1);
     }
   }
 }
 
-// Scores of R queries against keys j0 .. j1 of head h, as `mode` says; e is [j1 - j0][R].
-// `key_bias`, in log2 units and indexed by j, may be null. `convert` holds kKeyChunk * d elements.
+// Not inlined: in a larger function GCC runs out of registers and spills the accumulators inside
+// the product's loop, at twice the time.
+template <class T, Mode mode, int J>
+[[gnu::noinline]] void score_tile(const T* lanes_q, const T* keys, std::int64_t ld,
+                                  std::int64_t dim, const T* key_bias, SoftmaxLanes<T>& s,
+                                  const Target<T>& to, std::int64_t done) {
+  prefetch_target<T, mode>(to, done, J);
+  for (int j = 0; j < J; ++j) {  // the next tile's keys
+    for (std::int64_t x = 0; x < dim; x += 64 / std::int64_t(sizeof(T))) {
+      __builtin_prefetch(keys + (J + j) * ld + x, 0);
+    }
+  }
+  Vec<T> acc[J][kWidth];
+  if constexpr (kManyRegisters) {
+#pragma GCC unroll 8
+    for (int j = 0; j < J; ++j) {
+      for (Vec<T>& a : acc[j]) a = key_bias == nullptr ? Vec<T>{} : splat(key_bias[j]);
+    }
+    multiply<T, kWidth, J, true>(lanes_q, kRows<T>, keys, ld, 1, dim, acc);
+  } else {
+    multiply_to<T, J>(lanes_q, keys, ld, dim, reinterpret_cast<T*>(acc));
+    if (key_bias != nullptr) {
+      for (int j = 0; j < J; ++j) {
+        for (Vec<T>& a : acc[j]) a += key_bias[j];
+      }
+    }
+  }
+  keep_scores<T, mode, J>(acc, s, to, done);
+}
+
+// Scores of R queries against keys j0 .. j1 of head h, as `mode` says. `key_bias`, in log2 units
+// and indexed by j, may be null. `convert` holds kKeyChunk * d elements.
 template <class T, Mode mode>
 void score_keys(const T* lanes_q, const Tokens<T>& keys, std::int64_t b, std::int64_t h,
-                std::int64_t j0, std::int64_t j1, const T* key_bias, SoftmaxLanes<T>& s, T* e,
-                T* convert) {
+                std::int64_t j0, std::int64_t j1, const T* key_bias, SoftmaxLanes<T>& s,
+                const Target<T>& to, T* convert) {
   const std::int64_t dim = keys.dim;
   const bool in_place = keys.in_place();
   for (std::int64_t c0 = j0; c0 < j1; c0 += kKeyChunk) {
@@ -197,14 +266,14 @@ void score_keys(const T* lanes_q, const Tokens<T>& keys, std::int64_t b, std::in
     std::int64_t j = c0;
     const auto tile = [&]<int J>() {
       const T* bias = key_bias == nullptr ? nullptr : key_bias + j;
-      score_tile<T, mode, J>(lanes_q, p, ld, dim, bias, s, e, j - j0);
+      score_tile<T, mode, J>(lanes_q, p, ld, dim, bias, s, to, j - j0);
       p += J * ld;
       j += J;
     };
     while (j + kTileKeys <= c1) tile.template operator()<kTileKeys>();
-    while (j + 3 <= c1) tile.template operator()<3>();
+    while (j + 2 <= c1) tile.template operator()<2>();
     while (j < c1) tile.template operator()<1>();
-    if constexpr (mode != Mode::Known) s.fold();
+    if constexpr (!is_known(mode)) s.fold();
   }
 }
 
