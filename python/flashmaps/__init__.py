@@ -9,12 +9,12 @@ torch.Size([1, 256])
 
 from __future__ import annotations
 
-import importlib
-
 from flashmaps._validation import checks
 from flashmaps.attention_map import AttentionMap, Reductions
 from flashmaps.backends import backends
+from flashmaps.capture import capture
 from flashmaps.composition import Composition, compose
+from flashmaps.match import Match, match
 from flashmaps.statistics import (
     Nims,
     RoundTrip,
@@ -26,9 +26,6 @@ from flashmaps.statistics import (
 )
 
 __version__ = "0.1.0"
-
-# What needs diffusers or pictures is imported when it is first used, to keep this import quick.
-_LAZY = {"capture": "capture", "match": "match", "Match": "match"}
 
 __all__ = [
     "AttentionMap",
@@ -48,15 +45,3 @@ __all__ = [
     "nims",
     "round_trip",
 ]
-
-
-def __getattr__(name: str) -> object:
-    if name in _LAZY:
-        value = getattr(importlib.import_module(f"flashmaps.{_LAZY[name]}"), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'flashmaps' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

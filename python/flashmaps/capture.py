@@ -16,11 +16,9 @@ from __future__ import annotations
 import fnmatch
 import inspect
 import itertools
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -546,14 +544,3 @@ def _refuse_unobservable(layer: str, processor: Any) -> None:
 
 def _unobservable_text(layer: str, processor: str, reason: str, remedy: str) -> str:
     return f"layer {layer!r} uses {processor}, which cannot be observed: {reason}; {remedy}"
-
-
-class _CallableModule(ModuleType):
-    """`import flashmaps.capture` binds this module to the package's attribute `capture`, which is
-    meant to be the class. Being callable it serves as both, whatever is imported first."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> capture:
-        return capture(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _CallableModule

@@ -35,7 +35,9 @@ class Composition(Lazy):
         first: A, [batch, N, M]. second: A', [batch, M, K].
         memory_budget: bytes beyond inputs and outputs for what needs whole rows of R (entropy, max,
             argmax, columns, top-k); default 64 MiB. They are computed a strip of rows at a time,
-            and A' is streamed once for each strip: a larger budget means fewer passes.
+            and A' is streamed once for each strip: a larger budget means fewer passes. The
+            backend's own workspace comes on top: a few MB on "cpu", up to 64 MiB on
+            "reference".
 
     ``@``, ``diagonal``, ``column_sum`` and ``expectation`` need no rows of R and stream.
 
@@ -229,6 +231,7 @@ class Composition(Lazy):
                         lines=self.lines,
                         key_centres=self._key_centres(),
                     )
+                del dense  # before the next one is made: the budget holds one
         return reduction.finish()
 
 

@@ -12,11 +12,9 @@ like; ``compare="kk"`` and ``"qq"`` compare keys with keys, or queries with quer
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -417,14 +415,3 @@ def token_at(point: Sequence[float], grid: tuple[int, int], size: tuple[int, int
         )
     rows, columns = grid
     return int((y + 0.5) / height * rows) * columns + int((x + 0.5) / width * columns)
-
-
-class _CallableModule(ModuleType):
-    """`import flashmaps.match` binds this module to the package's attribute `match`, which is meant
-    to be the function. Being callable it serves as both, whatever is imported first."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Match:
-        return match(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _CallableModule

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from .vocabulary import build_tokenizer
 
@@ -46,7 +46,7 @@ class Parts:
     vae: AutoencoderKL
     unet: UNet2DConditionModel
     text_encoder: CLIPTextModel
-    tokenizer: object
+    tokenizer: CLIPTokenizer
     scheduler: DDIMScheduler
 
 
@@ -93,7 +93,7 @@ def _unet(sizes: Sizes) -> UNet2DConditionModel:
     )
 
 
-def _text_encoder(sizes: Sizes, tokenizer) -> CLIPTextModel:
+def _text_encoder(sizes: Sizes, tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),

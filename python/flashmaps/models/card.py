@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -68,7 +69,7 @@ producing images. Its features are made for trying attention maps out, not for g
 """
 
 
-def model_card(parts: Parts, log: Path, psnr: float, args) -> str:
+def model_card(parts: Parts, log: Path, psnr: float, args: argparse.Namespace) -> str:
     """The card's markdown, with the losses read from the JSONL training log."""
     stages: dict[str, dict[int, dict]] = {"vae": {}, "unet": {}}
     for line in log.read_text().splitlines():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 from pathlib import Path
@@ -38,12 +39,23 @@ def export(parts: Parts, folder: Path, card: str) -> None:
     try:
         pipeline.save_pretrained(staging)
         write_vocabulary(staging / "tokenizer")
+        _load_in_float32_unless_asked(staging / "text_encoder" / "config.json")
         (staging / "README.md").write_text(card)
         for path in staging.rglob("*.safetensors"):
             path.chmod(0o644)  # safetensors writes for the owner alone, whatever the umask
         _replace(folder, staging)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _load_in_float32_unless_asked(config: Path) -> None:
+    """transformers loads the dtype that a model's config names, diffusers float32.
+
+    Left at float16 the text encoder would not fit the rest of a pipeline loaded without a dtype.
+    """
+    values = json.loads(config.read_text())
+    values["dtype"] = "float32"
+    config.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _replace(folder: Path, staging: Path) -> None:

@@ -7,6 +7,7 @@ demonstrated on, so it must never be listed here.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ class Photos:
         self.names, self.images, self.subjects, weights = zip(*entries, strict=True)
         self.weights = np.array(weights) / sum(weights)
 
-    def batch(self, count: int, seed) -> tuple[torch.Tensor, list[str]]:
+    def batch(self, count: int, seed: int | Sequence[int]) -> tuple[torch.Tensor, list[str]]:
         """`count` patches, float32 [count, 3, size, size] in [-1, 1], and captions.
 
         The same seed (anything `numpy.random.default_rng` takes) gives the same batch.
@@ -83,7 +84,9 @@ class Photos:
         return "" if rng.random() < self.caption_dropout else template.format(subject)
 
 
-def _read(package: str, photos: dict[str, tuple[str, float]]):
+def _read(
+    package: str, photos: Mapping[str, tuple[str, float]]
+) -> Iterator[tuple[str, Image.Image, str, float]]:
     from importlib import resources
 
     for name, (subject, weight) in photos.items():

@@ -14,11 +14,13 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers.training_utils import EMAModel, compute_snr
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from .architecture import TINY, Parts, Sizes, build
@@ -79,14 +81,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 class Run:
     """One stage's loop: step limits, learning rate, bfloat16, checkpoints, log, progress bar."""
 
-    def __init__(self, name, modules, args, *, steps, minutes, lr, weight_decay, averages=None):
+    def __init__(
+        self,
+        name: str,
+        modules: dict[str, nn.Module],
+        args: argparse.Namespace,
+        *,
+        steps: int,
+        minutes: float,
+        lr: float,
+        weight_decay: float,
+        averages: dict[str, EMAModel] | None = None,
+    ) -> None:
         self.name, self.args, self.steps, self.minutes = name, args, steps, minutes
         self.modules, self.averages, self.lr = modules, averages or {}, lr
         self.parameters = [p for module in modules.values() for p in module.parameters()]
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay
         )
-        self.step, self.elapsed, self.extra = 0, 0.0, {}
+        self.step, self.elapsed = 0, 0.0
+        self.extra: dict[str, float] = {}
         self.path = args.checkpoints / f"{name}.pt"
         if args.resume and self.path.exists():
             self._load()
@@ -95,7 +109,11 @@ class Run:
         """Share of the stage that is done, by steps or by clock, whichever is further."""
         return max(self.step / max(self.steps, 1), self.elapsed / (60 * self.minutes))
 
-    def train(self, loss_function, after_step=lambda: None) -> None:
+    def train(
+        self,
+        loss_function: Callable[[int], tuple[Tensor, dict[str, float]]],
+        after_step: Callable[[], None] = lambda: None,
+    ) -> None:
         """Minimise `loss_function(step) -> (loss, numbers to log)` until the stage's limit."""
         bar = tqdm(total=self.steps, initial=self.step, desc=self.name, mininterval=5)
         while self.step < self.steps and self.elapsed < 60 * self.minutes:
@@ -148,7 +166,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * warmup * decay
 
-    def _log(self, **numbers) -> None:
+    def _log(self, **numbers: float) -> None:
         line = {"stage": self.name, "step": self.step, "seconds": round(self.elapsed, 2), **numbers}
         with open(self.args.checkpoints / "log.jsonl", "a") as log:
             log.write(json.dumps(line) + "\n")
@@ -171,7 +189,7 @@ def train_vae(parts: Parts, photos: Photos, args: argparse.Namespace) -> float:
         weight_decay=1e-4,
     )
 
-    def loss(step: int):
+    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         pixels, _ = photos.batch(args.vae_batch, (args.seed, VAE_STAGE, step))
         latent = vae.encode(pixels).latent_dist
         decoded = vae.decode(latent.sample(generator_for(args, VAE_STAGE, step))).sample.float()
@@ -217,7 +235,7 @@ def train_unet(parts: Parts, photos: Photos, psnr: float, args: argparse.Namespa
     means, deviations, tokens = encode_bank(parts, photos, args)
     signal = compute_snr(parts.scheduler, torch.arange(1000))
 
-    def loss(step: int):
+    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         generator = generator_for(args, UNET_STAGE, step)
         chosen = torch.randint(len(means), (args.unet_batch,), generator=generator)
         shape = (args.unet_batch, *means.shape[1:])
@@ -248,7 +266,9 @@ def train_unet(parts: Parts, photos: Photos, psnr: float, args: argparse.Namespa
 
 
 @torch.no_grad()
-def encode_bank(parts: Parts, photos: Photos, args: argparse.Namespace):
+def encode_bank(
+    parts: Parts, photos: Photos, args: argparse.Namespace
+) -> tuple[Tensor, Tensor, Tensor]:
     """Encode `args.bank` crops once: the frozen encoder would else cost a fifth of each step.
 
     The bank is kept beside the checkpoints, for a resumed run to start at once.
@@ -278,7 +298,7 @@ def encode_bank(parts: Parts, photos: Photos, args: argparse.Namespace):
     return bank
 
 
-def save_whole(state, path: Path) -> None:
+def save_whole(state: object, path: Path) -> None:
     """Write under another name, then rename: a run killed meanwhile leaves the old file."""
     partial = path.with_suffix(".partial")
     torch.save(state, partial)

@@ -10,6 +10,10 @@ import json
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
 
 # What the photos show, then words that captions of simple scenes need.
 WORDS = """
@@ -56,7 +60,7 @@ def _merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
     return merged
 
 
-def build_tokenizer():
+def build_tokenizer() -> CLIPTokenizer:
     """A `CLIPTokenizer` over `WORDS`; padded with "!" to 77 tokens as in Stable Diffusion 2."""
     from transformers import CLIPTokenizer
 
