@@ -65,10 +65,10 @@ struct Entropy {
   Sum<T> sum;
   void begin() { sum.begin(); }
   void update(const T* p, std::int64_t count, T inverse_lines) {
-    sum.add(count, [&](std::int64_t j, int v) { return xlogx(at(p, j, v) * inverse_lines); });
+    sum.add(count, [&](std::int64_t j, int v) { return xlog2x(at(p, j, v) * inverse_lines); });
   }
   void write(const Strip& s, std::int64_t queries) {
-    for (auto& lane : sum.total) lane = Vec<T>{} - lane;
+    for (auto& lane : sum.total) lane *= T(-kLn2);
     write_lanes<T>(sum.total, s, queries, out);
   }
 };
@@ -91,7 +91,7 @@ struct MaxArgmax {
       for (int v = 0; v < kWidth; ++v) {
         const Vec<T> x = at(p, j, v);
         const IVec<T> better = x > top[v];  // strictly: the lowest index wins ties
-        where[v] = (where[v] & ~better) | (index & better);
+        where[v] = better ? index : where[v];
         top[v] = vmax<T>(x, top[v]);
       }
     }
@@ -378,8 +378,8 @@ struct Columns {
       if (sums()) mass[here] += double(lane_sum(column));
       if (entropy_out != nullptr) {
         alignas(kVectorBytes) T t[R];
-        for (int v = 0; v < kWidth; ++v) store<T>(t + v * kLanes<T>, xlogx(at(column, 0, v)));
-        plogp[here] += double(lane_sum(t));
+        for (int v = 0; v < kWidth; ++v) store<T>(t + v * kLanes<T>, xlog2x(at(column, 0, v)));
+        plogp[here] += kLn2 * double(lane_sum(t));
       }
       if (tops()) {
         const T best = lane_max(column);
