@@ -34,7 +34,7 @@ Seed = Annotated[
     typer.Option(help="Noise seed; repeat it to average over several.", show_default="0"),
 ]
 Compare = Annotated[
-    str, typer.Option(help="qk: queries on keys (attention). kk, qq: keys or queries by cosine.")
+    str, typer.Option(help="kk, qq: keys or queries by cosine. qk: queries on keys (attention).")
 ]
 Backend = Annotated[str, typer.Option(help="What computes the maps; flashmaps doctor lists them.")]
 
@@ -85,7 +85,7 @@ def match(
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("flashmaps-match"),
-    compare: Compare = "qk",
+    compare: Compare = "kk",
     backend: Backend = "auto",
 ) -> None:
     """Match two images: writes correspondences, statistics and pictures to a folder."""

@@ -4,10 +4,11 @@
     m.transfer([(120, 80)])            # where that point of the source lies in the target
     m.plot_matches().savefig("matches.png")
 
-A_st = softmax(scale Q_s K_t^T) says where each source token looks in the target, and
-A_ts = softmax(scale Q_t K_s^T) the way back, both averaged over heads, layers and noise seeds.
-Queries and keys live in different spaces, so that what a token looks at need not be what it looks
-like; ``compare="kk"`` and ``"qq"`` compare keys with keys, or queries with queries, instead.
+``compare="qk"`` is the note's way: A_st = softmax(scale Q_s K_t^T) says where each source token looks
+in the target, A_ts = softmax(scale Q_t K_s^T) the way back, both averaged over heads, layers and noise
+seeds. Queries and keys live in different spaces, so that what a token looks at need not be what it
+looks like. The default, ``"kk"``, compares keys with keys (``"qq"``: queries with queries) by cosine,
+through the same lazy maps: on known warps of photographs the built-in model found far more that way.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from flashmaps.attention_map import AttentionMap
+from flashmaps.backends import check_name
 from flashmaps.grids import centres
 from flashmaps.pipelines import BUILTIN, DEFAULT_TIMESTEP, Features, features
 from flashmaps.statistics import RoundTrip, round_trip
@@ -293,7 +295,7 @@ def match(
     seeds: int | Sequence[int] = (0,),
     size: int | tuple[int, int] | None = None,
     same_noise: bool = True,
-    compare: str = "qk",
+    compare: str = "kk",
     backend: str = "auto",
     progress: bool = False,
 ) -> Match:
@@ -309,6 +311,7 @@ def match(
         progress: show bars for what takes long.
     """
     _check_compare(compare)  # before the work, not after it
+    check_name(backend)
     found = features(
         model,
         [source, target],
@@ -324,7 +327,7 @@ def match(
 
 
 def match_features(
-    source: Features, target: Features, *, compare: str = "qk", backend: str = "auto"
+    source: Features, target: Features, *, compare: str = "kk", backend: str = "auto"
 ) -> Match:
     """Match two images whose features are there already, for instance one image against many."""
     forward_map = cross_map(source, target, compare=compare, backend=backend)
@@ -342,7 +345,7 @@ def match_features(
 
 
 def cross_map(
-    of: Features, to: Features, *, compare: str = "qk", backend: str = "auto"
+    of: Features, to: Features, *, compare: str = "kk", backend: str = "auto"
 ) -> AttentionMap:
     """The map from one image's tokens to the other's, lazy [1, N, M].
 
