@@ -4,11 +4,12 @@
     m.transfer([(120, 80)])            # where that point of the source lies in the target
     m.plot_matches().savefig("matches.png")
 
-``compare="qk"`` is the note's way: A_st = softmax(scale Q_s K_t^T) says where each source token looks
-in the target, A_ts = softmax(scale Q_t K_s^T) the way back, both averaged over heads, layers and noise
-seeds. Queries and keys live in different spaces, so that what a token looks at need not be what it
-looks like. The default, ``"kk"``, compares keys with keys (``"qq"``: queries with queries) by cosine,
-through the same lazy maps: on known warps of photographs the built-in model found far more that way.
+``compare="qk"`` is the note's way: A_st = softmax(scale Q_s K_t^T) says where each source token
+looks in the target, A_ts = softmax(scale Q_t K_s^T) the way back, both averaged over heads, layers
+and noise seeds. Queries and keys live in different spaces, so that what a token looks at need not
+be what it looks like. The default, ``"kk"``, compares keys with keys (``"qq"``: queries with
+queries) by cosine, through the same lazy maps: on known warps of photographs the built-in model
+found far more that way.
 """
 
 from __future__ import annotations
