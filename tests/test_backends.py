@@ -62,3 +62,9 @@ def test_cpu_refuses_tensors_of_another_device() -> None:
 def test_an_unknown_backend_is_named_beside_those_there_are() -> None:
     with pytest.raises(ValueError, match="'metal' is unknown; choose 'auto' or one of cpu, ref"):
         fm.AttentionMap(QUERY, KEY, backend="metal")
+
+
+@pytest.mark.parametrize("name", ["metal", *(n for n, a in fm.backends().items() if not a)])
+def test_match_refuses_a_backend_before_it_looks_at_anything(name: str) -> None:
+    with pytest.raises((ValueError, RuntimeError), match=f"backend '{name}'"):
+        fm.match("nowhere.png", "nowhere.png", model="./nowhere", backend=name)

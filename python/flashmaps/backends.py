@@ -47,6 +47,20 @@ def backends() -> dict[str, Availability]:
     return found
 
 
+def check_name(name: str) -> None:
+    """As `select` raises, but before there is a problem: a wrong name costs no work.
+
+    What depends on the problem (its device) is left to `select`.
+    """
+    if name == "auto":
+        return
+    if name not in NAMES:
+        raise ValueError(f"backend {name!r} is unknown; choose 'auto' or one of {', '.join(NAMES)}")
+    state = backends()[name]
+    if not state:
+        raise RuntimeError(f"backend {name!r} cannot run this: {state.reason}")
+
+
 def select(name: str, problem: Problem) -> str:
     """The backend that will run ``problem``; an explicit request never falls back.
 
@@ -54,9 +68,8 @@ def select(name: str, problem: Problem) -> str:
     """
     if name == "auto":
         return next(n for n, module in _BACKENDS.items() if module.supports(problem) is None)
-    if name not in NAMES:
-        raise ValueError(f"backend {name!r} is unknown; choose 'auto' or one of {', '.join(NAMES)}")
-    reason = _BACKENDS[name].supports(problem) if name in _BACKENDS else _ABSENT[name]()
+    check_name(name)
+    reason = _BACKENDS[name].supports(problem)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot run this: {reason}")
     return name

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flashmaps import costs, evaluation
+from flashmaps.backends import check_name
 from flashmaps.files import check_replaceable, whole_folder, write_json
 from flashmaps.grids import centres
 from flashmaps.images import Image, resize
@@ -84,6 +85,7 @@ def run(
     from tqdm.auto import tqdm
 
     check_replaceable(out, MARKER)  # before the work, not after it
+    check_name(backend)
     if compare not in COMPARE:
         raise ValueError(f"compare={compare!r}; wanted one of {', '.join(COMPARE)}")
     started = time.perf_counter()
