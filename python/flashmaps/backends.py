@@ -56,9 +56,12 @@ def check_name(name: str) -> None:
         return
     if name not in NAMES:
         raise ValueError(f"backend {name!r} is unknown; choose 'auto' or one of {', '.join(NAMES)}")
-    state = backends()[name]
-    if not state:
-        raise RuntimeError(f"backend {name!r} cannot run this: {state.reason}")
+    # Not backends(), which asks the extension for its builds: torch.compile traces this.
+    reason = cpu.unavailable_reason() if name == "cpu" else None
+    if name in _ABSENT:
+        reason = _ABSENT[name]()
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} cannot run this: {reason}")
 
 
 def select(name: str, problem: Problem) -> str:
