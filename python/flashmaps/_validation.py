@@ -50,6 +50,10 @@ def _shape(tensor: Tensor) -> str:
 def _check_tokens(name: str, tensor: object, layout: str) -> Tensor:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor {layout}, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise TypeError(
+            f"{name} has layout {tensor.layout}; wanted a dense tensor, {name}.to_dense()"
+        )
     if tensor.dim() != 4:
         hint = (
             f"; add the missing dimensions with {name}[None] or {name}.unflatten(-1, (heads, d))"
@@ -86,7 +90,7 @@ def check_grid(name: str, grid: object, tokens: int) -> Grid:
     """``grid`` as (height, width), or an error that says what would fit."""
     try:
         height, width = (int(n) for n in grid)  # type: ignore[attr-defined]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise TypeError(f"{name} must be (height, width), got {grid!r}") from None
     if height < 1 or width < 1 or height * width != tokens:
         raise ValueError(
@@ -123,7 +127,12 @@ def _pairs(pairs: object, query: Tensor, key: Tensor) -> Tensor | None:
             f"query has batch {batch} and key has batch {key_batch}: make them equal, or say "
             f"which go together with pairs=[[query index, key index], ...]"
         )
-    pairs = torch.as_tensor(pairs, device=query.device)
+    try:
+        pairs = torch.as_tensor(pairs, device=query.device)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"pairs must be [P, 2] integers (query index, key index), got {pairs!r}"
+        ) from None
     if pairs.dim() != 2 or pairs.shape[1] != 2:
         raise ValueError(f"pairs must be [P, 2] (query index, key index), got {_shape(pairs)}")
     if pairs.shape[0] == 0:
@@ -185,7 +194,12 @@ def _head_weights(
 ) -> Tensor | None:
     if head_weights is None:
         return None
-    weights = torch.as_tensor(head_weights, dtype=dtype, device=device)
+    try:
+        weights = torch.as_tensor(head_weights, dtype=dtype, device=device)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"head_weights must be [H] = [{heads}] numbers, got {head_weights!r}"
+        ) from None
     if weights.shape != (heads,):
         raise ValueError(f"head_weights has shape {_shape(weights)}; wanted [H] = [{heads}]")
     if not _compiling():

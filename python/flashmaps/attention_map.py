@@ -176,6 +176,10 @@ class AttentionMap(Lazy):
         normalize="rows"/"columns" the mean is normalised, not each map. Half-precision maps whose
         scales differ are kept in float32.
         """
+        if isinstance(maps, AttentionMap):
+            raise TypeError(
+                "average() takes a sequence of AttentionMaps, got one: put it in a list"
+            )
         if not maps:
             raise ValueError("average() needs at least one map")
         if weights is None:
@@ -186,6 +190,10 @@ class AttentionMap(Lazy):
             raise ValueError(f"weights must be >= 0 and sum to 1, got {list(weights)}")
         first = maps[0]
         for index, other in enumerate(maps):
+            if not isinstance(other, AttentionMap):
+                raise TypeError(
+                    f"maps[{index}] must be an AttentionMap, got {type(other).__name__}"
+                )
             if (other.shape, other.dtype, other.problem.normalize) != (
                 first.shape,
                 first.dtype,

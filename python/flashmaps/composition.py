@@ -170,6 +170,11 @@ class Composition(Lazy):
 
     def _check_budget(self) -> None:
         smallest = self._bytes(1, 1)
+        if not isinstance(self.memory_budget, int):
+            raise TypeError(
+                f"memory_budget must be a whole number of bytes, such as 64 * 2**20, got "
+                f"{self.memory_budget!r}"
+            )
         if self.memory_budget < smallest:
             raise ValueError(
                 f"memory_budget = {self.memory_budget} bytes is too small for one row of this "

@@ -63,11 +63,16 @@ class RoundTrip:
     soft_ims: Tensor
 
 
+def check_map(name: str, value: object) -> None:
+    """TypeError, naming the argument, unless ``value`` is a map."""
+    if not isinstance(value, AttentionMap):
+        raise TypeError(f"{name} must be an AttentionMap, got {type(value).__name__}")
+
+
 def check_pair(A_st: AttentionMap, A_ts: AttentionMap) -> None:
     """ValueError unless A_ts maps back to where A_st comes from."""
-    for name, value in (("A_st", A_st), ("A_ts", A_ts)):
-        if not isinstance(value, AttentionMap):
-            raise TypeError(f"{name} must be an AttentionMap, got {type(value).__name__}")
+    check_map("A_st", A_st)
+    check_map("A_ts", A_ts)
     batch, sources, targets = A_st.shape
     if A_ts.shape != (batch, targets, sources):
         raise ValueError(
@@ -174,6 +179,7 @@ def inverse_mapping_entropy(A: AttentionMap, kind: str = "rows") -> Tensor:
     kind="rows": give A_ts; its rows are P(S | T_j). kind="bayes": give A_st; P(S_i | T_j) is its
     column j divided by its sum (Bayes' rule with a uniform prior over sources).
     """
+    check_map("A", A)
     if kind == "rows":
         return A.entropy()
     if kind == "bayes":
@@ -183,6 +189,7 @@ def inverse_mapping_entropy(A: AttentionMap, kind: str = "rows") -> Tensor:
 
 def mapping_density(A_st: AttentionMap, kind: str = "hard") -> Tensor:
     """MD(j): [batch, N_t]. "hard": how many i have argmax A_st[i] = j. "soft": column sums."""
+    check_map("A_st", A_st)
     if kind == "hard":
         return _count(A_st.argmax(), A_st.shape[2])
     if kind == "soft":
