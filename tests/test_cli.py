@@ -51,6 +51,7 @@ def test_match_writes_its_folder(folder, photo, tmp_path):
         (["{photo}", "{photo}", "--model", "{model}", "--layers", "x"], "matches no attention"),
         (["{photo}", "{photo}", "--model", "{model}", "--backend", "fast"], "backend 'fast'"),
         (["{photo}", "{photo}", "--out", "{photo}"], "is a file; give a folder"),
+        (["{photo}", "{photo}", "--out", "{photo}/in"], "which is a file; give a folder"),
     ],
 )
 def test_mistakes_exit_with_2_and_one_message(folder, photo, tmp_path, arguments, text):

@@ -97,6 +97,12 @@ def test_sizes_are_multiples_and_keep_the_aspect():
         fit_size(500, 741, 8, 16)
 
 
+@pytest.mark.parametrize("size", [64.0, (64,), (64, 32.0), "64", None])
+def test_a_size_is_one_or_two_whole_numbers(size):
+    with pytest.raises(ValueError, match="must be a whole number of pixels, or"):
+        fit_size(64, 64, size, 16)
+
+
 def test_resize_and_model_input():
     grown = resize(FLOATS, (40, 60))
     assert grown.shape == (40, 60, 3) and 0 <= grown.min() and grown.max() <= 1

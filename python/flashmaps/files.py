@@ -49,10 +49,17 @@ def whole_folder(folder: str | Path, marker: str) -> Iterator[Path]:
 
 
 def check_replaceable(folder: str | Path, marker: str) -> None:
-    """Raise ValueError unless ``folder`` is absent, empty, or marked as ours by ``marker``."""
+    """Raise ValueError unless ``folder`` can be made, is empty, or is ours by its ``marker``."""
     target = Path(folder).expanduser().absolute()
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"{str(folder)!r} is a file; give a folder to write to")
+    for place in (target, *target.parents):
+        if place.exists() and not place.is_dir():
+            what = "is a file" if place == target else f"lies in {str(place)!r}, which is a file"
+            raise ValueError(f"{str(folder)!r} {what}; give a folder to write to")
+    there = next(place for place in (target.parent, *target.parents) if place.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"{str(folder)!r} cannot be written: {str(there)!r} is not writable; give another"
+        )
     if target.is_dir() and any(target.iterdir()) and not (target / marker).is_file():
         raise ValueError(
             f"{str(folder)!r} holds other files (there is no {marker} in it), and would be "

@@ -64,8 +64,12 @@ def fit_size(
     ``size`` is the longer side in pixels, or (height, width) outright. Rounding to the multiple
     changes the aspect by at most half a multiple per side.
 
-    Raises ValueError if the size is below one multiple.
+    Raises ValueError if the size is neither, or below one multiple.
     """
+    if not isinstance(size, int) and not (
+        isinstance(size, (tuple, list)) and [type(side) for side in size] == [int, int]
+    ):
+        raise ValueError(f"size={size!r} must be a whole number of pixels, or (height, width)")
     if isinstance(size, int):
         longer = max(height, width)
         wanted = (height * size / longer, width * size / longer)
@@ -94,8 +98,13 @@ def to_model_input(image: Image) -> Tensor:
 
 
 def _read(path: Path, name: str) -> np.ndarray:
-    from PIL import Image as Pil
-    from PIL import UnidentifiedImageError
+    try:
+        from PIL import Image as Pil
+        from PIL import UnidentifiedImageError
+    except ImportError as error:
+        raise ImportError(
+            f"reading image files needs Pillow ({error}); install it with: pip install pillow"
+        ) from error
 
     path = path.expanduser()
     if not path.exists():
