@@ -32,3 +32,9 @@ def test_doctor_prints_it():
     assert result.exit_code == 0
     for text in ("flashmaps", "torch threads", "Backends", "reference", "built-in model"):
         assert text in result.output
+
+
+def test_commands_ask_for_what_they_need_before_the_work(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None if name == "jinja2" else name)
+    result = CliRunner().invoke(make_app(), ["demo", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2 and "pip install jinja2" in result.stderr

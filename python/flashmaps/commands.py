@@ -92,9 +92,11 @@ def match(
     from rich.console import Console
     from rich.table import Table
 
+    from flashmaps.doctor import require
     from flashmaps.files import check_replaceable
     from flashmaps.images import load_image
 
+    require("diffusers", "transformers", "PIL", "matplotlib")
     check_replaceable(out, "match.json")
     first, second = load_image(source, "SOURCE"), load_image(target, "TARGET")
     console = Console()
@@ -139,7 +141,9 @@ def demo(
     _quiet_libraries()
     from flashmaps import demo as job
     from flashmaps import report
+    from flashmaps.doctor import require
 
+    require("diffusers", "transformers", "skimage", "matplotlib", "jinja2")
     results = job.run(
         out, model=model, layers=layers or None, timestep=timestep, seeds=seed or [0], size=size,
         compare=compare, backend=backend, progress=True,

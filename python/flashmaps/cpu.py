@@ -15,8 +15,12 @@ from flashmaps._problem import Problem, Request, empty_outputs
 
 def _why_missing(error: ImportError) -> str:
     note = Path(__file__).with_name("_native_build_failed.txt")  # left by setup.py
-    why = note.read_text("utf-8").strip() if note.exists() else str(error)
-    return f"the C++ extension is not built: {why}"
+    if note.exists():
+        return f"the C++ extension is not built: {note.read_text('utf-8').strip()}"
+    return (
+        f"the C++ extension is not built for this Python ({error}); install flashmaps again with a "
+        "C++20 compiler there, or run `make build` in a checkout"
+    )
 
 
 _C: Any = None

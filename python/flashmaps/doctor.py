@@ -17,12 +17,12 @@ OPTIONAL = (
     ("accelerate", "accelerate", "loading large models with little memory"),
     ("pillow", "PIL", "reading image files"),
     ("scikit-image", "skimage", "the photographs of flashmaps demo"),
+    ("scikit-learn", "sklearn", "training the built-in model"),
     ("matplotlib", "matplotlib", "pictures"),
     ("jinja2", "jinja2", "the report of flashmaps demo"),
     ("typer", "typer", "the command line"),
     ("rich", "rich", "tables in the terminal"),
-    ("tqdm", "tqdm", "progress bars"),
-    ("triton", "triton", "the triton backend (NVIDIA GPUs)"),
+    ("psutil", "psutil", "flashmaps bench, and the memory shown here"),
     ("pytest-benchmark", "pytest_benchmark", "flashmaps bench"),
 )
 
@@ -60,6 +60,15 @@ def examine() -> dict[str, Any]:
             if find_spec(module) is None
         ],
     }
+
+
+def require(*modules: str) -> None:
+    """ImportError that says how to get the first of these optional modules that is not here."""
+    for package, module, purpose in OPTIONAL:
+        if module in modules and find_spec(module) is None:
+            raise ImportError(
+                f"{package} is not installed ({purpose}); install it with: pip install {package}"
+            )
 
 
 def _version(package: str) -> str:
