@@ -31,6 +31,9 @@ constexpr std::int64_t kStripBytes = std::int64_t(16) << 20;
 // Keys of a block where the log-sum-exp is known. A multiple of kBlock and of kKeyChunk.
 constexpr std::int64_t kKnownKeys = 768;
 
+// Strips whose columns wait to be reduced: as many as fit, at least one for each thread.
+constexpr std::int64_t kWindowBytes = std::int64_t(32) << 20;
+
 int thread_index() {
 #ifdef _OPENMP
   return omp_get_thread_num();
@@ -454,7 +457,11 @@ class Worker {
     for (std::int64_t h = 0; h < b.heads; ++h) {
       const T* lse = back.lse_of(s.map, h) + j0;
       T negative[kBackKeys];
-      for (std::int64_t j = 0; j < count; ++j) negative[j] = -lse[j];
+      for (std::int64_t j = 0; j < count; ++j) {
+        // A row of the map back without a visible key goes nowhere: probability 0, not infinity.
+        constexpr T kHidden = -std::numeric_limits<T>::infinity();
+        negative[j] = lse[j] == kHidden ? kHidden : -lse[j];
+      }
       SoftmaxLanes<T> lanes;
       for (int v = 0; v < kWidth; ++v) lanes.shift[v] = back_shift_[v];
       const Target<T> to = known_target(back_, back.weight(h));
@@ -511,7 +518,10 @@ template <class T>
 void run_windows(Plan<T>& plan, std::vector<std::unique_ptr<Worker<T>>>& workers) {
   constexpr int R = kRows<T>;
   const std::int64_t keys = plan.problem.keys;
-  const std::int64_t window = std::min<std::int64_t>(plan.strips, 2 * std::int64_t(workers.size()));
+  // Two strips a thread even out their work, while they stay small.
+  const std::int64_t threads = std::int64_t(workers.size());
+  const std::int64_t fit = kWindowBytes / (keys * R * std::int64_t(sizeof(T)));
+  const std::int64_t window = std::min(plan.strips, std::clamp(fit, threads, 2 * threads));
   Columns<T> columns = plan.columns();
   const std::int64_t packed = columns.product_out == nullptr ? 0 : R * columns.packed_columns();
   Buffer<T> means(plan.workspace, window * keys * R);
@@ -553,7 +563,11 @@ template <class T>
 void run_known_columns(Plan<T>& plan, std::vector<std::unique_ptr<Worker<T>>>& workers) {
   constexpr int R = kRows<T>;
   const std::int64_t keys = plan.problem.keys;
-  const std::int64_t blocks = (keys + kKnownKeys - 1) / kKnownKeys;
+  // Blocks small enough that every thread has several, in whole tiles.
+  const std::int64_t share = plan.problem.maps * keys / (4 * std::int64_t(workers.size()));
+  const std::int64_t block =
+      std::clamp<std::int64_t>(share / kTileKeys * kTileKeys, kTileKeys, kKnownKeys);
+  const std::int64_t blocks = (keys + block - 1) / block;
   Columns<T> columns = plan.columns();
   const std::int64_t packed = columns.product_out == nullptr ? 0 : R * columns.packed_columns();
   Buffer<T> left(plan.workspace, std::int64_t(workers.size()) * packed);
@@ -565,8 +579,8 @@ void run_known_columns(Plan<T>& plan, std::vector<std::unique_ptr<Worker<T>>>& w
     Worker<T>& worker = *workers[std::size_t(me)];
 #pragma omp for schedule(dynamic, 1)
     for (std::int64_t n = 0; n < plan.problem.maps * blocks; ++n) {
-      const std::int64_t m = n / blocks, j0 = n % blocks * kKnownKeys;
-      const std::int64_t j1 = std::min(j0 + kKnownKeys, keys);
+      const std::int64_t m = n / blocks, j0 = n % blocks * block;
+      const std::int64_t j1 = std::min(j0 + block, keys);
       columns.begin(me, m, j0, j1);
       for (std::int64_t i = 0; i < plan.strips_per_map; ++i) {
         const Strip s = plan.strip(m * plan.strips_per_map + i);
