@@ -14,10 +14,12 @@ namespace {
 
 // acc[j][lanes] += sum_k a[k][lanes] * b[j * bj + k * bk], for J columns j. `a` is aligned, W
 // vectors from each multiple of lda. Q K^T, A @ x and A^T y are all this: what differs is who sits
-// in the lanes and who is broadcast.
-template <class T, int W, int J, bool ContiguousK>
-inline void multiply(const T* a, std::int64_t lda, const T* b, std::int64_t bj, std::int64_t bk,
-                     std::int64_t K, Vec<T> (&acc)[J][W]) {
+// in the lanes and who is broadcast. `tick` is called once for each k, to prefetch: one line at a
+// time, since a burst of them would fill the buffers that the product itself loads through.
+template <class T, int W, int J, bool ContiguousK, class Tick>
+[[gnu::always_inline]] inline void multiply(const T* a, std::int64_t lda, const T* b,
+                                            std::int64_t bj, std::int64_t bk, std::int64_t K,
+                                            Vec<T> (&acc)[J][W], Tick tick) {
   // Three columns share a pointer: x86 addresses b, b + bj and b + 2 bj from one register and an
   // index, and a pointer for each column would not fit the registers.
   constexpr int G = (J + 2) / 3;
@@ -27,6 +29,7 @@ inline void multiply(const T* a, std::int64_t lda, const T* b, std::int64_t bj, 
     Vec<T> lanes[W];
     for (int v = 0; v < W; ++v) lanes[v] = load(a + v * kLanes<T>);
     a += lda;
+    tick();
 #pragma GCC unroll 8
     for (int j = 0; j < J; ++j) {
       const T x = pointer[j / 3][(j % 3) * bj];
@@ -42,7 +45,7 @@ template <class T, int W, int J, bool ContiguousK>
 [[gnu::noinline]] void multiply_into(const T* a, std::int64_t lda, const T* b, std::int64_t bj,
                                      std::int64_t bk, std::int64_t K, T* to) {
   Vec<T> acc[J][W] = {};
-  multiply<T, W, J, ContiguousK>(a, lda, b, bj, bk, K, acc);
+  multiply<T, W, J, ContiguousK>(a, lda, b, bj, bk, K, acc, [] {});
 #pragma GCC unroll 8
   for (int j = 0; j < J; ++j, to += W * kLanes<T>) {
 #pragma GCC unroll 3
@@ -188,27 +191,50 @@ template <class T, Mode mode, int J>
   }
 }
 
-// The product of a tile of scores alone: to = [J][R].
-template <class T, int J>
-[[gnu::noinline]] void multiply_to(const T* lanes_q, const T* keys, std::int64_t ld,
-                                   std::int64_t dim, T* to) {
-  Vec<T> acc[J][kWidth] = {};
-  multiply<T, kWidth, J, true>(lanes_q, kRows<T>, keys, ld, 1, dim, acc);
-  for (int j = 0; j < J; ++j) {
-    for (int v = 0; v < kWidth; ++v, to += kLanes<T>) store<T>(to, acc[j][v]);
-  }
+// acc += the scores of J keys. Meanwhile it asks for the lines of the strips that the tile will
+// need when the product is done, then for the next tile's keys: they are in the second- or
+// third-level cache.
+template <class T, Mode mode, int J>
+[[gnu::always_inline]] inline void multiply_scores(const T* lanes_q, const T* keys, std::int64_t ld,
+                                                   std::int64_t dim, const Target<T>& to,
+                                                   std::int64_t done, Vec<T> (&acc)[J][kWidth]) {
+  constexpr std::int64_t kLine = 64 / std::int64_t(sizeof(T));
+  constexpr std::int64_t kStripLines = J * kRows<T> / kLine;
+  constexpr bool reads_e = mode == Mode::Second || mode == Mode::Later;
+  constexpr bool reads_mean = mode == Mode::Later || mode == Mode::KnownLater;
+  const std::int64_t first = reads_e || reads_mean ? std::min(kStripLines, dim) : 0;
+  const T* e = to.e + done * kRows<T>;
+  const T* mean = to.mean + done * kRows<T>;
+  const auto strips = [&] {
+    if constexpr (reads_e) __builtin_prefetch(e, 1);
+    if constexpr (reads_mean) __builtin_prefetch(mean, 1);
+    e += kLine;
+    mean += kLine;
+  };
+  const T* row = keys + J * ld;
+  std::int64_t x = 0;
+  const auto next_keys = [&] {
+    __builtin_prefetch(row + x, 0);
+    x += kLine;
+    if (x >= dim) {
+      x = 0;
+      row += ld;
+    }
+  };
+  multiply<T, kWidth, J, true>(lanes_q, kRows<T>, keys, ld, 1, first, acc, strips);
+  multiply<T, kWidth, J, true>(lanes_q + first * kRows<T>, kRows<T>, keys + first, ld, 1,
+                               dim - first, acc, next_keys);
 }
 
-// Ask for the lines of the strips that the next `count` keys will need: they are in the second- or
-// third-level cache, and the product takes long enough to bring them here.
-template <class T, Mode mode>
-inline void prefetch_target(const Target<T>& to, std::int64_t done, std::int64_t count) {
-  constexpr std::int64_t kLine = 64 / std::int64_t(sizeof(T));
-  for (std::int64_t n = done * kRows<T>; n < (done + count) * kRows<T>; n += kLine) {
-    if constexpr (mode == Mode::Second || mode == Mode::Later) __builtin_prefetch(to.e + n, 1);
-    if constexpr (mode == Mode::Later || mode == Mode::KnownLater) {
-      __builtin_prefetch(to.mean + n, 1);
-    }
+// The same into memory: to = [J][R].
+template <class T, Mode mode, int J>
+[[gnu::noinline]] void multiply_scores_to(const T* lanes_q, const T* keys, std::int64_t ld,
+                                          std::int64_t dim, const Target<T>& target,
+                                          std::int64_t done, T* to) {
+  Vec<T> acc[J][kWidth] = {};
+  multiply_scores<T, mode, J>(lanes_q, keys, ld, dim, target, done, acc);
+  for (int j = 0; j < J; ++j) {
+    for (int v = 0; v < kWidth; ++v, to += kLanes<T>) store<T>(to, acc[j][v]);
   }
 }
 
@@ -218,21 +244,15 @@ template <class T, Mode mode, int J>
 [[gnu::noinline]] void score_tile(const T* lanes_q, const T* keys, std::int64_t ld,
                                   std::int64_t dim, const T* key_bias, SoftmaxLanes<T>& s,
                                   const Target<T>& to, std::int64_t done) {
-  prefetch_target<T, mode>(to, done, J);
-  for (int j = 0; j < J; ++j) {  // the next tile's keys
-    for (std::int64_t x = 0; x < dim; x += 64 / std::int64_t(sizeof(T))) {
-      __builtin_prefetch(keys + (J + j) * ld + x, 0);
-    }
-  }
   Vec<T> acc[J][kWidth];
   if constexpr (kManyRegisters) {
 #pragma GCC unroll 8
     for (int j = 0; j < J; ++j) {
       for (Vec<T>& a : acc[j]) a = key_bias == nullptr ? Vec<T>{} : splat(key_bias[j]);
     }
-    multiply<T, kWidth, J, true>(lanes_q, kRows<T>, keys, ld, 1, dim, acc);
+    multiply_scores<T, mode, J>(lanes_q, keys, ld, dim, to, done, acc);
   } else {
-    multiply_to<T, J>(lanes_q, keys, ld, dim, reinterpret_cast<T*>(acc));
+    multiply_scores_to<T, mode, J>(lanes_q, keys, ld, dim, to, done, reinterpret_cast<T*>(acc));
     if (key_bias != nullptr) {
       for (int j = 0; j < J; ++j) {
         for (Vec<T>& a : acc[j]) a += key_bias[j];
