@@ -205,6 +205,7 @@ def bench(
         raise ImportError(
             "the benchmarks need pytest-benchmark; install it with: pip install pytest-benchmark"
         )
+    print(f"Benchmarks of {folder}: some minutes on every core. Ctrl-C stops them.", flush=True)
     command = [sys.executable, "-m", "pytest", str(folder), *(arguments or [])]
     raise typer.Exit(subprocess.run(command, cwd=folder.parent).returncode)
 
