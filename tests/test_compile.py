@@ -164,7 +164,7 @@ def test_a_row_without_a_visible_key_is_zero(backend: str) -> None:
         back = fm.AttentionMap(k, q, backend=backend)
         there = fm.round_trip(
             back, A
-        ).return_probability  # A, which may go nowhere, is the way back
+        ).return_probability  # A may go nowhere
         everything = (*found._asdict().values(), A.to_dense(), A @ torch.ones(25, 2), B.to_dense())
         return (*everything, there, A.lse)
 
