@@ -162,9 +162,7 @@ def test_a_row_without_a_visible_key_is_zero(backend: str) -> None:
         found = A.reduce("entropy", "max", "argmax", "expectation", "column_sum")
         B = fm.AttentionMap(q, k, key_mask=mask, normalize="rows", backend=backend)
         back = fm.AttentionMap(k, q, backend=backend)
-        there = fm.round_trip(
-            back, A
-        ).return_probability  # A may go nowhere
+        there = fm.round_trip(back, A).return_probability  # A may go nowhere
         everything = (*found._asdict().values(), A.to_dense(), A @ torch.ones(25, 2), B.to_dense())
         return (*everything, there, A.lse)
 
