@@ -9,6 +9,8 @@ nothing, write nothing out of bounds, and give zeros for a row that has no key.
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -89,8 +91,8 @@ def check_finite(name: str, tensor: Tensor) -> None:
 def check_grid(name: str, grid: object, tokens: int) -> Grid:
     """``grid`` as (height, width), or an error that says what would fit."""
     try:
-        height, width = (int(n) for n in grid)  # type: ignore[attr-defined]
-    except (TypeError, ValueError, OverflowError):
+        height, width = (operator.index(n) for n in grid)  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
         raise TypeError(f"{name} must be (height, width), got {grid!r}") from None
     if height < 1 or width < 1 or height * width != tokens:
         raise ValueError(
@@ -264,7 +266,7 @@ def make_problem(
     grid_height, grid_width = _key_lines(normalize, key_grid, keys)
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[3])
-    elif not isinstance(scale, (int, float)) or not math.isfinite(scale):
+    elif not isinstance(scale, numbers.Real) or not math.isfinite(scale):
         raise ValueError(f"scale must be a finite number, got {scale!r}")
     dtype = compute_dtype(query.dtype)
     problem = Problem(
@@ -317,8 +319,8 @@ def check_operand(name: str, operand: object, batch: int, tokens: int, like: Ten
 
 
 def check_k(k: int, keys: int) -> int:
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+    if isinstance(k, bool) or not isinstance(k, numbers.Integral) or k < 1:
         raise ValueError(f"k must be a whole number >= 1, got {k!r}")
     if k > keys:
         raise ValueError(f"k = {k} is more than the {keys} keys of the map: k must be <= {keys}")
-    return k
+    return int(k)

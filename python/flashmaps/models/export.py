@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
+
+from flashmaps.files import whole_folder
 
 from .architecture import Parts
 from .vocabulary import write_vocabulary
@@ -21,9 +21,6 @@ def export(parts: Parts, folder: Path, card: str) -> None:
     The folder is written under a temporary name beside its place and then renamed, so a reader
     never meets half a model.
     """
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = folder.with_name(f".{folder.name}.{os.getpid()}")
     halves = {
         name: copy.deepcopy(getattr(parts, name)).to(torch.float16)
         for name in ("vae", "unet", "text_encoder")
@@ -36,16 +33,11 @@ def export(parts: Parts, folder: Path, card: str) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    try:
+    with whole_folder(folder, "model_index.json") as staging:
         pipeline.save_pretrained(staging)
         write_vocabulary(staging / "tokenizer")
         _load_in_float32_unless_asked(staging / "text_encoder" / "config.json")
         (staging / "README.md").write_text(card)
-        for path in staging.rglob("*.safetensors"):
-            path.chmod(0o644)  # safetensors writes for the owner alone, whatever the umask
-        _replace(folder, staging)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _load_in_float32_unless_asked(config: Path) -> None:
@@ -56,12 +48,3 @@ def _load_in_float32_unless_asked(config: Path) -> None:
     values = json.loads(config.read_text())
     values["dtype"] = "float32"
     config.write_text(json.dumps(values, indent=2) + "\n")
-
-
-def _replace(folder: Path, staging: Path) -> None:
-    """Put `staging` in the place of `folder`; a folder cannot be renamed over a full one."""
-    retired = staging.with_name(staging.name + ".old")
-    if folder.exists():
-        os.replace(folder, retired)
-    os.replace(staging, folder)
-    shutil.rmtree(retired, ignore_errors=True)
