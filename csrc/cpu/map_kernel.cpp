@@ -2,7 +2,7 @@
 //
 // A strip of R queries x all keys is kept in cache: for each head its scores are computed and
 // exponentiated in place, then added, divided by their sum, to the strip of the mean map, which is
-// reduced while it is there. One product Q K^T in all. Where a strip would not fit the cache, or
+// reduced while it is there. One product Q K^T in all. Where a strip would be too large, or
 // the log-sum-exp is given, it is used instead: the probabilities of a block of keys then need no
 // others, at the price of a second product where the log-sum-exp had to be computed first.
 //
