@@ -203,7 +203,7 @@ BAD_TRIPS = [
     Bad("compose-batches", lambda: fm.compose(A, make(K[:1], Q[:1])), ValueError,
         ("(2, 10, 12) and (1, 12, 10) do not chain", "equal batches")),
     Bad("compose-dtypes", lambda: A @ make(K.double(), Q.double()), ValueError,
-        ("the first map is torch.float32", "the second torch.float64", "make them alike")),
+        ("the first map is torch.float32", "the second is torch.float64", "make them alike")),
     Bad("budget-too-small", lambda: fm.compose(A, BACK, memory_budget=100), ValueError,
         ("memory_budget = 100 bytes is too small", "the smallest that works is")),
     Bad("budget-is-text", lambda: fm.compose(A, BACK, memory_budget="64MB"), TypeError,

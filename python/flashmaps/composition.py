@@ -59,11 +59,7 @@ class Composition(Lazy):
                 f"maps of shape {first.shape} and {second.shape} do not chain: the first one's "
                 f"keys must be the second one's queries, in equal batches"
             )
-        if first.dtype != second.dtype or first.device != second.device:
-            raise ValueError(
-                f"the first map is {first.dtype} on {first.device}, the second {second.dtype} on "
-                f"{second.device}: make them alike"
-            )
+        check_alike("the first map", first, "the second", second)
         self.first = first
         self.second = second
         self.memory_budget = DEFAULT_MEMORY_BUDGET if memory_budget is None else memory_budget
@@ -256,6 +252,15 @@ def _one_map(problem: Problem, index: int) -> Problem:
     """Map ``index`` of a batch as a batch of one (views)."""
     lse = None if problem.lse is None else problem.lse[index : index + 1]
     return problem._replace(pairs=_all_pairs(problem)[index : index + 1], lse=lse)
+
+
+def check_alike(name: str, first: AttentionMap, other: str, second: AttentionMap) -> None:
+    """ValueError unless two maps that meet have one dtype and one device."""
+    if first.dtype != second.dtype or first.device != second.device:
+        raise ValueError(
+            f"{name} is {first.dtype} on {first.device}, {other} is {second.dtype} on "
+            f"{second.device}: make them alike"
+        )
 
 
 def round_trip_fields(

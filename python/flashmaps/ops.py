@@ -17,8 +17,6 @@ from flashmaps.backends import get
 
 _PROBLEM = len(Problem._fields)  # how many arguments of an operator make up one problem
 
-# Operator schemas are read from these signatures, which want typing.Optional and typing.List.
-
 
 def _outputs(problem: Problem, request: Request, backend: str) -> list[Tensor]:
     fields = get(backend).reduce(problem, request)

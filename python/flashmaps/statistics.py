@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flashmaps._validation import need_grid
 from flashmaps.attention_map import AttentionMap
-from flashmaps.composition import round_trip_fields
+from flashmaps.composition import check_alike, round_trip_fields
 from flashmaps.grids import centres
 
 
@@ -79,11 +79,7 @@ def check_pair(A_st: AttentionMap, A_ts: AttentionMap) -> None:
             f"A_ts has shape {A_ts.shape}, but the way back from A_st {A_st.shape} is "
             f"{(batch, targets, sources)}: A_st = map(Q_s, K_t) and A_ts = map(Q_t, K_s)"
         )
-    if A_st.dtype != A_ts.dtype or A_st.device != A_ts.device:
-        raise ValueError(
-            f"A_st is {A_st.dtype} on {A_st.device}, A_ts is {A_ts.dtype} on {A_ts.device}: "
-            f"make them alike"
-        )
+    check_alike("A_st", A_st, "A_ts", A_ts)
 
 
 def source_centres(A_st: AttentionMap, A_ts: AttentionMap) -> Tensor:
