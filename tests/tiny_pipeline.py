@@ -44,36 +44,50 @@ def tiny_unet(**changes: Any) -> Any:
     return UNet2DConditionModel(**{**config, **changes}).eval().requires_grad_(False)
 
 
+def tiny_vae(latent_channels: int = 4, **changes: Any) -> Any:
+    """AutoencoderKL that halves an image twice: a latent has a quarter of the image's height."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(1)
+    config: dict[str, Any] = {
+        "block_out_channels": (8, 16, 16),
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "latent_channels": latent_channels,
+        "norm_num_groups": 4,
+        "sample_size": 64,
+    }
+    return AutoencoderKL(**{**config, **changes}).eval().requires_grad_(False)
+
+
+def tiny_text_encoder(tokenizer: Any, *, projected: bool = False, seed: int = 2) -> Any:
+    """CLIP text model of width 32; ``projected``: CLIPTextModelWithProjection, to 32 as well."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(seed)
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        projection_dim=32,
+        num_hidden_layers=2,  # SDXL and SD3 read the last but one
+        num_attention_heads=2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = CLIPTextModelWithProjection(config) if projected else CLIPTextModel(config)
+    return model.eval().requires_grad_(False)
+
+
 def tiny_pipeline(folder: Path, **unet_changes: Any) -> Any:
     """StableDiffusionPipeline: VAE factor 4, latent 16 x 16 at 64 pixels, levels 16, 8 and 4."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     tokenizer = tiny_tokenizer(folder)
-    torch.manual_seed(1)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=64,
-    )
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
     pipe = StableDiffusionPipeline(
-        vae=vae.eval(),
-        text_encoder=text.eval(),
+        vae=tiny_vae(),
+        text_encoder=tiny_text_encoder(tokenizer),
         tokenizer=tokenizer,
         unet=tiny_unet(**unet_changes),
         scheduler=DDIMScheduler(beta_schedule="scaled_linear", steps_offset=1, clip_sample=False),
