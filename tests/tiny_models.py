@@ -325,6 +325,34 @@ def build_wan(folder: Path, **transformer_changes: Any) -> Any:
     return _quiet(pipe)
 
 
+def tiny_wan_image_to_video(**changes: Any) -> Any:
+    """Wan 2.1's transformer for image to video, bare: cross-attention on text and on an image.
+
+    ``attn2`` calls attention twice: first on the image's tokens, then on the text's, with the same
+    queries. ``encoder_hidden_states`` reaches it as the image's tokens, then the text's, which must
+    be 512. See :func:`run_wan_image_to_video`.
+    """
+    return tiny_wan(**{"in_channels": 8, "image_dim": 32, "added_kv_proj_dim": 24, **changes})
+
+
+def run_wan_image_to_video(
+    model: Any, *, batch: int = 1, frames: int = 2, height: int = 16, width: int = 24, seed: int = 0
+) -> Tensor:
+    """One forward on random latents, [B, 8, frames, height, width], 7 image and 512 text tokens."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(batch, *shape, generator=generator)
+
+    return model(
+        hidden_states=random(8, frames, height, width),
+        timestep=torch.full((batch,), 500),
+        encoder_hidden_states=random(512, 32),
+        encoder_hidden_states_image=random(7, 32),
+        return_dict=False,
+    )[0]
+
+
 def build_qwen(folder: Path, **transformer_changes: Any) -> Any:
     """Qwen-Image's transformer in its pipeline, without text encoder and VAE: run gives embeddings.
 
