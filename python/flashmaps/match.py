@@ -346,7 +346,12 @@ def match_features(
 
 
 def cross_map(
-    of: Features, to: Features, *, compare: str = "kk", backend: str = "auto"
+    of: Features,
+    to: Features,
+    *,
+    compare: str = "kk",
+    pairs: Tensor | None = None,
+    backend: str = "auto",
 ) -> AttentionMap:
     """The map from one image's tokens to the other's, lazy [1, N, M].
 
@@ -354,6 +359,7 @@ def cross_map(
     compare="kk", "qq": softmax(cosine / TEMPERATURE) of keys with keys, or queries with queries;
         vectors of each head are scaled to length 1, since a long one would otherwise win
         everywhere.
+    pairs: [P, 2], where both hold the queries and keys of several images (see pairs.py).
     """
     _check_compare(compare)
     ours, theirs = (getattr(f, name) for f, name in zip((of, to), COMPARE[compare], strict=True))
@@ -366,6 +372,7 @@ def cross_map(
         theirs,
         scale=scale,
         head_weights=of.head_weights,
+        pairs=pairs,
         query_grid=of.grid,
         key_grid=to.grid,
         backend=backend,
