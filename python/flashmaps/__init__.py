@@ -15,6 +15,7 @@ from flashmaps.backends import backends
 from flashmaps.capture import capture
 from flashmaps.composition import Composition, compose
 from flashmaps.match import Match, match
+from flashmaps.record import Entry, Record
 from flashmaps.statistics import (
     Nims,
     RoundTrip,
@@ -30,8 +31,10 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionMap",
     "Composition",
+    "Entry",
     "Match",
     "Nims",
+    "Record",
     "Reductions",
     "RoundTrip",
     "backends",

@@ -237,6 +237,8 @@ class AttentionMap(Lazy):
                     (problem.heads,), 1.0 / problem.heads, dtype=problem.compute_dtype
                 ).to(problem.query.device)
             heads.append(weight * each)
+        # A log-sum-exp that was given may be that of more keys than these (a block of a joint map).
+        given = any(m.problem.lse is not None for m in maps)
         return cls(
             torch.cat(queries, 1),
             torch.cat(keys, 1),
@@ -247,6 +249,7 @@ class AttentionMap(Lazy):
             normalize=first.problem.normalize,
             query_grid=first.query_grid,
             key_grid=first.key_grid,
+            lse=torch.cat([m.lse for m in maps], 1) if given else None,
             backend=first.backend,
         )
 

@@ -67,15 +67,29 @@ def check_replaceable(folder: str | Path, marker: str) -> None:
         )
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file through a temporary one beside it and a rename."""
+@contextlib.contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Write a file whole or not at all: yields a path beside it, which takes its place at the end.
+
+    Raises ValueError when ``path`` is a folder, or the folder it should lie in is not there.
+    """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} is a folder; give a file to write to")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"{str(path)!r} cannot be written: there is no such folder to put it in")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with whole_file(path) as new:
+        new.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, value: Any) -> None:
