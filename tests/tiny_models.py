@@ -160,7 +160,8 @@ def build_sd3(folder: Path, **transformer_changes: Any) -> Any:
 
     ``attn`` is joint: 8 x 12 image tokens, then the text's 77 + 16. ``attn2`` (dual attention)
     shares its processor object with ``attn``. The last block discards the text after its
-    attention. Queries and keys are normalised; positions are added to the input once.
+    attention. Queries and keys are normalised; positions are added to the input once. diffusers
+    cannot fuse the projections of ``attn2``: pass ``dual_attention_layers=()`` for that.
     """
     from diffusers import (
         FlowMatchEulerDiscreteScheduler,
@@ -510,8 +511,11 @@ class Family:
             "num_inference_steps": steps,
             "generator": torch.Generator().manual_seed(seed),
             "output_type": "latent",
-            **self.call(list(prompts), guidance, size),
         }
+        for name, value in self.call(list(prompts), guidance, size).items():
+            call[name] = value.to(pipe.device) if isinstance(value, Tensor) else value
+            if isinstance(value, Tensor) and value.is_floating_point():
+                call[name] = call[name].to(pipe.dtype)
         return pipe(**{**call, **arguments})[0]
 
     def grid(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
