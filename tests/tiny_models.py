@@ -160,8 +160,9 @@ def build_sd3(folder: Path, **transformer_changes: Any) -> Any:
 
     ``attn`` is joint: 8 x 12 image tokens, then the text's 77 + 16. ``attn2`` (dual attention)
     shares its processor object with ``attn``. The last block discards the text after its
-    attention. Queries and keys are normalised; positions are added to the input once. diffusers
-    cannot fuse the projections of ``attn2``: pass ``dual_attention_layers=()`` for that.
+    attention. Queries and keys are normalised; positions are added to the input once. To
+    fuse projections pass ``dual_attention_layers=(), qk_norm=None``: diffusers' fused processor
+    fails on ``attn2`` and leaves the normalisation out.
     """
     from diffusers import (
         FlowMatchEulerDiscreteScheduler,
