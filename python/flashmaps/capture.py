@@ -176,7 +176,8 @@ class capture:
         # Guidance in two forward passes names each of them; both belong to one step.
         watch = self._contexts[model]
         context = None if watch is None else watch.name
-        if context is None or context in self._passes:
+        another = context is not None and self._passes and not self._passes & {None, context}
+        if not another:
             self._step += 1
             self._passes = set()
         self._passes.add(context)

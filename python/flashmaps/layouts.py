@@ -169,6 +169,8 @@ def layout(
 
 def _kind(attn: nn.Module, context: Any, call: int, queries: int, at: Forward) -> str:
     joins = getattr(attn, "add_q_proj", None) is not None
+    if context is None and call > 0:  # SD3's IP-Adapter, in layers that see the image alone
+        return "image_prompt"
     if context is None:
         # Flux's single blocks: text and image went into one sequence before the layer.
         whole = None if at.levels or at.text is None else (at.tokens or 0) + at.text

@@ -39,8 +39,9 @@ class Entry:
         grid, frames: frames * height * width image tokens; grid is None when unknown.
         queries, keys: token ranges by name: ``"image"``, ``"text"``, ``"reference"`` (further
             images in the sequence), ``"image_prompt"``.
-        guidance: ``"both"`` where the batch is [unconditional, conditional], ``"conditional"`` or
-            ``"unconditional"``, or None: no guidance, or none that is known of.
+        guidance: ``"both"`` where the batch is [unconditional, conditional]; ``"conditional"`` or
+            ``"unconditional"`` where each has a pass of its own; None: no guidance, or none that is
+            known of.
         statistics: by name, batch first; each is an attribute too: ``entry.entropy``.
         count: forward passes that the statistics are the mean of. Indices (argmax) do not average:
             they are those of the last pass.
