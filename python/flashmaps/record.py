@@ -406,7 +406,7 @@ def _as_json(entry: Entry, index: int, tensors: dict[str, Tensor]) -> dict[str, 
 
     def put(name: str, tensor: Tensor) -> str:
         for known, other in tensors.items():  # rotary embeddings are shared: kept once
-            if name.startswith("rotary") and other is tensor:
+            if name.startswith("rotary") and same_tensor(other, tensor):
                 return known
         tensor = tensor.detach().contiguous()
         whole = tensor.untyped_storage().nbytes() == tensor.nbytes
@@ -440,6 +440,17 @@ def _from_json(row: dict[str, Any], tensors: Mapping[str, Tensor]) -> Entry:
     if "rotary" in row:
         values["rotary"] = tuple(tensors[name] for name in row["rotary"])
     return Entry(**values)
+
+
+def same_tensor(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether both are the same numbers in memory; views of one tensor are different objects."""
+    if one is None or other is None:
+        return one is other
+    return (one.data_ptr(), one.shape, one.stride()) == (
+        other.data_ptr(),
+        other.shape,
+        other.stride(),
+    )
 
 
 # -- how entries are chosen, here and by `capture` -------------------------------------------------

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flashmaps.attention_map import REDUCTIONS, AttentionMap
 from flashmaps.grids import Grid
-from flashmaps.record import Entry, Record
+from flashmaps.record import Entry, Record, same_tensor
 
 KEEP = ("qk", "statistics", "mean")
 # Beyond AttentionMap.reduce's own names.
@@ -121,7 +121,7 @@ class Recorder:
         rotary = entry.rotary
         if rotary is not None:
             # All layers of a pass share one embedding; so do their entries.
-            if self._rotary[0] is not rotary[0]:
+            if not same_tensor(self._rotary[0], rotary[0]):
                 self._rotary = rotary[0], tuple(_to(each, self.device) for each in rotary)
             rotary = self._rotary[1]
         return dataclasses.replace(
