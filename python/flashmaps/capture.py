@@ -106,7 +106,7 @@ class capture:
             refuse_unobservable(name, layer.processor)
         self._kinds = _kinds(kind)
         self._grids = None if resolution is None else resolutions(resolution)
-        self._wanted_step = _step_filter(steps)
+        self._wanted_step = step_filter(steps)
         if guidance is not None and guidance not in GUIDANCE:
             raise ValueError(
                 f"guidance={guidance!r}; choose 'conditional', 'unconditional' or None (both)"
@@ -310,9 +310,10 @@ def _kinds(kind: str | Iterable[str] | None) -> set[str] | None:
     return kinds
 
 
-def _step_filter(
+def step_filter(
     steps: int | Iterable[int] | Callable[[int], bool] | None,
 ) -> Callable[[int], bool]:
+    """``steps=`` as a function of a step's index; see `capture`."""
     if steps is None:
         return lambda step: True
     if callable(steps):

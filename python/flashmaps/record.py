@@ -21,6 +21,7 @@ from flashmaps.layouts import unrotate
 
 POSITIONS = ("kept", "removed")
 _FORMAT = "flashmaps record 1"
+_IMAGES = ("image", "other", "source")  # parts of a sequence that lie on the entry's grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +39,8 @@ class Entry:
         scale: what the scores are multiplied by before the softmax.
         grid, frames: frames * height * width image tokens; grid is None when unknown.
         queries, keys: token ranges by name: ``"image"``, ``"text"``, ``"reference"`` (further
-            images in the sequence), ``"image_prompt"``.
+            images in the sequence), ``"image_prompt"``; keys also ``"other"`` and ``"source"``
+            (of another image of the batch, see :class:`flashmaps.CrossSelfAttnProcessor`).
         guidance: ``"both"`` where the batch is [unconditional, conditional]; ``"conditional"`` or
             ``"unconditional"`` where each has a pass of its own; None: no guidance, or none that is
             known of.
@@ -87,7 +89,7 @@ class Entry:
     @property
     def key_grid(self) -> Grid | None:
         """(height, width) of the image keys; None for text."""
-        return self.grid if "image" in self.keys else None
+        return self.grid if any(name in self.keys for name in _IMAGES) else None
 
     def __getattr__(self, name: str) -> Tensor:
         statistics = self.__dict__.get("statistics", {})
@@ -265,13 +267,14 @@ class Entry:
 
 def _grid_of(part: slice, grid: Grid | None, parts: Mapping[str, slice]) -> Grid | None:
     """The grid of a range of tokens: a whole image, or a whole frame of a video."""
-    image = parts.get("image")
-    if grid is None or image is None or part.start is None or part.stop is None:
+    if grid is None or part.start is None or part.stop is None:
         return None
     size = math.prod(grid)
-    inside = image.start <= part.start and part.stop <= image.stop
-    whole = part.stop - part.start == size and (part.start - image.start) % size == 0
-    return grid if inside and whole else None
+    for image in (parts[name] for name in _IMAGES if name in parts):
+        inside = image.start <= part.start and part.stop <= image.stop
+        if inside and part.stop - part.start == size and (part.start - image.start) % size == 0:
+            return grid
+    return None
 
 
 class Record(Sequence[Entry]):

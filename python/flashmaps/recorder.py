@@ -35,6 +35,7 @@ class Recorder:
         pool_to: (height, width) for "pool", of queries and image keys.
         block: the part of the map that is reduced, as in `Entry.map`.
         dtype, device: of Q and K that are kept; device also of statistics.
+        record: where to put what is kept, for several recorders that share one; None: a new one.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Recorder:
         block: str | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        record: Record | None = None,
     ) -> None:
         self.names, self.functions = _statistics(reduce)
         if keep is None:
@@ -64,7 +66,7 @@ class Recorder:
         self.block = block
         self.dtype = dtype
         self.device = device
-        self.record = Record()
+        self.record = Record() if record is None else record
         self._means: dict[Any, int] = {}  # where in the record the mean of a layer stands
         self._rotary: tuple[Any, Any] = (None, None)  # the last one, and its copy
 
@@ -139,11 +141,11 @@ class Recorder:
         return tensor.detach().to(device=self.device, dtype=self.dtype, copy=True)
 
     def _accumulate(self, entry: Entry) -> None:
-        shapes = tuple((name, x.shape) for name, x in entry.statistics.items())
-        key = (entry.layer, entry.kind, entry.guidance, shapes)
+        key = _mean_of(entry)
         entries = self.record._entries
         at = self._means.get(key)
-        if at is None or at >= len(entries):  # the record may have been cleared
+        # The record may have been cleared, and others may have filled it anew.
+        if at is None or at >= len(entries) or _mean_of(entries[at]) != key:
             self._means[key] = len(entries)
             entries.append(entry)
             return
@@ -158,6 +160,12 @@ class Recorder:
     def end(self) -> None:
         """Let go of what was only needed while layers ran."""
         self._rotary = (None, None)
+
+
+def _mean_of(entry: Entry) -> tuple[Any, ...]:
+    """What entries have in common whose statistics are averaged."""
+    shapes = tuple((name, x.shape) for name, x in entry.statistics.items())
+    return (entry.layer, entry.kind, entry.guidance, shapes)
 
 
 def _to(tensor: Tensor | None, device: torch.device | str | None) -> Any:
