@@ -25,6 +25,7 @@ from flashmaps.statistics import (
     nims,
     round_trip,
 )
+from flashmaps.words import WordMaps, word_maps
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,7 @@ __all__ = [
     "Record",
     "Reductions",
     "RoundTrip",
+    "WordMaps",
     "backends",
     "capture",
     "checks",
@@ -47,4 +49,5 @@ __all__ = [
     "match",
     "nims",
     "round_trip",
+    "word_maps",
 ]
