@@ -30,7 +30,7 @@ REDUCTIONS = (
     "column_argmax",
 )
 
-# Rows are pooled this many float64s of output at a time, so that pooling keeps no N x cells matrix.
+# Rows are pooled this many numbers of output at a time, so that pooling keeps no N x cells matrix.
 _POOL_ELEMENTS = 2**18
 
 
@@ -332,13 +332,16 @@ class AttentionMap(Lazy):
         - "column_entropy": entropy over i of A[i, j] / column_sum[j] (0 for an empty column)
         - "column_max", "column_argmax": over i: [batch, M]
         """
+        return Reductions(self._fields(*self._checked(names)))
+
+    def _checked(self, names: Sequence[str]) -> tuple[str, ...]:
         wanted = check_reductions(names)
         _, queries, keys = self.shape
         if "expectation" in wanted:
             need_grid("key_grid", self.key_grid, keys, "expectation")
         if "diagonal" in wanted and queries != keys:
             raise ValueError(f"diagonal needs a square map, this one is {queries} x {keys}")
-        return Reductions(self._fields(*wanted))
+        return wanted
 
     def entropy(self) -> Tensor:
         """-sum_j A_ij log A_ij in nats: [batch, N]."""
@@ -388,20 +391,40 @@ class AttentionMap(Lazy):
         Returns [batch, h_q * w_q, h_k * w_k]; rows still sum to what they summed to. None leaves
         that side as it is. A token falls in the cell floor(row * h' / h), floor(column * w' / w).
         """
+        return self.reduce_and_pool((), query_to, key_to)[1]
+
+    def reduce_and_pool(
+        self, names: Sequence[str], query_to: Grid | None, key_to: Grid | None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The fields of `reduce(*names)` and the result of `pool`, in one pass where that is cheap.
+
+        One pass keeps each row's sums over the key cells. Where these are more numbers than the
+        row's query has, rows are pooled in portions, apart from the reductions.
+        """
+        wanted = self._checked(names) if names else ()
         batch, queries, keys = self.shape
         query_cells, num_query_cells = self._cells("query", query_to, self.query_grid, queries)
         key_cells, num_key_cells = self._cells("key", key_to, self.key_grid, keys)
         out = torch.zeros(
             (batch, num_query_cells, num_key_cells), dtype=self.dtype, device=self.device
         )
+        pooled: dict[str, Any] = {"cells": key_cells, "num_cells": num_key_cells}
         step = max(1, _POOL_ELEMENTS // (batch * num_key_cells))
-        for start in range(0, queries, step):
-            stop = min(start + step, queries)
-            request = Request(("pooled_keys",), cells=key_cells, num_cells=num_key_cells)
-            rows = ops.reduce(self.problem.query_rows(start, stop), request, self.backend)
-            out.index_add_(1, query_cells[start:stop], rows["pooled_keys"])
+        if wanted and num_key_cells <= self.problem.heads * self.problem.query.shape[3]:
+            fields = self._fields(*wanted, "pooled_keys", **pooled)
+            out.index_add_(1, query_cells, fields.pop("pooled_keys"))
+        else:
+            fields = self._fields(*wanted) if wanted else {}
+            for start in range(0, queries, step):
+                stop = min(start + step, queries)
+                rows = ops.reduce(
+                    self.problem.query_rows(start, stop),
+                    Request(("pooled_keys",), **pooled),
+                    self.backend,
+                )
+                out.index_add_(1, query_cells[start:stop], rows["pooled_keys"])
         count = torch.bincount(query_cells, minlength=num_query_cells)
-        return out / count[None, :, None]
+        return fields, out / count[None, :, None]
 
     def _cells(
         self, side: str, to: Grid | None, grid: Grid | None, tokens: int

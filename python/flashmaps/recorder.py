@@ -98,16 +98,18 @@ class Recorder:
             wanted = list(dict.fromkeys([*fused, *(["argmax"] if "density" in self.names else [])]))
             if wanted or self.functions or "pool" in self.names:
                 attention_map = entry.map(self.block)
-            if wanted:
-                found = attention_map.reduce(*wanted)._asdict()
-            if "density" in self.names:
-                found["density"] = _density(found["argmax"], attention_map.shape[2])
             if "pool" in self.names:
                 image_keys = attention_map.key_grid is not None and entry.kind != "cross"
-                found["pool"] = attention_map.pool(
+                found, pooled = attention_map.reduce_and_pool(
+                    wanted,
                     _no_finer(self.pool_to, attention_map.query_grid),
                     _no_finer(self.pool_to, attention_map.key_grid) if image_keys else None,
                 )
+                found["pool"] = pooled
+            elif wanted:
+                found = attention_map.reduce(*wanted)._asdict()
+            if "density" in self.names:
+                found["density"] = _density(found["argmax"], attention_map.shape[2])
             if "image_to_text" in self.names and "text" in entry.keys:
                 found["image_to_text"] = entry.map("image->text").to_dense()
             for name, function in self.functions.items():

@@ -1,0 +1,155 @@
+"""Capture on a UNet of Stable Diffusion 2's real size: random weights, 64 x 64 latents.
+
+    make test ARGS="-m slow -s tests/test_real_size.py"
+
+Takes about five minutes on two cores, and 8 GB. It prints time and peak memory of a step with and
+without a capture. Time is not asserted.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from statistics import median
+
+import flashmaps as fm
+import oracle
+import pytest
+import torch
+from oracle import Value, assert_picks_maximum, assert_within_budget
+
+pytestmark = pytest.mark.slow
+
+STATISTICS = ("entropy", "argmax", "column_sum", "density", "pool")
+POOL_TO = (8, 8)
+ROUNDS = 5
+
+
+def sd2_unet():
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=64,
+        block_out_channels=(320, 640, 1280, 1280),
+        attention_head_dim=(5, 10, 20, 20),  # head counts, in spite of the name
+        cross_attention_dim=1024,
+        use_linear_projection=True,
+    )
+    return unet.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def unet():
+    return sd2_unet()
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    generator = torch.Generator().manual_seed(1)
+    latent = torch.randn(1, 4, 64, 64, generator=generator)
+    return latent, 500, torch.randn(1, 77, 1024, generator=generator)
+
+
+def measured(run):
+    """(seconds, peak resident bytes, result) of one call."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far becomes the present
+    start = time.perf_counter()
+    result = run()
+    seconds = time.perf_counter() - start
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return seconds, int(line.split()[1]) * 1024, result
+    raise RuntimeError("this system does not tell a process's peak memory")
+
+
+@torch.no_grad()
+def test_a_step_with_every_statistic(unet, inputs, capsys):
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("needs Linux's account of peak memory")
+    assert sum(p.numel() for p in unet.parameters()) > 860e6
+
+    def plain():
+        return unet(*inputs).sample
+
+    def captured():
+        with fm.capture(unet, kind="self", reduce=STATISTICS, pool_to=POOL_TO) as record:
+            output = unet(*inputs).sample
+        return output, record
+
+    expected = plain()
+    captured()
+    seconds, peaks = {"plain": [], "captured": []}, {"plain": [], "captured": []}
+    for _ in range(ROUNDS):
+        for name, run in (("plain", plain), ("captured", captured)):
+            took, peak, result = measured(run)
+            seconds[name].append(took)
+            peaks[name].append(peak)
+            output = result if name == "plain" else result[0]
+            assert torch.equal(output, expected)
+    record = result[1]
+    assert len(record) == 16
+    assert sorted(entry.grid for entry in record) == [(8, 8)] + [
+        grid for side in (16, 32, 64) for grid in [(side, side)] * 5
+    ]
+    for entry in record:
+        tokens = entry.grid[0] * entry.grid[1]
+        assert entry.entropy.shape == entry.argmax.shape == entry.density.shape == (1, tokens)
+        assert entry.pool.shape == (1, 64, 64)
+        torch.testing.assert_close(entry.density.sum(), torch.tensor(float(tokens)))
+    times = {name: median(values) for name, values in seconds.items()}
+    # The least of several: what else the process holds on to only adds.
+    memory = {name: min(values) for name, values in peaks.items()}
+    with capsys.disabled():
+        print(
+            f"\nSD2's UNet, 64 x 64, {torch.get_num_threads()} threads: step "
+            f"{times['plain']:.2f} s, with all statistics of 16 self-attention layers "
+            f"{times['captured']:.2f} s, ratio {times['captured'] / times['plain']:.3f} "
+            f"(medians of {ROUNDS} by turns); peak {memory['plain'] / 1e6:.0f} MB and "
+            f"{memory['captured'] / 1e6:.0f} MB, ratio "
+            f"{memory['captured'] / memory['plain']:.4f}"
+        )
+    assert memory["captured"] <= 1.02 * memory["plain"]
+
+
+@torch.no_grad()
+def test_maps_are_those_of_the_eager_processor(unet, inputs):
+    """`AttnProcessor` builds maps; those it builds of the same Q and K have the same numbers."""
+    from diffusers.models.attention_processor import AttnProcessor
+
+    with fm.capture(unet, kind="self", keep="qk") as record:
+        output = unet(*inputs).sample
+    layers = dict(unet.named_modules())
+    dtype = torch.float32
+    for entry in record:
+        A = entry.map()
+        found = A.reduce("entropy", "max", "argmax", "column_sum", "column_max")
+        attn = layers[entry.layer]
+        heads = attn.get_attention_scores(entry.query[0], entry.key[0])  # [H, N, M]
+        eager = heads.mean(0, keepdim=True)
+        del heads
+        true, _ = oracle.attention(entry.query, entry.key, dtype=torch.float64, scale=entry.scale)
+        plain = oracle.Map(eager, 1, true.roundings)
+        for name in ("entropy", "max", "column_sum", "column_max"):
+            what = f"{name} of {entry.layer}"
+            rival: Value = getattr(plain, name)()
+            truth: Value = getattr(true, name)()
+            assert_within_budget(what, getattr(found, name), truth, rival, true, dtype)
+        assert_picks_maximum(
+            f"argmax of {entry.layer}", found.argmax, true.values, eager, true, dtype, 2
+        )
+        cells = oracle.cells(entry.grid, POOL_TO)
+        assert_within_budget(
+            f"pool of {entry.layer}",
+            A.pool(POOL_TO, POOL_TO),
+            true.pool(cells, cells),
+            plain.pool(cells, cells),
+            true,
+            dtype,
+        )
+    processors = dict(unet.attn_processors)
+    unet.set_attn_processor(AttnProcessor())
+    eager_output = unet(*inputs).sample
+    unet.set_attn_processor(processors)
+    # Both round float32 differently in each of 32 attentions; the output is of order one.
+    torch.testing.assert_close(eager_output, output, atol=1e-4, rtol=1e-3)
