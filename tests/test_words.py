@@ -284,6 +284,22 @@ def test_t5_spells_the_same_words():
     assert maps.positions("car") == [[4, 5, 6]]
 
 
+def test_the_space_that_some_tokenizers_count_to_a_word_is_not_part_of_it():
+    """Umt5's and Qwen's tokens begin at the space before the word, and may be that space alone."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<pad>", "<unk>", "▁a", "▁red", "▁", "car"]
+    inner = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=1))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>")
+    assert tokenizer("a red car", return_offsets_mapping=True)["offset_mapping"][1] == (1, 5)
+    maps = maps_of(tokenizer, "a red car", 6)
+    assert maps.tokens == ("▁a", "▁red", "▁", "car", "<pad>", "<pad>")
+    assert [maps.positions(word) for word in ("a", "red", "car")] == [[[0]], [[1]], [[3]]]
+    assert maps.positions("red car") == [[1, 3]]
+
+
 def test_accents_are_found_however_they_are_written(clip):
     composed, apart = "na\u00efve", "nai\u0308ve"
     for prompt in (composed, apart):

@@ -246,7 +246,8 @@ def word_maps(
             SDXL), SD3, Flux, PixArt, Wan and Qwen-Image (not its editing).
         tokenizer, text_offset: for other models: a transformers tokenizer, and which text token is
             its first.
-        image: index of the image in the batch, guidance not counted.
+        image: index of the image in the batch, guidance not counted. (A bare model that was
+            captured without guidance= does not tell of any: there the index counts both halves.)
         guidance: with classifier-free guidance, the "conditional" half, or the "unconditional" one
             with the negative prompt.
         size: (height, width) of the maps; default the finest grid among the layers.
