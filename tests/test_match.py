@@ -8,10 +8,10 @@ import flashmaps as fm
 import numpy as np
 import pytest
 import torch
-from flashmaps import evaluation, pipelines
+from flashmaps import evaluation
 from flashmaps.grids import centres
 from flashmaps.match import TEMPERATURE, match_features, pixel_field, token_at
-from flashmaps.pipelines import Features, features, load_model
+from flashmaps.pipelines import Features, features
 from safetensors.torch import load_file
 from tiny_pipeline import tiny_pipeline
 
@@ -134,146 +134,6 @@ def test_points_and_kinds_are_checked(shifted):
     assert token_at((89.4, 39.4), (4, 6), (40, 90)) == 23
     with pytest.raises(ValueError, match="lies outside the image of 90 x 40"):
         token_at((0, 40), (4, 6), (40, 90))
-
-
-# -- features --------------------------------------------------------------------------------------
-
-
-def test_features_know_their_grid_and_settings(pipe):
-    (found,) = features(pipe, PHOTO, layers=LAYERS, size=64, seeds=(0, 1), timestep=100)
-    assert found.input_size == (48, 64) and found.grid == (6, 8)
-    assert found.query.shape == (1, 8, 48, 16)  # 2 layers x 2 seeds x 2 heads
-    assert len(found.layers) == 2 and found.timestep == 100
-    assert found.head_weights.sum() == pytest.approx(1)
-
-
-def test_layers_and_seeds_are_averaged(pipe):
-    parts = [
-        features(pipe, PHOTO, layers=layer, size=64, seeds=seed)[0]
-        for layer in ("up_blocks.1.attentions.0.*.attn1", "up_blocks.1.attentions.1.*.attn1")
-        for seed in (4, 5)
-    ]
-    (both,) = features(pipe, PHOTO, layers=LAYERS, size=64, seeds=(4, 5))
-
-    def dense(of):
-        return fm.AttentionMap(
-            of.query, of.key, scale=of.scale, head_weights=of.head_weights, backend="reference"
-        ).to_dense()
-
-    mean = torch.stack([dense(part) for part in parts]).mean(0)
-    torch.testing.assert_close(dense(both), mean, atol=1e-6, rtol=1e-4)
-
-
-def test_equal_images_have_equal_features(pipe):
-    first, second = features(pipe, [PHOTO, PHOTO], layers=LAYERS, size=64)
-    assert torch.equal(first.query, second.query) and torch.equal(first.key, second.key)
-    (other,) = features(pipe, PHOTO, layers=LAYERS, size=64, seeds=1)
-    assert not torch.equal(first.query, other.query)
-    first, second = features(pipe, [PHOTO, PHOTO], layers=LAYERS, size=64, same_noise=False)
-    assert first.seeds != second.seeds and not torch.equal(first.query, second.query)
-
-
-def test_noise_is_normal_and_follows_the_schedule(pipe):
-    (clean,) = pipelines._noisy_latents(pipe, np.full((256, 256, 3), 0.5, np.float32), 0, (0,))
-    for t in (250, 999):
-        image = np.full((256, 256, 3), 0.5, np.float32)
-        (noisy,) = pipelines._noisy_latents(pipe, image, t, (0,))
-        kept = pipe.scheduler.alphas_cumprod[t]
-        start = pipe.scheduler.alphas_cumprod[0]
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(noisy.shape, generator=generator)
-        latent = (clean - (1 - start).sqrt() * noise) / start.sqrt()
-        expected = kept.sqrt() * latent + (1 - kept).sqrt() * noise
-        torch.testing.assert_close(noisy, expected, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("scheduler", ["PNDMScheduler", "EulerDiscreteScheduler"])
-def test_any_scheduler_gives_the_same_noise(pipe, scheduler):
-    import copy
-
-    import diffusers
-
-    other = copy.copy(pipe)
-    other.scheduler = getattr(diffusers, scheduler).from_config(
-        pipe.scheduler.config, prediction_type="v_prediction"
-    )
-    (a,) = features(pipe, PHOTO, layers=LAYERS, size=64)
-    (b,) = features(other, PHOTO, layers=LAYERS, size=64)
-    assert torch.equal(a.query, b.query)
-
-
-def test_prompt_reaches_the_model(pipe):
-    (a,) = features(pipe, PHOTO, layers=LAYERS, size=64)
-    (b,) = features(pipe, PHOTO, layers=LAYERS, size=64, prompt="a red motorcycle")
-    assert not torch.equal(a.query, b.query)
-
-
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        ({"timestep": 1000}, r"timestep=1000 is out of range; this model takes 0 to 999"),
-        ({"timestep": 0.5}, r"timestep=0\.5 is out of range"),
-        ({"seeds": ()}, "seeds is empty"),
-        ({"prompt": 3}, "prompt must be a string, got int"),
-        ({"size": 7}, "size=7 is too small; this model needs at least 16"),
-        (
-            {"layers": "up_blocks.*.attn1"},
-            r"layers of different sizes cannot be averaged.*\n.*grid",
-        ),
-        ({"layers": "up_blocks.1.*.attn2"}, r"attn2' is cross-attention.*needs self-attention"),
-        ({"layers": "nothing"}, "layers='nothing' matches no attention layer"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_bad_options_are_named(pipe, options, text):
-    with pytest.raises(ValueError, match=text):
-        features(pipe, PHOTO, **{"layers": LAYERS, **options})
-
-
-# -- models ----------------------------------------------------------------------------------------
-
-
-def test_a_saved_folder_gives_the_same_features(pipe, folder):
-    loaded = load_model(folder)
-    assert load_model(str(folder)) is loaded  # read once
-    (a,) = features(pipe, PHOTO, layers=LAYERS, size=64)
-    (b,) = features(folder, PHOTO, layers=LAYERS, size=64)
-    assert torch.equal(a.query, b.query)
-
-
-def test_defaults_come_from_the_model(pipe):
-    assert pipelines.default_size(pipe) == 64
-    assert pipelines.default_layers(pipe) == "up_blocks.2.*.attn1"
-
-
-def test_what_is_no_model_is_refused(tmp_path, folder):
-    with pytest.raises(FileNotFoundError, match=r"there is no such folder; give 'builtin'"):
-        load_model("./nowhere")
-    with pytest.raises(ValueError, match=r"has no model_index\.json, so it is not a diffusers"):
-        load_model(tmp_path)
-    checkpoint = tmp_path / "model.safetensors"
-    checkpoint.write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"is a file; wanted.*from_single_file"):
-        load_model(checkpoint)
-    index = tmp_path / "model_index.json"
-    index.write_text("{")
-    with pytest.raises(ValueError, match=r"model_index\.json' is not readable as JSON"):
-        load_model(tmp_path)
-    index.write_text((folder / "model_index.json").read_text())
-    with pytest.raises(ValueError, match=r"lacks unet, vae, text_encoder, tokenizer, scheduler"):
-        load_model(tmp_path)
-    with pytest.raises(ValueError, match=r"is a dict without unet, vae"):
-        load_model({})
-
-
-def test_broken_weights_are_named(tmp_path, folder):
-    import shutil
-
-    broken = tmp_path / "broken"
-    shutil.copytree(folder, broken)
-    (broken / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"no weights")
-    with pytest.raises(ValueError, match=r"model folder '.*broken' could not be loaded"):
-        load_model(broken)
 
 
 # -- the whole way ---------------------------------------------------------------------------------

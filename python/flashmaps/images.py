@@ -7,6 +7,7 @@ centres, as in the core) lies at pixel ``u * (width, height) - 0.5``.
 
 from __future__ import annotations
 
+import numbers
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +67,15 @@ def fit_size(
 
     Raises ValueError if the size is neither, or below one multiple.
     """
-    if not isinstance(size, int) and not (
-        isinstance(size, (tuple, list)) and [type(side) for side in size] == [int, int]
+    sides = list(size) if isinstance(size, (tuple, list)) else [size, size]
+    if len(sides) != 2 or not all(
+        isinstance(side, numbers.Integral) and not isinstance(side, bool) for side in sides
     ):
         raise ValueError(f"size={size!r} must be a whole number of pixels, or (height, width)")
-    if isinstance(size, int):
+    wanted = (float(sides[0]), float(sides[1]))
+    if not isinstance(size, (tuple, list)):
         longer = max(height, width)
-        wanted = (height * size / longer, width * size / longer)
-    else:
-        wanted = (float(size[0]), float(size[1]))
+        wanted = (height * wanted[0] / longer, width * wanted[1] / longer)
     if max(wanted) < multiple:
         raise ValueError(f"size={size} is too small; this model needs at least {multiple} pixels")
     rounded = [max(multiple, int(side / multiple + 0.5) * multiple) for side in wanted]

