@@ -1,4 +1,4 @@
-"""The commands of the command line: flashmaps match, demo, doctor and bench."""
+"""The commands of the command line: flashmaps match, demo, world, doctor and bench."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,7 +48,7 @@ def make_app() -> typer.Typer:
         pretty_exceptions_enable=False,
         help="Numbers from attention maps that are never built.",
     )
-    for command in (match, demo, doctor, bench):
+    for command in (match, demo, world, doctor, bench):
         app.command()(_friendly(command))
     return app
 
@@ -153,6 +154,44 @@ def demo(
         console.print(table)
         console.print()
     console.print(f"Report: {Path(out, 'report.html').absolute().as_uri()}", soft_wrap=True)
+
+
+def world(
+    out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("world.png"),
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    size: Annotated[int, typer.Option(help="Pixels a side of each scene.")] = 128,
+    count: Annotated[int, typer.Option(help="How many scenes.")] = 24,
+    pairs: Annotated[int, typer.Option(help="How many pairs, with true matches.")] = 12,
+    category: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this category; may be repeated.", show_default="all"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Another seed, other scenes.")] = 0,
+    alone: Annotated[bool, typer.Option(help="One object a scene, and nothing else.")] = False,
+) -> None:
+    """Draw a contact sheet of the world: scenes with their truth, and pairs with true matches."""
+    from rich.console import Console
+
+    from flashmaps.doctor import require
+    from flashmaps.files import whole_file
+    from flashmaps.world import CATEGORIES, Options, Split
+    from flashmaps.world import pairs as pairs_of
+    from flashmaps.world.sheet import contact_sheet
+
+    require("PIL")
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"--out {str(out)!r} must end in .png")
+    if pairs < 0:
+        raise ValueError(f"--pairs {pairs} must be 0 or more")
+    options = Options(categories=tuple(category or CATEGORIES))
+    if alone:
+        options = replace(options, objects=(1, 1), occluders=(0, 0), clutter=(0, 0))
+    scenes = Split(split, size=size, count=count, seed=seed, options=options)
+    pairs_or_none = pairs_of(split, pairs, seed=seed, size=size, options=options) if pairs else None
+    console = Console()
+    with whole_file(out) as file, console.status("drawing"):
+        contact_sheet(scenes, count, pairs_or_none).save(file, format="PNG")
+    console.print(f"Written: {out}", soft_wrap=True)
 
 
 def doctor() -> None:

@@ -16,7 +16,11 @@ _TILE = 64  # side of the noise tile; a power of two
 
 @dataclass(frozen=True)
 class Texture:
-    """A pattern of period ``period`` drawing units, turned and moved; ``share`` fills it."""
+    """A pattern of period ``period`` drawing units, turned and moved.
+
+    About ``share`` of the surface has the second colour: less than half, since captions name the
+    first.
+    """
 
     kind: str
     period: float = 12.0
@@ -41,15 +45,15 @@ class Texture:
             return _step(self.share / 2 - p, sharp) * self.strength
         q = y * c - x * s + self.offset[1]
         if self.kind == "checked":
-            p = np.abs(p - np.floor(p) - 0.5) - 0.25
-            q = np.abs(q - np.floor(q) - 0.5) - 0.25
-            return _step(p * q * 4, sharp) * self.strength
+            p = _step(self.share / 2 - np.abs(p - np.floor(p) - 0.5), sharp)
+            q = _step(self.share / 2 - np.abs(q - np.floor(q) - 0.5), sharp)
+            return (p + q) * (self.strength / 2)
         if self.kind == "spotted":
             row = np.floor(q)
             p = p + 0.5 * (row - 2 * np.floor(row / 2))  # every other row is shifted
             p, q = p - np.floor(p) - 0.5, q - row - 0.5
-            return _step(self.share * 0.62 - np.sqrt(p * p + q * q), sharp) * self.strength
-        return _step((noise(p, q) - 1 + self.share) * 0.7, sharp) * self.strength
+            return _step(self.share * 0.78 - np.sqrt(p * p + q * q), sharp) * self.strength
+        return _step((noise(p, q) - 0.85 + 0.6 * self.share) * 0.7, sharp) * self.strength
 
 
 def sample_texture(dice: Dice, kind: str) -> Texture:
@@ -61,7 +65,7 @@ def sample_texture(dice: Dice, kind: str) -> Texture:
         period=dice.between(*period),
         direction=turn(angle),
         offset=(dice.between(0, _TILE), dice.between(0, _TILE)),
-        share=dice.between(0.4, 0.6),
+        share=dice.between(0.3, 0.45),
         strength=dice.between(0.75, 1.0),
     )
 

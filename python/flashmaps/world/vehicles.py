@@ -132,9 +132,9 @@ def _aeroplane() -> Category:
         "left wing",
         Shape(spline((47, 38), (47, 38), (4, 60), (2, 64), (4, 68), (47, 60), (47, 60))),
         joint=(47, 48), parent="fuselage", axis=160, swing=(-16, 24), length=(0.75, 1.15),
-        width=(0.75, 1.3), layer=2, paint="second", alike="wing",
+        width=(0.75, 1.3), layer=2, alike="wing",
         marks=(Mark(Shape(polygon((5, 66), (40, 59.5), (40, 62.5), (6, 69))), "deep", 0.6),
-               Mark(Shape(polygon((0, 58), (10, 52), (10, 72), (0, 72))), "main", 0.9)),
+               Mark(Shape(polygon((0, 58), (10, 52), (10, 72), (0, 72))), "second", 0.9)),
         keypoints={"left wing tip": (4.5, 64)},
     )  # fmt: skip
     tailplane = Part(
