@@ -97,7 +97,12 @@ def test_sizes_are_multiples_and_keep_the_aspect():
         fit_size(500, 741, 8, 16)
 
 
-@pytest.mark.parametrize("size", [64.0, (64,), (64, 32.0), "64", None])
+def test_sizes_may_be_integers_of_any_type():
+    assert fit_size(500, 741, np.int64(288), 16) == (192, 288)
+    assert fit_size(500, 741, [np.int32(96), 48], 16) == (96, 48)
+
+
+@pytest.mark.parametrize("size", [64.0, (64,), (64, 32.0), (64, 64, 64), True, "64", None])
 def test_a_size_is_one_or_two_whole_numbers(size):
     with pytest.raises(ValueError, match="must be a whole number of pixels, or"):
         fit_size(64, 64, size, 16)
