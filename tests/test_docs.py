@@ -11,13 +11,20 @@ import pkgutil
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import flashmaps
 import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "python/flashmaps"
-DOCUMENTS = ("README.md", "ARCHITECTURE.md", "docs/maths.md")
+DOCUMENTS = (
+    "README.md",
+    "ARCHITECTURE.md",
+    "docs/maths.md",
+    "docs/models.md",
+    "docs/recipes.md",
+)
 
 # Named before it exists: `flashmaps match --out results` writes it.
 MADE_LATER = {"results"}
@@ -33,38 +40,45 @@ def blocks(document: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text_of(document), re.M | re.S)
 
 
-def needs_model(block: str) -> bool:
-    return "fm.match" in block or "load_model" in block
+def examples() -> list[Any]:
+    """(document, block, family) of every Python example; the family is that of its `pipe`."""
+    found = []
+    for document in ("README.md", "docs/recipes.md"):
+        pattern = r"(?:^<!-- pipe: (\w+) -->\n)?^```python\n(.*?)^```$"
+        each = re.findall(pattern, text_of(document), re.M | re.S)
+        for number, (family, block) in enumerate(each, 1):
+            name = f"{Path(document).stem}-{number}"
+            found.append(pytest.param(document, block, family, id=name))
+    return found
 
 
-README_PYTHON = [
-    pytest.param(
-        block,
-        id=f"block{n}",
-        marks=[pytest.mark.slow] if needs_model(block) else [],
-    )
-    for n, block in enumerate(blocks("README.md", "python"), 1)
-]
-
-
-@pytest.mark.parametrize("block", README_PYTHON)
-def test_the_readme_runs(
-    block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("document", "block", "family"), examples())
+def test_examples_run(
+    document: str,
+    block: str,
+    family: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    if needs_model(block):
-        pytest.importorskip("diffusers")
+    names: dict[str, Any] = {"__name__": "example"}
+    if family:
+        from tiny_models import FAMILY
+
+        names["pipe"] = FAMILY[family].build(tmp_path / "tokenizer")
+    if "left.png" in block:
         from skimage import data, io, transform
 
         for name, image in zip(("left", "right"), data.stereo_motorcycle()[:2], strict=True):
             small = transform.resize(image, (96, 144), anti_aliasing=True)
             io.imsave(tmp_path / f"{name}.png", (small * 255).astype("uint8"))
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    exec(compile(block, document, "exec"), names)
     assert capsys.readouterr().out.strip()
 
 
-def test_the_readme_has_examples() -> None:
-    assert len(README_PYTHON) >= 4
+def test_documents_have_examples() -> None:
+    assert len(examples()) >= 14
 
 
 def modules() -> list[str]:
