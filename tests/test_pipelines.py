@@ -248,6 +248,7 @@ def test_a_match_may_be_inverted_and_says_so(pipe):
 
 
 # -- placement -------------------------------------------------------------------------------------
+# Without a GPU: the device to compute on is the CPU, and weights wait elsewhere (on meta, for one).
 
 
 def parts(pipe):
@@ -542,6 +543,15 @@ def test_other_unets_and_schedulers_are_refused_by_name(pipe, tmp_path):
     refused(half, "whose unet is SDXL's, without text_encoder_2")
     sdxl.register_to_config(requires_aesthetics_score=True)
     refused(sdxl, "that wants an aesthetics score")
+
+
+@pytest.mark.slow
+def test_a_compiled_unet_gives_the_same_features(pipe):
+    other = copy.copy(pipe)
+    other.unet = torch.compile(tiny_unet(), backend="eager")
+    (found,) = features(other, PHOTO, layers=LAYERS, size=64)
+    (expected,) = features(pipe, PHOTO, layers=LAYERS, size=64)
+    assert torch.equal(found.key, expected.key)
 
 
 def test_controlnet_pipelines_are_their_unet(tmp_path):

@@ -125,8 +125,9 @@ def features(
     shows it to the UNet; see :func:`flashmaps.latents.invert`.
 
     The pipeline is left as it was: its scheduler, its modules' modes and hooks, the global random
-    number generators. Offloading (model, sequential, group), device maps and half precision work as
-    in diffusers' own pipelines.
+    number generators. Its weights may be offloaded (model, sequential, group), placed by a device
+    map or in half precision: inputs go where the pipeline computes, and modules are called so that
+    their hooks run. Latents are float32; Q and K have the UNet's dtype and device.
 
     Args:
         model: anything :func:`load_model` takes: Stable Diffusion 1, 2 or XL.
