@@ -95,6 +95,8 @@ def sample_points(
     """
     if count < 1:
         raise ValueError(f"count={count} must be at least 1")
+    if seed < 0:
+        raise ValueError(f"seed={seed} must be 0 or more")
     found = correspondence(a, instance_a, b, instance_b)
     rows, columns = np.nonzero(found.visible)
     parts = a.part[rows, columns]

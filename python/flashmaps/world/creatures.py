@@ -40,7 +40,7 @@ def _bird() -> Category:
                              (58, 34), (70, 34))),
                 joint=(52, 54), axis=0, length=(0.88, 1.2), width=(0.85, 1.2), taper=(-0.15, 0.2),
                 layer=2, marks=(Mark(Shape(ellipse(64, 62, 15, 10, -35)), "pale", 0.85),),
-                keypoints={"breast": (70, 56), "back": (44, 46)},
+                keypoints={"breast": (70, 56), "belly": (48, 68)},
             ),
             Part(
                 "tail",

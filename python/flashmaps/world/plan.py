@@ -41,7 +41,7 @@ class Options:
     objects: tuple[int, int] = (1, 3)
     occluders: tuple[int, int] = (0, 2)
     clutter: tuple[int, int] = (0, 6)
-    scale: tuple[float, float] = (0.5, 0.9)
+    scale: tuple[float, float] = (0.55, 0.95)
     rotation: float = 1.0
     articulation: float = 1.0
     proportions: float = 1.0

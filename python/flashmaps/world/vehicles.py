@@ -250,7 +250,7 @@ def _bicycle() -> Category:
             Shape(ring(x, 67, 19, 4.6), ellipse(x, 67, 3.2, 3.2), *spokes),
             joint=(x, 67), parent=parent, size=(0.88, 1.1), layer=1, paint="rubber", alike="wheel",
             marks=(Mark(Shape(ellipse(x, 67, 16.5, 16.5)), "metal"),),
-            keypoints={f"{name} hub": (x, 67), f"{name} top": (x, 48)},
+            keypoints={f"{name} bottom": (x, 86), f"{name} top": (x, 48)},
         )  # fmt: skip
 
     return Category(
@@ -264,7 +264,7 @@ def _bicycle() -> Category:
                     limb((69, 41, 2.2), (68, 36, 2.2)),
                 ),
                 joint=(48, 58), axis=0, length=(0.9, 1.1), width=(0.88, 1.15), layer=2,
-                keypoints={"bottom bracket": (48, 68), "seat joint": (38, 42)},
+                keypoints={"down tube": (58.5, 54.5), "seat joint": (38, 42)},
             ),
             wheel("rear wheel", 24, "frame"),
             Part(
@@ -299,7 +299,7 @@ def _bicycle() -> Category:
                 joint=(48, 68), parent="frame", axis=120, swing=(-75, 75), length=(0.85, 1.15),
                 layer=5, paint="metal",
                 marks=(Mark(Shape(ellipse(48, 68, 2.4, 2.4)), "rubber"),),
-                keypoints={"lower pedal": (41, 80), "upper pedal": (55, 56)},
+                keypoints={"crank": (48, 68), "lower pedal": (41, 80), "upper pedal": (55, 56)},
             ),
         ),
         rotation=18,
