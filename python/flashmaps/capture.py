@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 import threading
 import warnings
 from collections import Counter
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flashmaps.compiled import attach_traceable, compiled_parts, uncompiled
 from flashmaps.grids import Grid
 from flashmaps.layouts import KINDS, Forward, image_tokens, layout, rotary, rotates, text_tokens
 from flashmaps.observe import (
@@ -30,14 +32,12 @@ from flashmaps.observe import (
     ContextWatch,
     Listener,
     ProcessorCall,
-    StandIn,
     attach,
     attention_layers,
     choose_layers,
     detach,
     find_layers,
     key_mask,
-    refuse_compiled,
     refuse_unobservable,
     unwatch_context,
     watch_context,
@@ -98,9 +98,9 @@ class capture:
         device: torch.device | str | None = None,
     ) -> None:
         self._pipe = pipe_or_model
-        self._models = denoisers(pipe_or_model)
-        for model in self._models.values():
-            refuse_compiled(model)
+        self._given = denoisers(pipe_or_model)
+        self._models = {name: uncompiled(model) for name, model in self._given.items()}
+        compiled_parts(self._given)  # refuses CUDA graphs
         self._layers = _find_layers(self._models, layers)
         for name, layer in self._layers.items():
             refuse_unobservable(name, layer.processor)
@@ -123,26 +123,41 @@ class capture:
         self._grid_of: tuple[Any, dict[str, Any]] = (None, {})
         self._seen: Counter[str] = Counter()
         self._undo = contextlib.ExitStack()
-        self._stand_ins: dict[str, StandIn] = {}
+        self._stand_ins: dict[str, Any] = {}
 
     def __enter__(self) -> Record:
         if self._thread is not None:
             raise RuntimeError("this capture is already active; make a second one to nest them")
-        for model in self._models.values():
-            refuse_compiled(model)
+        compiled = compiled_parts(self._given)
         self._thread = threading.get_ident()
+        try:
+            self._attach(bool(compiled))
+        except BaseException:
+            self.__exit__(*sys.exc_info())
+            raise
+        return self._recorder.record
+
+    def _attach(self, compiled: bool) -> None:
+        # torch.compile leaves the hooks of a model outside, but would compile their functions too.
+        # (Only where there is need: this loads torch._dynamo, which takes a second.)
+        outside = torch.compiler.disable if compiled else lambda hook: hook
         for model in self._models.values():
-            before = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-            after = model.register_forward_hook(self._after_forward, always_call=True)
+            before = model.register_forward_pre_hook(
+                outside(self._before_forward), with_kwargs=True
+            )
+            after = model.register_forward_hook(outside(self._after_forward), always_call=True)
             self._contexts[model] = watch_context(model, self)
             self._undo.callback(before.remove)
             self._undo.callback(after.remove)
             self._undo.callback(unwatch_context, model, self)
-        for name, layer in self._layers.items():
-            listener = Listener(self, name, self._is_wanted, self._observe)
-            self._stand_ins[name] = stand_in = attach(layer, listener)
+        # All layers of a compiled model, so that its graph is the same whichever are chosen.
+        for name, layer in (_find_layers(self._models, "*") if compiled else self._layers).items():
+            wants = self._is_wanted if name in self._layers else _never
+            listener = Listener(self, name, wants, self._observe)
+            stand_in = attach_traceable(layer, listener) if compiled else attach(layer, listener)
             self._undo.callback(detach, layer, stand_in, self)
-        return self._recorder.record
+            if name in self._layers:
+                self._stand_ins[name] = stand_in
 
     def __exit__(self, *exception: object) -> None:
         self._undo.close()
@@ -290,6 +305,10 @@ def denoisers(pipe_or_model: Any) -> dict[str, nn.Module]:
             f"got {type(pipe_or_model).__name__}"
         )
     return found
+
+
+def _never() -> bool:
+    return False
 
 
 def _find_layers(models: dict[str, nn.Module], layers: str | Iterable[str]) -> dict[str, nn.Module]:

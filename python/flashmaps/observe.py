@@ -46,15 +46,20 @@ _attaching = threading.Lock()
 def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every layer of a diffusers model that has an attention processor, by full name.
 
-    Not those of an IP-Adapter's projection: they attend within the features of its image.
+    Not those of an IP-Adapter's projection: they attend within the features of its image. What
+    torch.compile puts around modules is not part of their names.
     """
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if hasattr(module, "processor")
-        and hasattr(module, "set_processor")
-        and not name.startswith(("image_proj.", "encoder_hid_proj."))
-    }
+    found = {}
+    for name, module in model.named_modules():
+        name = ".".join(part for part in name.split(".") if part != "_orig_mod")
+        if (
+            hasattr(module, "processor")
+            and hasattr(module, "set_processor")
+            and "_orig_mod" not in module._modules  # else the layer itself comes next
+            and not name.startswith(("image_proj.", "encoder_hid_proj."))
+        ):
+            found[name] = module
+    return found
 
 
 def find_layers(model: nn.Module, layers: str | Iterable[str]) -> dict[str, nn.Module]:
@@ -183,7 +188,7 @@ class StandIn:
         signature = inspect.signature(processor.__call__)
 
         def call(attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return self._fm_run(attn, *args, **kwargs)
+            return hear(self, attn, *args, **kwargs)
 
         call.__signature__ = signature  # type: ignore[attr-defined]
         for name, value in (
@@ -208,49 +213,71 @@ class StandIn:
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._fm_processor, name, value)
 
-    def _fm_run(self, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        listeners = [each for each in self._fm_listeners if each.wants()]
-        if not listeners:
-            return self._fm_processor(attn, *args, **kwargs)
-        arguments = self._fm_signature.bind_partial(attn, *args, **kwargs).arguments
-        name = type(self._fm_processor).__name__
-        context = arguments.get("encoder_hidden_states")
-        with _Attentions(listeners, ProcessorCall(attn, name, context, arguments)) as attentions:
-            output = self._fm_processor(attn, *args, **kwargs)
-        if not attentions.seen:
-            raise RuntimeError(
-                _unobservable_text(
-                    listeners[0].layer,
-                    name,
-                    "it did not call torch's scaled_dot_product_attention",
-                    "choose other layers, or another attention backend "
-                    "(`model.set_attention_backend('native')`)",
-                )
-            )
-        return output
+
+def is_stand_in(processor: Any) -> bool:
+    """Whether it is a `StandIn`, or what compiled.py has in its place."""
+    return hasattr(type(processor), "_fm_processor") or type(processor) is StandIn
 
 
-def attach(layer: nn.Module, listener: Listener) -> StandIn:
+def listening(stand_in: Any) -> list[Listener]:
+    """Those who want to hear what is going on now."""
+    return [each for each in stand_in._fm_listeners if each.wants()]
+
+
+def hear(stand_in: Any, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call the processor, and tell its listeners of its attention."""
+    listeners = listening(stand_in)
+    processor = stand_in._fm_processor
+    if not listeners:
+        return processor(attn, *args, **kwargs)
+    arguments = stand_in._fm_signature.bind_partial(attn, *args, **kwargs).arguments
+    name = type(processor).__name__
+    context = arguments.get("encoder_hidden_states")
+    with _Attentions(listeners, ProcessorCall(attn, name, context, arguments)) as attentions:
+        output = processor(attn, *args, **kwargs)
+    if not attentions.seen:
+        refuse_unheard(listeners[0].layer, name)
+    return output
+
+
+def refuse_unheard(layer: str, processor: str) -> None:
+    """Raise RuntimeError for a processor that ran without any attention that could be seen."""
+    raise RuntimeError(
+        _unobservable_text(
+            layer,
+            processor,
+            "it did not call torch's scaled_dot_product_attention",
+            "choose other layers, or another attention backend "
+            "(`model.set_attention_backend('native')`)",
+        )
+    )
+
+
+def attach(
+    layer: nn.Module, listener: Listener, make: Callable[[nn.Module], Any] | None = None
+) -> Any:
     """Put a stand-in before the layer's processor, or join the one that another capture put there.
 
     The stand-in goes into the instance's __dict__, which Python reads before a Module's submodules:
     a processor that is a Module stays registered, with its parameters where they were.
+    ``make`` makes another stand-in for a layer than a `StandIn`.
     """
     with _attaching:
         stand_in: Any = layer.processor
-        if type(stand_in) is not StandIn:
-            stand_in = StandIn(layer.processor)
+        if not is_stand_in(stand_in):
+            stand_in = StandIn(stand_in) if make is None else make(layer)
             layer.__dict__["processor"] = stand_in
         stand_in._fm_listeners.append(listener)
         return stand_in
 
 
-def detach(layer: nn.Module, stand_in: StandIn, owner: object) -> None:
+def detach(layer: nn.Module, stand_in: Any, owner: object) -> None:
     """Undo `attach`; the last capture to leave puts the very processor back."""
     with _attaching:
         listeners = stand_in._fm_listeners
         listeners[:] = [each for each in listeners if each.owner is not owner]
-        if listeners or layer.__dict__.get("processor") is not stand_in:
+        held: Any = layer.__dict__.get("processor")
+        if listeners or held is not stand_in:
             return  # others still listen, or the user has set another processor: theirs stays
         if "processor" in layer._modules:
             del layer.__dict__["processor"]
