@@ -1,14 +1,12 @@
 """The main job on real photographs: match a stereo pair and compare with the true disparity.
 
-scikit-image's ``stereo_motorcycle`` (Middlebury 2014) shows one scene from two places. A point at
-(x, y) in the left view lies at (x - d, y) in the right one, and the disparity d is known.
+The pair and its truth are those of :mod:`flashmaps.evaluation.stereo`.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,10 @@ from torch import Tensor
 
 from flashmaps import costs, evaluation
 from flashmaps.backends import check_name
+from flashmaps.evaluation.baselines import colours, nearest, unit_rows, untrained
+from flashmaps.evaluation.stereo import StereoPair, load_pair
 from flashmaps.files import check_replaceable, whole_folder, write_json
 from flashmaps.grids import centres
-from flashmaps.images import Image, resize
 from flashmaps.match import COMPARE, READING, Match, match_features, pixel_field
 from flashmaps.pipelines import BUILTIN, DEFAULT_TIMESTEP, Features, features, load_model
 
@@ -29,38 +28,6 @@ MARKER = "results.json"
 
 CLICKED = (372, 268)  # a pixel of the left view: on the engine, with texture and a true disparity
 _RANDOM_SEED = 0
-
-
-@dataclass(frozen=True)
-class StereoPair:
-    """Two views and where each left pixel truly lies in the right view."""
-
-    left: Image  # [h, w, 3]
-    right: Image  # [h, w, 3]
-    truth: np.ndarray  # [h, w, 2], (x, y) in the right view; NaN where unknown or out of view
-
-
-def load_pair() -> StereoPair:
-    """The stereo pair; pixels without disparity, or that leave the right view, have no truth.
-
-    Raises ImportError when scikit-image, which carries the photographs, is not installed.
-    """
-    try:
-        from skimage.data import stereo_motorcycle
-    except ImportError as error:
-        raise ImportError(
-            f"the demo's photographs come with scikit-image ({error}); "
-            "install it with: pip install scikit-image"
-        ) from error
-    left, right, disparity = stereo_motorcycle()
-    height, width = disparity.shape
-    columns = np.arange(width, dtype=np.float32)[None, :] - disparity
-    rows = np.broadcast_to(np.arange(height, dtype=np.float32)[:, None], disparity.shape)
-    truth = np.stack((columns, rows), axis=-1)
-    truth[~np.isfinite(disparity) | ~(columns >= -0.5)] = np.nan
-    return StereoPair(
-        left.astype(np.float32) / 255, right.astype(np.float32) / 255, truth.astype(np.float32)
-    )
 
 
 def run(
@@ -154,14 +121,7 @@ def _untrained_match(
     pipe: Any, pair: StereoPair, options: dict[str, Any], compare: str, backend: str
 ) -> Match:
     """The same through a UNet of the same architecture with fresh random weights (VAE kept)."""
-    import copy
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_RANDOM_SEED)
-        unet = type(pipe.unet).from_config(pipe.unet.config).eval().requires_grad_(False)
-    fresh = copy.copy(pipe)
-    fresh.unet = unet.to(pipe.unet.device, pipe.unet.dtype)
-    left, right = features(fresh, [pair.left, pair.right], **options)
+    left, right = features(untrained(pipe), [pair.left, pair.right], **options)
     return match_features(left, right, compare=compare, backend=backend)
 
 
@@ -175,39 +135,21 @@ def _score_methods(
     generator = torch.Generator().manual_seed(_RANDOM_SEED)
     chosen = torch.randint(len(target), (tokens,), generator=generator)
 
-    def nearest(describe: Callable[[Features], Tensor]) -> np.ndarray:
-        return token_field(target[_nearest(describe(match.source), describe(match.target))], match)
+    def by(describe: Callable[[Features], Tensor]) -> np.ndarray:
+        return token_field(target[nearest(describe(match.source), describe(match.target))], match)
 
     fields = {
         **{f"{READING[n]}, hard": m.source_to_target for n, m in matches.items()},
         **{f"{READING[n]}, soft": m.source_to_target_soft for n, m in matches.items()},
-        "cosine of keys": nearest(lambda f: _unit_rows(f.key)),
+        "cosine of keys": by(lambda f: unit_rows(f.key)),
         f"untrained {READING[untrained.compare]}": untrained.source_to_target,
-        "raw colour": nearest(lambda f: _colours(f, 1)),
-        "raw colour, 3 x 3": nearest(lambda f: _colours(f, 3)),
+        "raw colour": by(lambda f: colours(f, 1)),
+        "raw colour, 3 x 3": by(lambda f: colours(f, 3)),
         "identity": token_field(centres(match.source.grid), match),
         "random": token_field(target[chosen], match),
     }
     base = max(pair.right.shape[:2])
     return {name: evaluation.score_field(field, pair.truth, base) for name, field in fields.items()}
-
-
-def _nearest(queries: Tensor, keys: Tensor) -> Tensor:
-    """For each row of [N, c] the nearest row of [M, c], in strips."""
-    return torch.cat([torch.cdist(part, keys).argmin(1) for part in queries.split(512)])
-
-
-def _unit_rows(heads: Tensor) -> Tensor:
-    """[1, H, N, d] to [N, H d] of length 1, where nearest means largest cosine."""
-    flat = heads[0].permute(1, 0, 2).flatten(1).float().cpu()
-    return torch.nn.functional.normalize(flat, dim=1)
-
-
-def _colours(of: Features, side: int) -> Tensor:
-    """[N, 3 side^2]: mean colour of every token and of its neighbours, edges repeated."""
-    small = torch.from_numpy(resize(of.image, of.grid)).permute(2, 0, 1)[None]
-    padded = torch.nn.functional.pad(small, (side // 2,) * 4, mode="replicate")
-    return torch.nn.functional.unfold(padded, side)[0].T.contiguous()
 
 
 def _score_predictors(pair: StereoPair, match: Match) -> dict[str, dict[str, Any]]:

@@ -9,14 +9,15 @@ LEVEL = 0.95
 
 
 def resample(units: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """How often each of ``units`` is drawn in each resample: [resamples, units] float64.
+    """How often each of ``units`` is drawn in each resample: [resamples, units] float32.
 
-    Every row draws ``units`` times with replacement, so it sums to ``units``.
+    Every row draws ``units`` times with replacement, so it sums to ``units``. (Counts of points
+    that are sums of these stay exact in float32 up to 2^24.)
     """
     if units < 1 or resamples < 1:
         raise ValueError(f"units = {units} and resamples = {resamples} must be at least 1")
     rng = np.random.default_rng(seed)
-    return rng.multinomial(units, np.full(units, 1 / units), size=resamples).astype(float)
+    return rng.multinomial(units, np.full(units, 1 / units), size=resamples).astype(np.float32)
 
 
 def interval(values: np.ndarray) -> list[float] | None:

@@ -1,7 +1,7 @@
 """How good matches are, against known correspondences; and how well a score tells which are wrong.
 
-Functions that take ``weights`` [R, n] compute R resamples at once: weight w of a point is as w
-copies of it. With ``weights=None`` there is one row of ones.
+Functions that take ``weights`` [R, n], float32, compute R resamples at once: weight w of a point is
+as w copies of it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 PCK_THRESHOLDS = (0.01, 0.02, 0.05, 0.1)
 
-_CHUNK_ELEMENTS = 2**22  # of weights at a time: 32 MB in float64, with a few temporaries alike
+_CHUNK_ELEMENTS = 2**22  # of weights at a time: 17 MB, and a few temporaries alike
 
 
 def endpoint_errors(field: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -76,18 +76,24 @@ def resampled_auroc(
 ) -> np.ndarray:
     """:func:`auroc` of each resample, [R]; NaN where one has no positive or no negative.
 
-    scikit-learn takes weights too, but one row at a time, sorting anew for each.
+    scikit-learn takes weights too, but one row at a time, sorting anew for each. This is the area
+    under the polygon through the counts at the end of each run of equal scores.
     """
     order, starts = _ties(score)
-    positive = positive[order]
+    ends = np.append(starts[1:], len(order)) - 1
+    positive = positive[order].astype(np.float32)
 
     def part(weights: np.ndarray) -> np.ndarray:
         weights = weights[:, order]
-        ones = np.add.reduceat(weights * positive, starts, axis=1)
-        zeros = np.add.reduceat(weights * ~positive, starts, axis=1)
-        below = zeros.cumsum(axis=1) - zeros / 2
+        above = (weights * positive).cumsum(axis=1)[:, ends]
+        both = weights.cumsum(axis=1)[:, ends]
+        ones, zeros = above[:, -1], both[:, -1] - above[:, -1]
+        below = both - above  # negatives at or below each run
+        below[:, 1:] += below[:, :-1].copy()  # and below it: twice the mean height of a step
+        steps = np.diff(above, axis=1, prepend=np.float32(0))
+        area = np.einsum("rg,rg->r", steps, below, dtype=np.float64) / 2
         with np.errstate(invalid="ignore"):
-            return (ones * below).sum(1) / (ones.sum(1) * zeros.sum(1))
+            return area / (ones.astype(float) * zeros)
 
     return _by_rows(part, weights)
 
@@ -99,34 +105,33 @@ def risk_coverage(score: np.ndarray, loss: np.ndarray) -> tuple[np.ndarray, np.n
     all orders where scores are equal. ``score`` must be finite.
     """
     order, starts = _ties(score)
-    sizes = np.diff(starts, append=len(order))
-    shared = np.repeat(np.add.reduceat(loss[order].astype(float), starts) / sizes, sizes)
     kept = np.arange(1, len(order) + 1)
-    return kept / len(order), shared.cumsum() / kept
+    return kept / len(order), _shared(loss[order], starts).cumsum() / kept
 
 
-def aurc(
-    score: np.ndarray, loss: np.ndarray, weights: np.ndarray | None = None
-) -> float | np.ndarray:
+def aurc(score: np.ndarray, loss: np.ndarray) -> float:
     """Area under the risk-coverage curve: the mean over k of the risk of the k lowest scores.
 
-    0 is perfect; the mean loss is what a score that knows nothing gets. With weights: [R], where a
-    point's risk is taken after all of its copies.
+    0 is perfect; the mean loss is what a score that knows nothing gets.
     """
-    if weights is None:
-        return float(risk_coverage(score, loss)[1].mean())
+    return float(risk_coverage(score, loss)[1].mean())
+
+
+def resampled_aurc(score: np.ndarray, loss: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """:func:`aurc` of each resample, [R].
+
+    Copies of a point come at once and count once each with the risk after them; points of equal
+    score share the mean loss that they have in the sample.
+    """
     order, starts = _ties(score)
-    sizes = np.diff(starts, append=len(order))
-    loss = loss[order].astype(float)
+    shared = _shared(loss[order], starts).astype(np.float32)
 
     def part(weights: np.ndarray) -> np.ndarray:
         weights = weights[:, order]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            held = np.add.reduceat(weights, starts, axis=1)
-            shared = np.nan_to_num(np.add.reduceat(weights * loss, starts, axis=1) / held)
-            shared = np.repeat(shared, sizes, axis=1)
-            risk = np.nan_to_num((weights * shared).cumsum(1) / weights.cumsum(1))
-            return (weights * risk).sum(1) / weights.sum(1)
+        held = weights.cumsum(axis=1)
+        # Before the first copy of any point there is nothing to have a risk, and no weight.
+        risk = (weights * shared).cumsum(axis=1) / np.maximum(held, 1)
+        return np.einsum("rn,rn->r", weights, risk, dtype=np.float64) / held[:, -1]
 
     return _by_rows(part, weights)
 
@@ -178,6 +183,12 @@ def _ties(score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     ordered = score[order]
     fresh = np.concatenate(([True], ordered[1:] != ordered[:-1]))
     return order, np.flatnonzero(fresh)
+
+
+def _shared(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """The mean of each run in place of its values."""
+    sizes = np.diff(starts, append=len(values))
+    return np.repeat(np.add.reduceat(values.astype(float), starts) / sizes, sizes)
 
 
 def _by_rows(part: Callable[[np.ndarray], np.ndarray], weights: np.ndarray) -> np.ndarray:
