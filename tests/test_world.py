@@ -102,9 +102,9 @@ def test_splits_share_no_image():
         scene.image.tobytes()
         for split in world.SPLITS
         for scene in itertools.chain(
-            (world.Split(split, size=32)[index] for index in range(8)),
-            (world.Split(split, size=32, seed=1)[index] for index in range(4)),
-            (pair.a for pair in world.pairs(split, 4, size=32)),
+            (world.Split(split, size=32)[index] for index in range(4)),
+            (world.Split(split, size=32, seed=1)[index] for index in range(2)),
+            (pair.a for pair in world.pairs(split, 2, size=32)),
         )
     ]
     assert len(set(images)) == len(images)
@@ -260,9 +260,9 @@ def test_every_object_can_be_seen():
 
 
 def test_pairs_hold_one_object_of_their_category_each_and_take_turns():
-    found = world.pairs("test", 24, size=32)
-    assert len(found) == 24
-    assert [pair.category for pair in found] == [*world.CATEGORIES, *world.CATEGORIES]
+    found = world.pairs("test", 13, size=32)
+    assert len(found) == 13
+    assert [pair.category for pair in found] == [*world.CATEGORIES, "bird"]
     for pair in found:
         for scene, instance in ((pair.a, pair.instance_a), (pair.b, pair.instance_b)):
             names = [each.category for each in scene.instances]
