@@ -14,7 +14,9 @@ from flashmaps.attention_map import AttentionMap, Reductions
 from flashmaps.backends import backends
 from flashmaps.capture import capture
 from flashmaps.composition import Composition, compose
+from flashmaps.cross_self import CrossSelfAttnProcessor
 from flashmaps.match import Match, match
+from flashmaps.processors import MapAttnProcessor
 from flashmaps.record import Entry, Record
 from flashmaps.statistics import (
     Nims,
@@ -32,7 +34,9 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionMap",
     "Composition",
+    "CrossSelfAttnProcessor",
     "Entry",
+    "MapAttnProcessor",
     "Match",
     "Nims",
     "Record",
