@@ -1,4 +1,4 @@
-"""The commands of the command line: flashmaps match, demo, world, doctor and bench."""
+"""The commands of the command line: flashmaps match, demo, eval, world, doctor and bench."""
 
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ def make_app() -> typer.Typer:
     )
     for command in (match, demo, world, doctor, bench):
         app.command()(_friendly(command))
+    app.command("eval")(_friendly(evaluate))
     return app
 
 
@@ -144,7 +145,7 @@ def demo(
     from flashmaps import report
     from flashmaps.doctor import require
 
-    require("diffusers", "transformers", "skimage", "matplotlib", "jinja2")
+    require("diffusers", "transformers", "skimage", "sklearn", "matplotlib", "jinja2")
     results = job.run(
         out, model=model, layers=layers or None, timestep=timestep, seeds=seed or [0], size=size,
         compare=compare, backend=backend, progress=True,
@@ -154,6 +155,100 @@ def demo(
         console.print(table)
         console.print()
     console.print(f"Report: {Path(out, 'report.html').absolute().as_uri()}", soft_wrap=True)
+
+
+def evaluate(
+    benchmark: Annotated[
+        str,
+        typer.Argument(help="world, stereo, warps, spair, pf-pascal, pf-willow or cub."),
+    ],
+    pairs: Annotated[
+        int | None,
+        typer.Option(help="How many pairs.", show_default="50; 1000 of cub; all of the others"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Draws the pairs, the warps and the points.")] = 0,
+    points: Annotated[
+        int | None,
+        typer.Option(
+            help="Points of a pair, where the truth is dense.", show_default="256; 4096 of stereo"
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of a public benchmark, as it is published.")
+    ] = None,
+    split: Annotated[
+        str, typer.Option(help="Split of a public benchmark: test, val or trn.")
+    ] = "test",
+    image_size: Annotated[
+        int | None,
+        typer.Option(help="Pixels a side of the images that world draws.", show_default="256"),
+    ] = None,
+    model: Model = "builtin",
+    layers: Layers = None,
+    timestep: Timestep = DEFAULT_TIMESTEP,
+    noise_seed: Seed = None,
+    different_noise: Annotated[
+        bool, typer.Option("--different-noise", help="Noise of its own for every image.")
+    ] = False,
+    prompt: Annotated[
+        str, typer.Option(help="Text the model sees; {category} stands for the pair's.")
+    ] = "",
+    size: Annotated[
+        int | None,
+        typer.Option(
+            help="Longer side in pixels that the model sees; more pixels, more tokens.",
+            show_default="what the model was trained on",
+        ),
+    ] = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(help="kk, qq or qk, as in match; may be repeated.", show_default="kk"),
+    ] = None,
+    backend: Backend = "auto",
+    resamples: Annotated[int, typer.Option(help="Resamples of the bootstrap.")] = 1000,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write.", show_default="flashmaps-eval-BENCHMARK")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Throw away a run of other settings in the folder.")
+    ] = False,
+) -> None:
+    """Score matches, and what predicts wrong ones, on a benchmark, beside baselines.
+
+    An interrupted run goes on where it was when the same command is given again.
+    """
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from flashmaps.doctor import require
+    from flashmaps.evaluation.run import evaluate as run
+
+    require("diffusers", "transformers", "skimage", "sklearn", "scipy", "matplotlib", "pyarrow")
+    _quiet_libraries()
+    folder = Path(f"flashmaps-eval-{benchmark}") if out is None else out
+    results = run(
+        benchmark, folder, pairs=pairs, points=points, seed=seed, data=data, split=split,
+        image_size=image_size, model=model, compare=compare or ["kk"], layers=layers or None,
+        timestep=timestep, prompt=prompt, seeds=noise_seed or [0], size=size, same_noise=not different_noise,
+        backend=backend, resamples=resamples, overwrite=overwrite, progress=True,
+    )  # fmt: skip
+    from flashmaps.evaluation.markdown import tables
+
+    console = Console()
+    for title, header, rows in tables(results):
+        table = Table(
+            title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0)
+        )
+        for index, name in enumerate(header):
+            table.add_column(name, justify="left" if index == 0 else "right")
+        for row in rows:
+            table.add_row(*(escape(cell) for cell in row))
+        console.print(table)
+        console.print()
+    console.print(
+        f"Written to {escape(str(folder))}: results.md, results.json, points.parquet, plots."
+    )
 
 
 def world(

@@ -70,6 +70,7 @@ def open_benchmark(
     seed: int = 0,
     data: str | Path | None = None,
     split: str = "test",
+    image_size: int | None = None,
 ) -> Benchmark:
     """A benchmark by its name.
 
@@ -81,6 +82,8 @@ def open_benchmark(
         seed: draws the pairs, the warps and the points.
         data: the folder of a public benchmark, in its published layout.
         split: of a public benchmark: "test", "val" or "trn".
+        image_size: pixels a side of the images that world draws; default 256. The scenes are the
+            same at every size.
 
     Raises ValueError or FileNotFoundError that says what was expected where.
     """
@@ -90,6 +93,8 @@ def open_benchmark(
         raise ValueError(f"pairs={pairs}; wanted at least 1")
     if points is not None and points < 1:
         raise ValueError(f"points={points}; wanted at least 1")
+    if image_size is not None and name != "world":
+        raise ValueError(f"image_size={image_size}: only world draws its images at any size")
     if name in PUBLIC:
         if points is not None:
             raise ValueError(
@@ -108,9 +113,9 @@ def open_benchmark(
         from flashmaps.evaluation.warps import Warps
 
         return Warps(pairs or 50, points=points or 256, seed=seed)
-    from flashmaps.evaluation.worlds import Worlds
+    from flashmaps.evaluation.worlds import SIDE, Worlds
 
-    return Worlds(pairs or 50, points=points or 256, seed=seed)
+    return Worlds(pairs or 50, points=points or 256, seed=seed, side=image_size or SIDE)
 
 
 def _open_public(

@@ -221,7 +221,7 @@ def _styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
         if name.startswith(readings):
             styles[name] = {"color": next(warm), "linewidth": 2.2}
         elif name in FREE:
-            dashes = {"identity": ":", "random": "--", "nearest token to the truth": "-."}
+            dashes = {"identity": ":", "random": "--", "best token there is": "-."}
             styles[name] = {"color": "0.35", "linewidth": 1.2, "linestyle": dashes[name]}
         else:
             styles[name] = {"color": next(cool), "linewidth": 1.4}

@@ -16,8 +16,8 @@ _MEANING = {
 }
 
 
-def page(results: dict[str, Any]) -> str:
-    """results.md: what results.json holds, as tables to read."""
+def page(results: dict[str, Any], *, plots: bool = True) -> str:
+    """results.md: what results.json holds, as tables to read, and the plots if there are any."""
     about = results["benchmark"]
     lines = [
         f"# Evaluation: {about['name']}",
@@ -30,7 +30,8 @@ def page(results: dict[str, Any]) -> str:
         "",
         f"PCK@a: the share of points found within a times {about['pck_base']}. Brackets: 95 % "
         f"bootstrap intervals over {about['interval_unit']}, {results['resamples']} resamples. "
-        '"nearest token to the truth" is the best that a choice among these tokens can do.',
+        '"best token there is" is the one that holds the truth: more than it no choice among these '
+        "tokens can reach.",
         "",
         "Every point counts once:",
         "",
@@ -56,20 +57,25 @@ def page(results: dict[str, Any]) -> str:
         lines += ["", *_mirrored_section(results)]
     if len(results["categories"]) > 1:
         lines += ["", *_category_section(results)]
-    return "\n".join([*lines, "", *_pictures(), ""])
+    if plots:
+        lines += ["", *_pictures()]
+    return "\n".join([*lines, ""])
 
 
 def tables(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(title, header, rows) of the two main tables, for the terminal."""
-    found = [
-        (
-            f"PCK per point, % (base: {results['benchmark']['pck_base']})",
-            *_pck_rows(results, "per_point"),
-        )
-    ]
+    """(title, header, rows) of the main tables, for the terminal: 80 characters wide."""
     headline = results["benchmark"]["headline"]
+    key = f"{headline:g}"
+    rows = []
+    for name, found in results["methods"].items():
+        each = [f"{100 * found['pck'][f'{t:g}']['per_point']:.1f}" for t in THRESHOLDS]
+        interval = found["pck"][key]["per_point_interval"]
+        shown = "" if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
+        rows.append([name, *each, shown])
+    header = ["method", *(f"PCK@{t:g}" for t in THRESHOLDS), f"95 % of PCK@{key}"]
+    found = [(f"PCK per point, %, of {results['benchmark']['pck_base']}", header, rows)]
     for compare, each in results["scores"].items():
-        title = f"Which score tells wrong matches of {READING[compare]} (off by over {headline:g})"
+        title = f"Which score tells wrong matches: {READING[compare]}, off by over {key}"
         header, rows = _score_rows(each, headline)
         found.append((title, header[:3], [row[:3] for row in rows]))
     return found
@@ -77,9 +83,7 @@ def tables(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]
 
 def _settings(results: dict[str, Any]) -> list[str]:
     settings = results["settings"]
-    tokens = " / ".join(
-        ", ".join(str(n) for n in results["tokens"][side]) for side in ("source", "target")
-    )
+    tokens = " / ".join(", ".join(results["tokens"][side]) for side in ("source", "target"))
     rows = [
         ["pairs", str(results["pairs"])],
         ["points", f"{results['points']} with a match, {results['hidden_points']} hidden"],

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,16 +17,18 @@ from typing import Any
 import numpy as np
 
 from flashmaps.backends import check_name
+from flashmaps.evaluation import markdown
 from flashmaps.evaluation.benchmark import Benchmark, Pair, open_benchmark
 from flashmaps.evaluation.bootstrap import RESAMPLES
 from flashmaps.evaluation.methods import Methods, Outcome, fingerprint, method_names
 from flashmaps.evaluation.results import CURVE, Table, summarise
-from flashmaps.files import check_replaceable, whole_file, write_json
+from flashmaps.files import check_replaceable, whole_file, write_json, write_text
 from flashmaps.match import COMPARE
 from flashmaps.pairs import SCORES, need_pyarrow
 from flashmaps.pipelines import BUILTIN, DEFAULT_TIMESTEP, load_model
 
 MARKER = "run.json"
+WHOLE = "points.parquet"
 CHUNK = 8  # pairs a part: what an interruption loses at most, and what the model sees together
 EXAMPLES = 4  # pairs that are drawn
 DEFAULT_OUT = "flashmaps-eval"
@@ -42,6 +43,7 @@ def evaluate(
     seed: int = 0,
     data: str | Path | None = None,
     split: str = "test",
+    image_size: int | None = None,
     model: Any = BUILTIN,
     compare: str | Sequence[str] = ("kk",),
     layers: str | Sequence[str] | None = None,
@@ -53,12 +55,13 @@ def evaluate(
     backend: str = "auto",
     resamples: int = RESAMPLES,
     overwrite: bool = False,
+    plots: bool = True,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Score matches and baselines on a benchmark, and write the folder ``out``.
 
     Args:
-        benchmark, pairs, points, seed, data, split: see
+        benchmark, pairs, points, seed, data, split, image_size: see
             :func:`flashmaps.evaluation.benchmark.open_benchmark`; or a Benchmark of your own.
         out: folder to write. One that holds an unfinished run of the same settings is continued,
             and of a finished one the report is made anew from its points.
@@ -69,25 +72,25 @@ def evaluate(
         backend: what computes the maps; see :func:`flashmaps.backends`.
         resamples: of the bootstrap.
         overwrite: throw away what a run of other settings left in ``out``.
+        plots: draw them too; they take some seconds.
         progress: show a bar over the pairs.
 
     Returns what results.json holds. Raises ValueError when ``out`` holds other things, or a run of
     other settings.
     """
-    from tqdm.auto import tqdm
-
     need_pyarrow()
-    compare = (compare,) if isinstance(compare, str) else tuple(dict.fromkeys(compare))
-    for each in compare:
-        if each not in COMPARE:
-            raise ValueError(f"compare={each!r} is not known; wanted {', '.join(COMPARE)}")
-    if not compare:
-        raise ValueError("compare is empty; give at least one of kk, qk, qq")
+    compare = _check_compare(compare)
     check_name(backend)
     check_replaceable(out, MARKER)
     if isinstance(benchmark, str):
         benchmark = open_benchmark(
-            benchmark, pairs=pairs, points=points, seed=seed, data=data, split=split
+            benchmark,
+            pairs=pairs,
+            points=points,
+            seed=seed,
+            data=data,
+            split=split,
+            image_size=image_size,
         )
     pipe = load_model(model)
     options = {
@@ -102,7 +105,6 @@ def evaluate(
         "points": points,
         "seed": seed,
         "data": None if data is None else str(Path(data).expanduser().resolve()),
-        "split": split if data is not None else None,
         "model": str(model) if isinstance(model, (str, Path)) else type(model).__name__,
         "weights": fingerprint(pipe),
         "compare": list(compare),
@@ -112,26 +114,11 @@ def evaluate(
     settings = json.loads(json.dumps(settings))  # as it will be read again
     folder = Path(out)
     _open_folder(folder, settings, overwrite)
-    started = time.perf_counter()
-    methods = Methods(pipe, compare=compare, backend=backend, seed=seed, options=options)
     names = method_names(compare)
-    missing = (
-        [] if (folder / "points.parquet").is_file() else list(_missing(folder, len(benchmark)))
-    )
-    todo = sum(len(numbers) for numbers in missing)
-    computed = todo
-    with tqdm(
-        total=len(benchmark), initial=len(benchmark) - todo, desc="pairs", disable=not progress
-    ) as bar:
-        for numbers in missing:
-            chunk = [(number, benchmark.pair(number)) for number in numbers]
-            rows: list[Table] = []
-            for (number, pair), (_, outcome) in zip(chunk, methods.run(chunk), strict=True):
-                rows.append(_rows(number, pair, outcome, names))
-                bar.update()
-            _write_table(_part(folder, numbers[0]), _join(rows))
-    table = _gather(folder)
-    seconds = time.perf_counter() - started
+    if not (folder / WHOLE).is_file():
+        methods = Methods(pipe, compare=compare, backend=backend, seed=seed, options=options)
+        _compute(folder, benchmark, methods, names, progress)
+    table = _read_table(folder / WHOLE)
     results: dict[str, Any] = {
         "settings": settings,
         "benchmark": {
@@ -147,12 +134,44 @@ def evaluate(
             table, names, compare, headline=benchmark.headline, resamples=resamples, seed=seed
         ),
         "resamples": resamples,
-        "seconds": {"matching": seconds, "pairs_computed_now": computed},
     }
-    _report(folder, results, table, benchmark, f"{names[0]}")
+    write_text(folder / "results.md", markdown.page(results, plots=plots))
+    if plots:
+        _draw(folder, results, table, benchmark, names[0])
     write_json(folder / "results.json", results)
-    shutil.rmtree(folder / "parts", ignore_errors=True)
     return results
+
+
+def _check_compare(compare: str | Sequence[str]) -> tuple[str, ...]:
+    chosen = (compare,) if isinstance(compare, str) else tuple(dict.fromkeys(compare))
+    for each in chosen:
+        if each not in COMPARE:
+            raise ValueError(f"compare={each!r} is not known; wanted {', '.join(COMPARE)}")
+    if not chosen:
+        raise ValueError(f"compare is empty; give at least one of {', '.join(COMPARE)}")
+    return chosen
+
+
+def _compute(
+    folder: Path, benchmark: Benchmark, methods: Methods, names: Sequence[str], progress: bool
+) -> None:
+    """Points of all pairs that have none yet, part by part; and points.parquet at the end."""
+    from tqdm.auto import tqdm
+
+    count = len(benchmark)
+    parts = {first: _part(folder, first) for first in range(0, count, CHUNK)}
+    missing = [first for first, path in parts.items() if not path.is_file()]
+    todo = sum(min(CHUNK, count - first) for first in missing)
+    with tqdm(total=count, initial=count - todo, desc="pairs", disable=not progress) as bar:
+        for first in missing:
+            chunk = [(i, benchmark.pair(i)) for i in range(first, min(first + CHUNK, count))]
+            rows = []
+            for (number, pair), (_, outcome) in zip(chunk, methods.run(chunk), strict=True):
+                rows.append(point_rows(number, pair, outcome, names))
+                bar.update()
+            _write_table(parts[first], _join(rows))
+    _write_table(folder / WHOLE, _join([_read_table(path) for path in parts.values()]))
+    shutil.rmtree(folder / "parts")
 
 
 # -- the folder ------------------------------------------------------------------------------------
@@ -179,31 +198,12 @@ def _open_folder(folder: Path, settings: dict[str, Any], overwrite: bool) -> Non
                 "folder, or overwrite it (--overwrite)"
             )
         shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "parts").mkdir(exist_ok=True)
+    (folder / "parts").mkdir(parents=True, exist_ok=True)
     write_json(known, settings)
 
 
 def _part(folder: Path, first: int) -> Path:
     return folder / "parts" / f"{first:06d}.parquet"
-
-
-def _missing(folder: Path, count: int) -> Iterator[list[int]]:
-    """The numbers of each part that is not there yet."""
-    (folder / "parts").mkdir(exist_ok=True)
-    for first in range(0, count, CHUNK):
-        if not _part(folder, first).is_file():
-            yield list(range(first, min(first + CHUNK, count)))
-
-
-def _gather(folder: Path) -> Table:
-    """All points, and points.parquet if it was not there."""
-    whole = folder / "points.parquet"
-    if whole.is_file():
-        return _read_table(whole)
-    table = _join([_read_table(path) for path in sorted((folder / "parts").glob("*.parquet"))])
-    _write_table(whole, table)
-    return table
 
 
 def _write_table(path: Path, table: Table) -> None:
@@ -235,8 +235,8 @@ def _join(tables: Sequence[Table]) -> Table:
     return {name: np.concatenate([each[name] for each in tables]) for name in tables[0]}
 
 
-def _rows(number: int, pair: Pair, outcome: Outcome, names: Sequence[str]) -> Table:
-    """One pair's points as columns."""
+def point_rows(number: int, pair: Pair, outcome: Outcome, names: Sequence[str]) -> Table:
+    """One pair's points as the columns of :mod:`flashmaps.evaluation.results`' table."""
     count = len(pair.source_points)
     here, there = pair.source_points, pair.target_points
     units = np.full(count, number) if pair.units is None else pair.units
@@ -254,8 +254,8 @@ def _rows(number: int, pair: Pair, outcome: Outcome, names: Sequence[str]) -> Ta
         "mirrored_x": other[:, 0].astype(np.float32),
         "mirrored_y": other[:, 1].astype(np.float32),
         "base": np.full(count, pair.base, np.float32),
-        "source_tokens": np.full(count, outcome.grids[0][0] * outcome.grids[0][1], np.int32),
-        "target_tokens": np.full(count, outcome.grids[1][0] * outcome.grids[1][1], np.int32),
+        "source_grid": np.full(count, "{} x {}".format(*outcome.grids[0])),
+        "target_grid": np.full(count, "{} x {}".format(*outcome.grids[1])),
     }
     for name in names:
         for axis, values in zip("xy", outcome.found[name].T, strict=True):
@@ -266,18 +266,15 @@ def _rows(number: int, pair: Pair, outcome: Outcome, names: Sequence[str]) -> Ta
     return columns
 
 
-def _tokens(table: Table) -> dict[str, Any]:
-    """How many tokens there were."""
-    return {
-        side: sorted({int(n) for n in table[f"{side}_tokens"]}) for side in ("source", "target")
-    }
+def _tokens(table: Table) -> dict[str, list[str]]:
+    """Which grids of tokens there were, height x width."""
+    return {side: sorted(set(table[f"{side}_grid"].tolist())) for side in ("source", "target")}
 
 
-def _report(
+def _draw(
     folder: Path, results: dict[str, Any], table: Table, benchmark: Benchmark, method: str
 ) -> None:
-    from flashmaps.evaluation import figures, markdown
-    from flashmaps.files import write_text
+    from flashmaps.evaluation import figures
 
     shown = [benchmark.pair(i) for i in range(min(EXAMPLES, len(benchmark)))]
     found = []
@@ -289,4 +286,3 @@ def _report(
     for name, figure in drawn.items():
         with whole_file(folder / f"{name}.png") as new:
             figure.savefig(new, dpi=110, format="png")
-    write_text(folder / "results.md", markdown.page(results))
