@@ -421,6 +421,43 @@ def test_gradient_checkpointing_records_once(family, tmp_path):
     assert not any(entry.query.requires_grad or entry.entropy.requires_grad for entry in record)
 
 
+@pytest.mark.parametrize("backend", ["native", "_native_math", "_native_flash"])
+def test_attention_backends_of_torch_are_seen(backend, tmp_path):
+    family, pipe, model = fresh("flux", tmp_path)
+    model.set_attention_backend(backend)
+    plain = family.run(pipe, steps=1)
+    with capture(pipe) as record:
+        assert torch.equal(plain, family.run(pipe, steps=1))
+    assert len(record) == 8
+
+
+@pytest.mark.filterwarnings("ignore:.*flex_attention:UserWarning")
+def test_other_attention_backends_are_refused_by_name(tmp_path):
+    family, pipe, model = fresh("flux", tmp_path)
+    model.set_attention_backend("flex")
+    with pytest.raises(
+        RuntimeError,
+        match=r"layer 'transformer_blocks.0.attn' uses FluxAttnProcessor.*backend is 'flex'"
+        r".*call `model.set_attention_backend\('native'\)` first",
+    ):
+        with capture(pipe):
+            family.run(pipe, steps=1)
+    model.set_attention_backend("native")
+    with capture(pipe) as record:
+        family.run(pipe, steps=1)
+    assert len(record) == 8
+
+
+def test_processors_that_never_attend_are_refused_by_name(tmp_path):
+    from tiny_adapters import MatmulProcessor
+
+    family, pipe, model = fresh("sd15", tmp_path)
+    set_processors(model, MatmulProcessor)
+    with pytest.raises(RuntimeError, match="uses MatmulProcessor.*a processor that calls it"):
+        with capture(pipe):
+            family.run(pipe, steps=1)
+
+
 # -- nothing is left -------------------------------------------------------------------------------
 
 

@@ -80,7 +80,7 @@ def _unheard(order: Tensor, layer: Tensor) -> None:
     """A processor call without any attention that could be observed: refused if one listens."""
     stand_in = _stand_ins.get(int(layer))
     if stand_in is not None and (listeners := listening(stand_in)):
-        refuse_unheard(listeners[0].layer, type(stand_in._fm_processor).__name__)
+        refuse_unheard(listeners[0].layer, stand_in._fm_processor)
 
 
 @_observe.register_fake
@@ -110,6 +110,8 @@ class _TracedAttentions(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             self.observe(*args, **kwargs)
             self.seen += 1
+        if func is Tensor.unflatten:  # in Python, with a `super()` that Dynamo cannot trace here
+            return torch.unflatten(*args, **kwargs)
         return func(*args, **kwargs)
 
     def observe(
@@ -137,9 +139,9 @@ def _traceable(kind: type) -> type | None:
     Its instances share the processor's attributes. Dynamo asks objects for their ``__class__``, so
     unlike `observe.StandIn` it cannot say that it is the processor's own.
     """
-    signature = inspect.signature(kind.__call__)
-    names = list(signature.parameters)[2:]  # without self and attn
+    names = list(inspect.signature(kind.__call__).parameters)[2:]  # without self and attn
 
+    @functools.wraps(kind.__call__)  # Dynamo finds the signature by it, but not by __signature__
     def call(self: Any, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
             return hear(self, attn, *args, **kwargs)
@@ -150,8 +152,6 @@ def _traceable(kind: type) -> type | None:
         if not attentions.seen:
             _unheard(_order, self._fm_number)
         return output
-
-    call.__signature__ = signature  # type: ignore[attr-defined]
 
     def new(cls: type, *args: Any, **kwargs: Any) -> Any:
         return kind(*args, **kwargs)  # processor.__class__() makes a processor, not a stand-in

@@ -236,21 +236,19 @@ def hear(stand_in: Any, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
     with _Attentions(listeners, ProcessorCall(attn, name, context, arguments)) as attentions:
         output = processor(attn, *args, **kwargs)
     if not attentions.seen:
-        refuse_unheard(listeners[0].layer, name)
+        refuse_unheard(listeners[0].layer, processor)
     return output
 
 
-def refuse_unheard(layer: str, processor: str) -> None:
+def refuse_unheard(layer: str, processor: Any) -> None:
     """Raise RuntimeError for a processor that ran without any attention that could be seen."""
-    raise RuntimeError(
-        _unobservable_text(
-            layer,
-            processor,
-            "it did not call torch's scaled_dot_product_attention",
-            "choose other layers, or another attention backend "
-            "(`model.set_attention_backend('native')`)",
-        )
-    )
+    reason = "it did not call torch's scaled_dot_product_attention"
+    remedy = "choose other layers, or a processor that calls it"
+    if hasattr(processor, "_attention_backend"):
+        backend = processor._attention_backend
+        reason += f" (its attention backend is {getattr(backend, 'value', backend)!r})"
+        remedy = "call `model.set_attention_backend('native')` first"
+    raise RuntimeError(_unobservable_text(layer, type(processor).__name__, reason, remedy))
 
 
 def attach(

@@ -21,6 +21,8 @@ from flashmaps.layouts import unrotate
 
 POSITIONS = ("kept", "removed")
 _FORMAT = "flashmaps record 1"
+# Parts that lie on the entry's grid; the last two are what CrossSelfAttnProcessor attends to.
+_PICTURES = {"image", "other", "source"}
 _IMAGES = ("image", "other", "source")  # parts of a sequence that lie on the entry's grid
 
 

@@ -77,6 +77,8 @@ class Recorder:
         if self.keep == "qk":
             self.record._entries.append(self._copied(entry))
             return
+        if not entry.statistics:  # "image_to_text" of a layer without text
+            return
         entry = dataclasses.replace(
             entry, query=None, key=None, lse=None, rotary=None, _mask=None, _mask_alike=None
         )
