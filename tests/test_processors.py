@@ -240,7 +240,7 @@ def test_attend_does_without_where_torch_chooses_another_kernel_or_someone_liste
 @pytest.mark.parametrize(
     "options, gives",
     [
-        ({"reduce": ("entropy", "argmax")}, True),
+        ({"reduce": ("entropy", "density")}, True),
         ({"reduce": ("entropy",), "keep": "qk"}, True),
         ({"reduce": ("entropy", "column_sum")}, False),
         ({"reduce": lambda attention_map: attention_map.entropy()}, False),

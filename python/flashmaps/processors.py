@@ -36,7 +36,7 @@ from flashmaps.recorder import Recorder
 # What these processors can stand in for, since they compute the same.
 _STOCK = {"AttnProcessor2_0": False, "FusedAttnProcessor2_0": True}  # whether projections are fused
 _FLASH = SDPBackend.FLASH_ATTENTION.value
-_ROW_STATISTICS = {"entropy", "max", "argmax", "expectation", "diagonal"}
+_ROW_STATISTICS = {"entropy", "max", "argmax", "expectation", "diagonal", "density"}
 
 
 @dataclass
