@@ -230,8 +230,9 @@ def evaluate(
     results = run(
         benchmark, folder, pairs=pairs, points=points, seed=seed, data=data, split=split,
         image_size=image_size, model=model, compare=compare or ["kk"], layers=layers or None,
-        timestep=timestep, prompt=prompt, seeds=noise_seed or [0], size=size, same_noise=not different_noise,
-        backend=backend, resamples=resamples, overwrite=overwrite, progress=True,
+        timestep=timestep, prompt=prompt, seeds=noise_seed or [0], size=size,
+        same_noise=not different_noise, backend=backend, resamples=resamples, overwrite=overwrite,
+        progress=True,
     )  # fmt: skip
     from flashmaps.evaluation.markdown import tables
 
