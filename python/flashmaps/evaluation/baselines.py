@@ -30,7 +30,9 @@ def untrained(pipe: Any, seed: int = UNTRAINED_SEED) -> Any:
         torch.manual_seed(seed)
         unet = type(pipe.unet).from_config(pipe.unet.config).eval().requires_grad_(False)
     fresh = copy.copy(pipe)
-    fresh.unet = unet.to(pipe.unet.device, pipe.unet.dtype)
+    if pipe.unet.dtype != unet.dtype:  # diffusers warns of any cast, even one that does nothing
+        unet = unet.to(pipe.unet.dtype)
+    fresh.unet = unet.to(pipe.unet.device)
     return fresh
 
 

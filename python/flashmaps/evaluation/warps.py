@@ -95,14 +95,20 @@ class Warps:
         """How many pairs."""
         return self._pairs
 
+    def photo(self, index: int) -> tuple[str, str]:
+        """(package, name) of the photograph of pair ``index``.
+
+        Kinds take turns with pairs. Photographs go a step further every len(KINDS) pairs, and each
+        kind begins at another one, so that every photograph meets every kind.
+        """
+        turn = index // len(KINDS) + index % len(KINDS) * 5
+        return self._photos[turn % len(self._photos)]
+
     def pair(self, index: int) -> Pair:
         """Photograph ``index`` (in a seeded order, round and round) under warp ``index``."""
         rng = np.random.default_rng([self._seed, 1, index])
         kind = KINDS[index % len(KINDS)]
-        # Every photograph meets every kind: without the shift one of 4 kinds and an even number of
-        # photographs would always come together.
-        turn = index // len(KINDS) + index % len(KINDS) * 5
-        photo = self._photos[turn % len(self._photos)]
+        photo = self.photo(index)
         source, show = _window(*photo)
         warp = draw_warp(kind, rng)
         height, width = source.shape[:2]
@@ -116,7 +122,7 @@ class Warps:
         unit[((unit < 0) | (unit >= 1)).any(axis=1)] = np.nan
         return Pair(
             category=kind,
-            source=f"{photo[1]}",
+            source=photo[1],
             target=f"{photo[1]}, warp {index}",
             source_image=source,
             target_image=target,
