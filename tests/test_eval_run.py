@@ -216,6 +216,8 @@ def test_a_folder_with_other_things_is_refused_before_the_work(tmp_path):
         evaluate(toy, tmp_path, model="not even looked at")
     with pytest.raises(ValueError, match="compare='kv' is not known"):
         evaluate(toy, tmp_path / "out", model="not even looked at", compare="kv")
+    with pytest.raises(ValueError, match="dtype='half' is not known; wanted float32"):
+        evaluate(toy, tmp_path / "out", model="not even looked at", dtype="half")
     with pytest.raises(ValueError, match="compare is empty"):
         evaluate(toy, tmp_path / "out", model="not even looked at", compare=())
     assert toy.asked == []
@@ -339,6 +341,20 @@ def test_mistakes_of_the_command_exit_with_2(tmp_path):
         result = CliRunner().invoke(make_app(), ["eval", *arguments, "--out", str(out)])
         assert result.exit_code == 2 and text in result.stderr
         assert not out.exists()
+
+
+@pytest.mark.slow
+def test_the_command_takes_any_stable_diffusion_folder(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "model")
+    out = tmp_path / "out"
+    arguments = ["world", "--pairs", "2", "--points", "20", "--model", str(tmp_path / "model"),
+                 "--layers", LAYERS, "--size", "64", "--out", str(out)]  # fmt: skip
+    result = CliRunner().invoke(make_app(), ["eval", *arguments])
+    assert result.exit_code == 0, result.output
+    found = json.loads((out / "results.json").read_text())
+    assert found["tokens"] == {"source": ["8 x 8"], "target": ["8 x 8"]}
+    again = CliRunner().invoke(make_app(), ["eval", *arguments])
+    assert again.exit_code == 0 and json.loads((out / "results.json").read_text()) == found
 
 
 @pytest.mark.slow

@@ -204,6 +204,12 @@ def evaluate(
         list[str] | None,
         typer.Option(help="kk, qq or qk, as in match; may be repeated.", show_default="kk"),
     ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where the model runs, such as cuda.", show_default="cpu")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16.", show_default="as it is")
+    ] = None,
     backend: Backend = "auto",
     resamples: Annotated[int, typer.Option(help="Resamples of the bootstrap.")] = 1000,
     out: Annotated[
@@ -231,7 +237,7 @@ def evaluate(
         benchmark, folder, pairs=pairs, points=points, seed=seed, data=data, split=split,
         image_size=image_size, model=model, compare=compare or ["kk"], layers=layers or None,
         timestep=timestep, prompt=prompt, seeds=noise_seed or [0], size=size,
-        same_noise=not different_noise, backend=backend, resamples=resamples, overwrite=overwrite,
+        same_noise=not different_noise, device=device, dtype=dtype, backend=backend, resamples=resamples, overwrite=overwrite,
         progress=True,
     )  # fmt: skip
     from flashmaps.evaluation.markdown import tables

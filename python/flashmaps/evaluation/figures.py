@@ -68,16 +68,16 @@ def score_areas(results: dict[str, Any]) -> Figure:
     for ax, (compare, found) in zip(axes, several.items(), strict=True):
         names = list(found["scores"])
         for shift, (threshold, mark) in enumerate(zip(THRESHOLDS, marks, strict=True)):
+            colour = ("#b2182b", "#ef8a62", "#2166ac")[shift]
+            ax.plot([], [], mark, color=colour, markersize=4.5, label=f"off by over {threshold:g}")
             for row, name in enumerate(names):
                 wrong = found["scores"][name]["wrong"].get(f"{threshold:g}")
                 if wrong is None or wrong["auroc"] is None:
                     continue
                 y = row + 0.22 * (shift - 1)
-                colour = ("#b2182b", "#ef8a62", "#2166ac")[shift]
                 if wrong["auroc_interval"] is not None:
                     ax.plot(wrong["auroc_interval"], (y, y), color=colour, linewidth=1.6)
-                label = f"off by over {threshold:g}" if row == 0 else None
-                ax.plot(wrong["auroc"], y, mark, color=colour, markersize=4.5, label=label)
+                ax.plot(wrong["auroc"], y, mark, color=colour, markersize=4.5)
         ax.axvline(0.5, color="0.4", linewidth=0.9, linestyle="--")
         ax.set_yticks(range(len(names)), [TITLES[name] for name in names])
         ax.set_ylim(len(names) - 0.5, -0.5)

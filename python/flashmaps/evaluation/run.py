@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from flashmaps.backends import check_name
 from flashmaps.evaluation import markdown
@@ -31,6 +32,7 @@ MARKER = "run.json"
 WHOLE = "points.parquet"
 CHUNK = 8  # pairs a part: what an interruption loses at most, and what the model sees together
 EXAMPLES = 4  # pairs that are drawn
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DEFAULT_OUT = "flashmaps-eval"
 
 
@@ -52,6 +54,8 @@ def evaluate(
     seeds: Sequence[int] = (0,),
     size: int | None = None,
     same_noise: bool = True,
+    device: str | None = None,
+    dtype: str | None = None,
     backend: str = "auto",
     resamples: int = RESAMPLES,
     overwrite: bool = False,
@@ -68,6 +72,8 @@ def evaluate(
         model, layers, timestep, seeds, size, same_noise: see
             :func:`flashmaps.pipelines.features`; any Stable Diffusion folder will do.
         prompt: the text the model sees; "{category}" stands for the pair's.
+        device: where the model runs, for instance "cuda"; default: where it is.
+        dtype: "float32", "float16" or "bfloat16"; default: as it is.
         compare: one or several of "kk", "qk", "qq".
         backend: what computes the maps; see :func:`flashmaps.backends`.
         resamples: of the bootstrap.
@@ -80,6 +86,8 @@ def evaluate(
     """
     need_pyarrow()
     compare = _check_compare(compare)
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype={dtype!r} is not known; wanted {', '.join(DTYPES)}")
     check_name(backend)
     check_replaceable(out, MARKER)
     if isinstance(benchmark, str):
@@ -92,7 +100,7 @@ def evaluate(
             split=split,
             image_size=image_size,
         )
-    pipe = load_model(model)
+    pipe = load_model(model, device=device, dtype=None if dtype is None else DTYPES[dtype])
     options = {
         "layers": layers, "timestep": timestep, "prompt": prompt, "seeds": tuple(seeds),
         "size": size, "same_noise": same_noise,
@@ -108,6 +116,8 @@ def evaluate(
         "model": str(model) if isinstance(model, (str, Path)) else type(model).__name__,
         "weights": fingerprint(pipe),
         "compare": list(compare),
+        "device": device,
+        "dtype": dtype,
         "backend": backend,
         **options,
     }
