@@ -237,8 +237,8 @@ def evaluate(
         benchmark, folder, pairs=pairs, points=points, seed=seed, data=data, split=split,
         image_size=image_size, model=model, compare=compare or ["kk"], layers=layers or None,
         timestep=timestep, prompt=prompt, seeds=noise_seed or [0], size=size,
-        same_noise=not different_noise, device=device, dtype=dtype, backend=backend, resamples=resamples, overwrite=overwrite,
-        progress=True,
+        same_noise=not different_noise, device=device, dtype=dtype, backend=backend,
+        resamples=resamples, overwrite=overwrite, progress=True,
     )  # fmt: skip
     from flashmaps.evaluation.markdown import tables
 
