@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashmaps.compiled import attach_traceable, compiled_parts, uncompiled
+from flashmaps.compiled import attach_traceable, compiled_modules, refuse_checkpointing, uncompiled
 from flashmaps.grids import Grid
 from flashmaps.layouts import KINDS, Forward, image_tokens, layout, rotary, rotates, text_tokens
 from flashmaps.observe import (
@@ -100,7 +100,7 @@ class capture:
         self._pipe = pipe_or_model
         self._given = denoisers(pipe_or_model)
         self._models = {name: uncompiled(model) for name, model in self._given.items()}
-        compiled_parts(self._given)  # refuses CUDA graphs
+        compiled_modules(self._given.values())  # refuses CUDA graphs
         self._layers = _find_layers(self._models, layers)
         for name, layer in self._layers.items():
             refuse_unobservable(name, layer.processor)
@@ -124,20 +124,21 @@ class capture:
         self._seen: Counter[str] = Counter()
         self._undo = contextlib.ExitStack()
         self._stand_ins: dict[str, Any] = {}
+        self._compiled: set[nn.Module] = set()
 
     def __enter__(self) -> Record:
         if self._thread is not None:
             raise RuntimeError("this capture is already active; make a second one to nest them")
-        compiled = compiled_parts(self._given)
+        self._compiled = compiled_modules(self._given.values())
         self._thread = threading.get_ident()
         try:
-            self._attach(bool(compiled))
+            self._attach(self._compiled)
         except BaseException:
             self.__exit__(*sys.exc_info())
             raise
         return self._recorder.record
 
-    def _attach(self, compiled: bool) -> None:
+    def _attach(self, compiled: set[nn.Module]) -> None:
         # torch.compile leaves the hooks of a model outside, but would compile their functions too.
         # (Only where there is need: this loads torch._dynamo, which takes a second.)
         outside = torch.compiler.disable if compiled else lambda hook: hook
@@ -150,19 +151,22 @@ class capture:
             self._undo.callback(before.remove)
             self._undo.callback(after.remove)
             self._undo.callback(unwatch_context, model, self)
-        # All layers of a compiled model, so that its graph is the same whichever are chosen.
-        for name, layer in (_find_layers(self._models, "*") if compiled else self._layers).items():
-            wants = self._is_wanted if name in self._layers else _never
-            listener = Listener(self, name, wants, self._observe)
-            stand_in = attach_traceable(layer, listener) if compiled else attach(layer, listener)
+        for name, layer in self._layers.items():
+            listener = Listener(self, name, self._is_wanted, self._observe)
+            put = attach_traceable if layer in compiled else attach
+            self._stand_ins[name] = stand_in = put(layer, listener)
             self._undo.callback(detach, layer, stand_in, self)
-            if name in self._layers:
-                self._stand_ins[name] = stand_in
+        # The other compiled layers too, so that the graph is the same whichever are chosen.
+        for name, layer in _find_layers(self._models, "*").items() if compiled else ():
+            if layer in compiled and name not in self._layers:
+                stand_in = attach_traceable(layer, Listener(self, name, _never, self._observe))
+                self._undo.callback(detach, layer, stand_in, self)
 
     def __exit__(self, *exception: object) -> None:
         self._undo.close()
         self._stand_ins.clear()
         self._contexts.clear()
+        self._compiled.clear()
         self._thread = self._forward = None
         self._grid_of = (None, {})
         self._recorder.end()
@@ -179,6 +183,7 @@ class capture:
     def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         if threading.get_ident() != self._thread:
             return
+        refuse_checkpointing(self._compiled)
         for name, stand_in in self._stand_ins.items():
             if self._layers[name].processor is not stand_in:
                 raise RuntimeError(

@@ -18,7 +18,7 @@ import inspect
 import itertools
 import types
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -32,7 +32,6 @@ from flashmaps.observe import (
     StandIn,
     attach,
     attention_call,
-    hear,
     listening,
     refuse_unheard,
 )
@@ -89,12 +88,27 @@ def _(*args: Any) -> None:
     return None
 
 
+def _refuse_uncompiled(stand_in: Any) -> None:
+    """Raise RuntimeError if somebody wants to hear of a layer that runs by itself.
+
+    Its output may differ in the last bits from that of the graph without a capture.
+    """
+    if listeners := listening(stand_in):
+        raise RuntimeError(
+            f"layer {listeners[0].layer!r} belongs to a compiled part of the model, but this time "
+            "it, or its attention, is not run by compiled code: torch.compile breaks the graph "
+            "there (`fullgraph=True` tells why), or gave up at "
+            "`torch._dynamo.config.recompile_limit`, or was bypassed. Remove the cause, or capture "
+            "a model that is not compiled"
+        )
+
+
 class _TracedAttentions(TorchFunctionMode):
     """Puts an operator into the graph before each scaled_dot_product_attention."""
 
-    def __init__(self, layer: Tensor, arguments: dict[str, Any]) -> None:
+    def __init__(self, stand_in: Any, arguments: dict[str, Any]) -> None:
         super().__init__()
-        self.layer = layer
+        self.stand_in = stand_in
         self.has_context = arguments.get("encoder_hidden_states") is not None
         angles = arguments.get("image_rotary_emb", arguments.get("rotary_emb"))
         self.rotates = angles is not None
@@ -108,6 +122,8 @@ class _TracedAttentions(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
+            if not torch.compiler.is_compiling():
+                _refuse_uncompiled(self.stand_in)
             self.observe(*args, **kwargs)
             self.seen += 1
         if func is Tensor.unflatten:  # in Python, with a `super()` that Dynamo cannot trace here
@@ -127,8 +143,8 @@ class _TracedAttentions(TorchFunctionMode):
     ) -> None:
         mask = None if attn_mask is None else attn_mask.detach()
         _observe(
-            _order, self.layer, query.detach(), key.detach(), mask, scale, is_causal, enable_gqa,
-            self.seen, self.has_context, self.rotates, self.angles,
+            _order, self.stand_in._fm_number, query.detach(), key.detach(), mask, scale, is_causal,
+            enable_gqa, self.seen, self.has_context, self.rotates, self.angles,
         )  # fmt: skip
 
 
@@ -144,9 +160,10 @@ def _traceable(kind: type) -> type | None:
     @functools.wraps(kind.__call__)  # Dynamo finds the signature by it, but not by __signature__
     def call(self: Any, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
-            return hear(self, attn, *args, **kwargs)
+            _refuse_uncompiled(self)
+            return self._fm_processor(attn, *args, **kwargs)
         arguments = dict(zip(names, args, strict=False)) | kwargs
-        attentions = _TracedAttentions(self._fm_number, arguments)
+        attentions = _TracedAttentions(self, arguments)
         with attentions:
             output = self._fm_processor(attn, *args, **kwargs)
         if not attentions.seen:
@@ -212,19 +229,19 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return model
 
 
-def compiled_parts(models: Mapping[str, nn.Module]) -> list[nn.Module]:
-    """The parts of these models that are compiled, in whichever of the ways there are.
+def compiled_modules(models: Iterable[nn.Module]) -> set[nn.Module]:
+    """The modules in compiled parts of these models, in whichever of the ways they were compiled.
 
     ``torch.compile(model)``, ``model.compile()``, ``model.compile_repeated_blocks()``. Raises
     RuntimeError if one is compiled to CUDA graphs.
     """
-    found = []
-    for model in models.values():
+    found: set[nn.Module] = set()
+    for model in models:
         for name, part in model.named_modules():
             compiled: Any = part if "_orig_mod" in part._modules else part._compiled_call_impl
             if compiled is None:
                 continue
-            found.append(part)
+            found.update(part.modules())
             # What torch.compile tells of its backend; there is no public way to ask.
             config: Callable[[], Any] | None = getattr(compiled, "get_compiler_config", None)
             if config is not None and (config() or {}).get("triton.cudagraphs"):
@@ -235,3 +252,18 @@ def compiled_parts(models: Mapping[str, nn.Module]) -> list[nn.Module]:
                     "'max-autotune-no-cudagraphs' in place of 'max-autotune'"
                 )
     return found
+
+
+def refuse_checkpointing(compiled: Iterable[nn.Module]) -> None:
+    """Raise RuntimeError for gradient checkpointing within compiled code: nothing can listen there.
+
+    Around compiled blocks, as after ``compile_repeated_blocks()``, it can.
+    """
+    if torch.is_grad_enabled() and any(
+        getattr(m, "gradient_checkpointing", False) for m in compiled
+    ):
+        raise RuntimeError(
+            "attention under gradient checkpointing cannot be observed in a model that is compiled "
+            "as a whole; run it under torch.no_grad(), call `disable_gradient_checkpointing()`, or "
+            "compile it with `compile_repeated_blocks()`"
+        )

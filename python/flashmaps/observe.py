@@ -230,7 +230,8 @@ def hear(stand_in: Any, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
     processor = stand_in._fm_processor
     if not listeners:
         return processor(attn, *args, **kwargs)
-    arguments = stand_in._fm_signature.bind_partial(attn, *args, **kwargs).arguments
+    bound = stand_in._fm_signature.bind_partial(attn, *args, **kwargs)
+    arguments = bound.arguments | bound.kwargs  # a Module's __call__ has (*args, **kwargs)
     name = type(processor).__name__
     context = arguments.get("encoder_hidden_states")
     with _Attentions(listeners, ProcessorCall(attn, name, context, arguments)) as attentions:
@@ -263,8 +264,11 @@ def attach(
     with _attaching:
         stand_in: Any = layer.processor
         if not is_stand_in(stand_in):
-            stand_in = StandIn(stand_in) if make is None else make(layer)
-            layer.__dict__["processor"] = stand_in
+            traceable = make is not None
+            stand_in = make(layer) if make is not None else StandIn(stand_in)
+            # A compiled model looks no further than its guards, and those only at submodules.
+            registered = traceable and "processor" in layer._modules
+            (layer._modules if registered else layer.__dict__)["processor"] = stand_in
         stand_in._fm_listeners.append(listener)
         return stand_in
 
@@ -274,13 +278,15 @@ def detach(layer: nn.Module, stand_in: Any, owner: object) -> None:
     with _attaching:
         listeners = stand_in._fm_listeners
         listeners[:] = [each for each in listeners if each.owner is not owner]
-        held: Any = layer.__dict__.get("processor")
+        held: Any = layer.__dict__.get("processor", layer._modules.get("processor"))
         if listeners or held is not stand_in:
             return  # others still listen, or the user has set another processor: theirs stays
-        if "processor" in layer._modules:
+        if "processor" not in layer._modules:
+            layer.__dict__["processor"] = stand_in._fm_processor
+        elif "processor" in layer.__dict__:
             del layer.__dict__["processor"]
         else:
-            layer.__dict__["processor"] = stand_in._fm_processor
+            layer._modules["processor"] = stand_in._fm_processor
 
 
 class ContextWatch:
