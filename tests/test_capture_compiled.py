@@ -261,6 +261,23 @@ def test_adapters_compiled_with_inductor(prepare, tmp_path):
     _run_compiled("sd15", "compile_repeated_blocks", tmp_path, prepare)
 
 
+def test_layers_that_never_ran_are_warned_of():
+    """As compiled code that did not take notice of the capture would look like."""
+
+    class Skips(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = small_unet().get_submodule(BLOCK)
+
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return hidden_states
+
+    with pytest.warns(UserWarning, match="the model ran, but none of the chosen layers did"):
+        model = Skips()
+        with capture(model):
+            model(torch.zeros(1, 4, 16))
+
+
 # -- refusals --------------------------------------------------------------------------------------
 
 

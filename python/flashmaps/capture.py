@@ -79,6 +79,10 @@ class capture:
     Raises ValueError when no layer matches, and RuntimeError when an attention path cannot be
     observed (it does not call scaled_dot_product_attention), naming the layer and the remedy. Warns
     when the model ran and nothing was recorded.
+
+    A compiled model is compiled once more for captures, and its first graph is used again after
+    them. Give the compiled one: ``capture(torch.compile(unet))``, not ``capture(unet)``. CUDA
+    graphs, and attention that is not compiled in one piece, are refused.
     """
 
     def __init__(
@@ -121,6 +125,7 @@ class capture:
         self._contexts: dict[nn.Module, ContextWatch | None] = {}
         self._forward: Forward | None = None
         self._grid_of: tuple[Any, dict[str, Any]] = (None, {})
+        self._ran = False
         self._seen: Counter[str] = Counter()
         self._undo = contextlib.ExitStack()
         self._stand_ins: dict[str, Any] = {}
@@ -177,6 +182,11 @@ class capture:
                 "and guidance asked for",
                 stacklevel=2,
             )
+        elif not any(exception) and self._ran and not self._seen:
+            warnings.warn(
+                "nothing was recorded: the model ran, but none of the chosen layers did",
+                stacklevel=2,
+            )
 
     # -- the model's forward passes ----------------------------------------------------------------
 
@@ -204,6 +214,7 @@ class capture:
         if not self._wanted_step(self._step):
             self._forward = None
             return
+        self._ran = True
         timestep = given.get("timestep")
         if isinstance(timestep, Tensor):  # a copy: the pipeline's own would keep all of them alive
             timestep = timestep.detach().flatten()[:1].clone()

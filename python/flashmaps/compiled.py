@@ -89,7 +89,7 @@ def _(*args: Any) -> None:
 
 
 def _refuse_uncompiled(stand_in: Any) -> None:
-    """Raise RuntimeError if somebody wants to hear of a layer that runs by itself.
+    """Raise RuntimeError if somebody wants to hear of a layer that compiled code does not run.
 
     Its output may differ in the last bits from that of the graph without a capture.
     """
@@ -173,7 +173,7 @@ def _traceable(kind: type) -> type | None:
     def new(cls: type, *args: Any, **kwargs: Any) -> Any:
         return kind(*args, **kwargs)  # processor.__class__() makes a processor, not a stand-in
 
-    slots = ["_fm_processor", "_fm_listeners", "_fm_signature", "_fm_number", "_fm_layer"]
+    slots = ["_fm_processor", "_fm_listeners", "_fm_number", "_fm_layer"]
     if not hasattr(kind, "__weakref__"):
         slots.append("__weakref__")
     body = {"__slots__": slots, "__call__": call, "__new__": new, "__module__": kind.__module__}
@@ -213,7 +213,6 @@ def _stand_in(layer: nn.Module) -> Any:
         ("__dict__", processor.__dict__),
         ("_fm_processor", processor),
         ("_fm_listeners", []),
-        ("_fm_signature", inspect.signature(processor.__call__)),
         ("_fm_number", tensor),
         ("_fm_layer", weakref.ref(layer)),
     ):
