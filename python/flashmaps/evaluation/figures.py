@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flashmaps.evaluation.benchmark import Pair
-from flashmaps.evaluation.methods import FREE
+from flashmaps.evaluation.methods import CEILING, FREE
 from flashmaps.evaluation.results import PROBABILITIES, THRESHOLDS, TITLES
 from flashmaps.match import READING
 
@@ -46,7 +46,9 @@ def pck_curves(results: dict[str, Any]) -> Figure:
     ax.set_xlabel(f"threshold, as a share of {about['pck_base']}")
     ax.set_ylabel("share of points found within it")
     ax.set_xlim(0, results["curve_thresholds"][-1])
-    ax.set_ylim(0, 1)
+    # Where all methods are far below what tokens allow, that one may leave the frame.
+    top = max(share for name, shares in curves.items() if name != CEILING for share in shares)
+    ax.set_ylim(0, 1 if top > 0.6 else 1.1 * top)
     ax.set_title(
         f"{about['name']}: {results['points']} points of {results['pairs']} pairs", loc="left"
     )
@@ -129,13 +131,17 @@ def reliability_curves(results: dict[str, Any]) -> Figure:
         ax.set_visible(False)
     for block, (compare, found) in enumerate(several.items()):
         right = 1 - found["wrong_share"][f"{headline:g}"]
+        shares = [
+            each["right"] for one in found["scores"].values() for each in one.get("reliability", [])
+        ]
+        top = max(0.05, 1.08 * max(shares, default=1))  # one scale for all scores of a comparison
         for place, name in enumerate(names):
             one = found["scores"][name]
             if "reliability" not in one:
                 continue
             ax = axes[block * (rows // len(several)) * columns + place]
             ax.set_visible(True)
-            _bins(ax, one, name, right)
+            _bins(ax, one, name, right, top)
             if place % columns == 0:
                 ax.set_ylabel(f"{READING[compare]}\nshare right", fontsize=8)
     figure.suptitle(
@@ -150,13 +156,12 @@ def examples(
     pairs: Sequence[Pair], found: Sequence[np.ndarray], headline: float, method: str
 ) -> Figure:
     """Some pairs with lines from points to where ``method`` found them, and to the truth."""
-    canvases = [_side_by_side(pair)[0] for pair in pairs]
-    tallest = [
-        max(canvas.shape[0] / canvas.shape[1] for canvas in canvases[i : i + 2])
-        for i in range(0, len(canvases), 2)
-    ]
-    height = sum(6 * each + 0.3 for each in tallest) + 0.4
-    figure, axes = _figure(12, height, len(tallest), min(2, len(pairs)), height_ratios=tallest)
+    columns = min(2, len(pairs))
+    shapes = [_side_by_side(pair)[0].shape for pair in pairs]
+    aspects = [height / width for height, width, _ in shapes]
+    tallest = [max(aspects[i : i + columns]) for i in range(0, len(aspects), columns)]
+    height = sum(12 / columns * each + 0.3 for each in tallest) + 0.4
+    figure, axes = _figure(12, height, len(tallest), columns, height_ratios=tallest)
     for ax in axes:
         ax.set_axis_off()
     for ax, pair, places in zip(axes, pairs, found, strict=False):
@@ -197,17 +202,18 @@ def _side_by_side(pair: Pair) -> tuple[np.ndarray, int]:
     return canvas, shift
 
 
-def _bins(ax: Axes, one: dict[str, Any], name: str, right: float) -> None:
+def _bins(ax: Axes, one: dict[str, Any], name: str, right: float, top: float) -> None:
     bins = one["reliability"]
     values, shares = [each["score"] for each in bins], [each["right"] for each in bins]
     ax.axhline(right, color="0.6", linestyle="--", linewidth=0.8)
     title = TITLES[name]
     if name in PROBABILITIES:
         ax.plot([0, 1], [0, 1], color="0.6", linestyle=":", linewidth=1)
-        ax.set_xlim(-0.03, 1.03)
+        ax.set_xlim(-0.03 * max(values), 1.05 * max(values))
         title += f" (ECE {one['calibration_error']:.2f})"
     ax.plot(values, shares, "o-", color="#2166ac", markersize=3.5, linewidth=1.2)
-    ax.set_ylim(-0.03, 1.03)
+    ax.set_ylim(-0.03 * top, top)
+    ax.locator_params(axis="x", nbins=4)
     ax.set_title(title, fontsize=9, loc="left")
     ax.tick_params(labelsize=7)
     ax.spines[["top", "right"]].set_visible(False)
@@ -221,7 +227,7 @@ def _styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
         if name.startswith(readings):
             styles[name] = {"color": next(warm), "linewidth": 2.2}
         elif name in FREE:
-            dashes = {"identity": ":", "random": "--", "best token there is": "-."}
+            dashes = {"identity": ":", "random": "--", CEILING: "-."}
             styles[name] = {"color": "0.35", "linewidth": 1.2, "linestyle": dashes[name]}
         else:
             styles[name] = {"color": next(cool), "linewidth": 1.4}

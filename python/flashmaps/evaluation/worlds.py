@@ -19,11 +19,12 @@ class Worlds:
 
     A pixel whose place on the other object is covered there, or out of the frame, has no match.
     Parts keep their identity: a left wing belongs to a left wing. What goes to the other side of a
-    symmetric object is counted apart (``Pair.mirrored_points``).
+    symmetric object is counted apart (``Pair.mirrored_points``). The box that PCK is of is around
+    all of the target object, seen or not.
     """
 
     name = "world"
-    base = "the longer side of the box around the target object, seen or not"
+    base = "the longer side of the target object's box"
     unit = "pairs"
     headline = 0.1
 
