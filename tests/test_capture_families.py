@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from flashmaps.capture import capture
@@ -146,6 +148,114 @@ def test_a_batch_without_guidance_is_never_cut_in_half(pipes):
         with capture(pipe, steps=0, guidance="unconditional") as record:
             family.run(pipe, guidance=False)
     assert len(record) == 0
+
+
+def as_pipeline(kind, pipe, **more):
+    """Another pipeline of the same parts; those it does not take are left out."""
+    wanted = inspect.signature(kind.__init__).parameters
+    parts = {name: part for name, part in pipe.components.items() if name in wanted}
+    made = kind(**parts, **more)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def test_two_passes_that_have_no_names_are_one_step_too(pipes):
+    """Flux's image to image, Kontext and others run guidance twice without a cache context."""
+    from diffusers import FluxImg2ImgPipeline
+    from PIL import Image
+
+    family = FAMILY["flux"]
+    pipe = as_pipeline(FluxImg2ImgPipeline, pipes(family))
+    options = {"image": Image.new("RGB", (96, 64), (200, 30, 30)), "strength": 1.0}
+    layer = "transformer_blocks.0.attn"
+    with capture(pipe, layer) as record:
+        family.run(pipe, steps=3, **options)
+    parts = ("conditional", "unconditional")
+    assert [(e.step, e.guidance) for e in record] == [(i, each) for i in range(3) for each in parts]
+    with capture(pipe, layer) as unguided:
+        family.run(pipe, steps=1, guidance=False, **options)
+        family.run(pipe, steps=1, guidance=False, **options)
+    assert [(e.step, e.guidance) for e in unguided] == [(0, "conditional"), (1, "conditional")]
+    assert torch.equal(unguided[0].key, record[0].key)  # the prompt's pass comes first
+    noise = torch.randn(1, 96, 16).expand(2, -1, -1)  # the same latents twice are two images here
+    with capture(pipe, layer, guidance="conditional") as record:
+        prompts = ["a cat", "a dog"]
+        family.run(pipe, prompts=prompts, guidance=False, latents=noise, steps=1, **options)
+    assert {len(entry.query) for entry in record} == {2}
+
+
+def test_skip_layer_guidance_is_a_further_pass_of_its_step(pipes):
+    family = FAMILY["sd3"]
+    skipping = {"skip_guidance_layers": [1], "skip_layer_guidance_start": 0.0}
+    with capture(pipes(family), "transformer_blocks.0.attn") as record:
+        family.run(pipes(family), steps=3, **skipping, skip_layer_guidance_stop=1.0)
+    found = [(entry.step, entry.guidance) for entry in record]
+    assert found == [(0, "both"), (1, "both"), (1, "other"), (2, "both"), (2, "other")]
+    assert {e.guidance for e in record.select(guidance="conditional")} == {"conditional"}
+
+
+def test_guidance_in_three_parts_is_not_taken_for_halves(tmp_path):
+    from diffusers import StableDiffusionInstructPix2PixPipeline, StableDiffusionPAGPipeline
+    from PIL import Image
+
+    family, pipe, _ = fresh("sd2", tmp_path / "pag")
+    no_checker = {"requires_safety_checker": False}
+    pag = as_pipeline(StableDiffusionPAGPipeline, pipe, pag_applied_layers=["mid"], **no_checker)
+    with capture(pag, "up_blocks.*", steps=0) as record:
+        family.run(pag, prompts=["a cat", "a dog"], pag_scale=3.0)
+    assert {(entry.guidance, len(entry.query)) for entry in record} == {("other", 6)}
+    with pytest.warns(UserWarning, match="nothing was recorded"):
+        with capture(pag, "up_blocks.*", guidance="conditional"):
+            family.run(pag, steps=1, pag_scale=3.0)
+    with pytest.raises(RuntimeError, match=r"was replaced.*pag_applied_layers: choose other"):
+        with capture(pag):
+            family.run(pag, steps=1, pag_scale=3.0)
+    _, pipe, _ = fresh("sd2", tmp_path / "edit", in_channels=8)
+    edit = as_pipeline(StableDiffusionInstructPix2PixPipeline, pipe, **no_checker)
+    with capture(edit, "mid_block.*") as record:
+        edit("a cat", image=Image.new("RGB", (48, 32)), num_inference_steps=1, output_type="latent")
+    assert {(entry.guidance, len(entry.query)) for entry in record} == {("other", 3)}
+
+
+def test_guidance_that_ends_within_a_run(pipes):
+    """As callbacks do it: the steps without guidance join the conditional mean."""
+    family = FAMILY["sd2"]
+    pipe = pipes(family)
+
+    def stop(pipe, step, timestep, tensors):
+        if step == 0:
+            pipe._guidance_scale = 1.0
+            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[1]
+        return tensors
+
+    names = ["prompt_embeds"]
+    with capture(pipe, "mid_block.*", reduce="entropy", guidance="conditional") as record:
+        family.run(
+            pipe, steps=3, callback_on_step_end=stop, callback_on_step_end_tensor_inputs=names
+        )
+    assert {(entry.guidance, entry.count) for entry in record} == {("conditional", 3)}
+
+
+def test_a_scale_of_numpy_switches_guidance_off_too(pipes):
+    family = FAMILY["sd2"]
+    same = [torch.Generator().manual_seed(0) for _ in range(2)]
+    with capture(pipes(family), "mid_block.*", guidance="conditional") as record:
+        family.run(
+            pipes(family), prompts=["a cat", "a dog"], generator=same, steps=1,
+            guidance_scale=np.float64(1.0),
+        )  # fmt: skip
+    assert {len(entry.query) for entry in record} == {2}
+
+
+def test_a_forward_with_any_arguments_before_the_models_own(tmp_path):
+    """As DeepCache puts there; pipelines pass latents and timestep by position."""
+    family, pipe, model = fresh("sd2", tmp_path)
+    original = model.forward
+    model.forward = lambda *args, **kwargs: original(*args, **kwargs)
+    with capture(pipe, "down_blocks.0.*", steps=0) as record:
+        family.run(pipe)
+    found = {(e.guidance, e.timestep is None, e.grid) for e in record}
+    assert found == {("both", False, family.grid())}
 
 
 @EVERY
@@ -453,7 +563,7 @@ def test_processors_that_never_attend_are_refused_by_name(tmp_path):
 
     family, pipe, model = fresh("sd15", tmp_path)
     set_processors(model, MatmulProcessor)
-    with pytest.raises(RuntimeError, match="uses MatmulProcessor.*a processor that calls it"):
+    with pytest.raises(RuntimeError, match=r"uses MatmulProcessor.*a processor that calls it"):
         with capture(pipe):
             family.run(pipe, steps=1)
 

@@ -17,6 +17,7 @@ import inspect
 import sys
 import threading
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -26,7 +27,16 @@ from torch import Tensor, nn
 
 from flashmaps.compiled import attach_traceable, compiled_modules, refuse_checkpointing, uncompiled
 from flashmaps.grids import Grid
-from flashmaps.layouts import KINDS, Forward, image_tokens, layout, rotary, rotates, text_tokens
+from flashmaps.layouts import (
+    KINDS,
+    Forward,
+    guides_in_two_passes,
+    image_tokens,
+    layout,
+    rotary,
+    rotates,
+    text_tokens,
+)
 from flashmaps.observe import (
     AttentionCall,
     ContextWatch,
@@ -48,6 +58,16 @@ from flashmaps.recorder import Recorder
 __all__ = ["Entry", "Record", "capture", "denoisers", "find_layers"]
 
 GUIDANCE = ("conditional", "unconditional")
+
+# Which part of guidance a forward pass is, by its name: that of its cache context, or, where the
+# pipeline gives it none, ours for a further pass of a step.
+_AGAIN, _SKIPS = "the same latents again", "with layers skipped"
+_PASSES = {
+    "cond": "conditional",
+    "uncond": "unconditional",
+    _AGAIN: "unconditional",
+    _SKIPS: "other",
+}
 
 
 class capture:
@@ -121,7 +141,8 @@ class capture:
         )
         self._thread: int | None = None
         self._step = -1
-        self._passes: set[str | None] = set()  # of the step, by the names of their cache contexts
+        self._passes: set[str | None] = set()  # of the step, by name: see `_name`
+        self._shown: tuple[Any, Any] = (None, None)  # last: latents (a weak reference), timestep
         self._contexts: dict[nn.Module, ContextWatch | None] = {}
         self._forward: Forward | None = None
         self._grid_of: tuple[Any, dict[str, Any]] = (None, {})
@@ -174,6 +195,7 @@ class capture:
         self._compiled.clear()
         self._thread = self._forward = None
         self._grid_of = (None, {})
+        self._shown = (None, None)
         self._recorder.end()
         if not any(exception) and self._seen and not len(self._recorder.record):
             seen = ", ".join(f"{count} of kind {what}" for what, count in self._seen.items())
@@ -198,19 +220,19 @@ class capture:
             if self._layers[name].processor is not stand_in:
                 raise RuntimeError(
                     f"the processor of layer {name!r} was replaced while it was captured "
-                    "(attention slicing, fuse_qkv_projections and load_ip_adapter do that); "
-                    "do it before `fm.capture`"
+                    "(attention slicing, fuse_qkv_projections and load_ip_adapter do that; do it "
+                    "before `fm.capture`. Pipelines with perturbed attention guidance do it to "
+                    "their pag_applied_layers: choose other layers)"
                 )
-        names = list(inspect.signature(model.forward).parameters)
-        given = dict(zip(names, args, strict=False)) | kwargs
-        # Guidance in two forward passes names each of them; both belong to one step.
-        watch = self._contexts[model]
-        context = None if watch is None else watch.name
-        another = context is not None and self._passes and not self._passes & {None, context}
-        if not another:
+        given = _arguments(model, args, kwargs)
+        # A step may have several passes, each with a name; one without a name begins a step.
+        called = self._name(model, given)
+        ours = called in (_AGAIN, _SKIPS)
+        another = called not in self._passes and (ours or None not in self._passes | {called})
+        if not (self._passes and another):
             self._step += 1
             self._passes = set()
-        self._passes.add(context)
+        self._passes.add(called)
         if not self._wanted_step(self._step):
             self._forward = None
             return
@@ -222,7 +244,7 @@ class capture:
             step=self._step,
             timestep=timestep,
             text=text_tokens(given),
-            guidance=self._guidance_of(given, context),
+            guidance=self._guidance_of(model, given, called),
             **self._image_tokens(model, given),
         )
 
@@ -239,21 +261,40 @@ class capture:
             self._grid_of = (ids, image_tokens(model, given))
         return self._grid_of[1]
 
-    def _guidance_of(self, given: dict[str, Any], context: str | None) -> str | None:
-        """Which part of guidance this pass is; None: no guidance, or none that is known of."""
-        if context in ("cond", "uncond"):
-            return {"cond": "conditional", "uncond": "unconditional"}[context]
-        try:
-            told = self._pipe.do_classifier_free_guidance
-        except AttributeError:  # a model, a pipeline that does not tell, or one that never ran
-            told = None
-        asks = self._guidance is not None or not isinstance(self._pipe, nn.Module)
-        latent = given.get("sample", given.get("hidden_states"))
-        if told is False or not asks or not isinstance(latent, Tensor) or len(latent) % 2:
+    def _name(self, model: nn.Module, given: dict[str, Any]) -> str | None:
+        """What tells this pass from others of its step; None: nothing does."""
+        watch = self._contexts[model]
+        if watch is not None and watch.name is not None:
+            return watch.name
+        if given.get("skip_layers"):  # SD3's skip-layer guidance
+            return _SKIPS
+        # Many pipelines with two passes do not name them (image to image, Kontext, ControlNet).
+        if isinstance(self._pipe, nn.Module) or not guides_in_two_passes(model):
             return None
-        # Both halves start from the same latents. That they do not where the pipeline does guide
-        # happens too: SD3's skip-layer pass.
-        first, second = latent.detach().chunk(2)
+        latents, timestep = given.get("hidden_states"), given.get("timestep")
+        last, before = self._shown
+        again = last is not None and last() is latents and _equal(timestep, before)
+        self._shown = (weakref.ref(latents), timestep) if isinstance(latents, Tensor) else (None, 0)
+        return _AGAIN if again else None
+
+    def _guidance_of(self, model: nn.Module, given: dict[str, Any], name: str | None) -> str | None:
+        """Which part of guidance this pass is; None: no guidance, or none that is known of."""
+        if name in _PASSES:
+            return _PASSES[name]
+        is_pipe = not isinstance(self._pipe, nn.Module)
+        if is_pipe and name is None and guides_in_two_passes(model):
+            return "conditional"
+        # Properties of a pipeline that never ran raise AttributeError.
+        told = getattr(self._pipe, "do_classifier_free_guidance", None)
+        perturbs = getattr(self._pipe, "do_perturbed_attention_guidance", False)
+        if perturbs or (told and hasattr(self._pipe, "image_guidance_scale")):
+            return "other"
+        no = told is not None and not told  # not `is False`: a numpy scale makes a numpy bool
+        asks = self._guidance is not None or is_pipe
+        latent = given.get("sample", given.get("hidden_states"))
+        if no or not asks or not isinstance(latent, Tensor) or len(latent) % 2:
+            return None
+        first, second = latent.detach().chunk(2)  # both halves start from the same latents
         return "both" if torch.equal(first, second) else None
 
     # -- the layers --------------------------------------------------------------------------------
@@ -321,6 +362,22 @@ def denoisers(pipe_or_model: Any) -> dict[str, nn.Module]:
             f"got {type(pipe_or_model).__name__}"
         )
     return found
+
+
+def _arguments(model: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """What a model was called with, by name."""
+    parameters = inspect.signature(model.forward).parameters
+    names = list(parameters)
+    if any(each.kind is each.VAR_POSITIONAL for each in parameters.values()):
+        # Someone's `forward(*args, **kwargs)` before the model's own, as DeepCache has it.
+        names = list(inspect.signature(type(model).forward).parameters)[1:]
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return type(one) is type(other) and bool(one == other)
 
 
 def _never() -> bool:

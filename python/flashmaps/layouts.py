@@ -37,6 +37,17 @@ _IMAGE_FIRST = {
 _ROTATES_NEIGHBOURS = {"FluxAttnProcessor", "FluxIPAdapterAttnProcessor", "WanAttnProcessor"}
 
 
+# Their pipelines guide in two forward passes a step, first with the prompt: never in one batch.
+_TWO_PASSES = {
+    "FluxTransformer2DModel",
+    "ChromaTransformer2DModel",
+    "QwenImageTransformer2DModel",
+    "WanTransformer3DModel",
+    "WanVACETransformer3DModel",
+    "WanAnimateTransformer3DModel",
+}
+
+
 @dataclass(frozen=True)
 class Forward:
     """One call of the denoiser: what its layers are told apart by, and never see themselves.
@@ -48,8 +59,8 @@ class Forward:
         levels: whether layers may run on coarser grids (UNets), each half of the last.
         tokens: image tokens of the finest level, those without a grid (reference images) included.
         text: text tokens, None without text.
-        guidance: "both" (unconditional half, conditional half), "conditional", "unconditional", or
-            None: no guidance, or none that is known of.
+        guidance: "both" (unconditional half, conditional half), "conditional", "unconditional",
+            "other" (see `flashmaps.record.Entry`), or None: no guidance, or none that is known of.
     """
 
     step: int
@@ -106,6 +117,11 @@ def _grid_of_shapes(shapes: Any) -> Grid | None:
     except (TypeError, ValueError, IndexError, KeyError):
         return None
     return (height, width) if frames == 1 else None
+
+
+def guides_in_two_passes(model: nn.Module) -> bool:
+    """Whether the model's pipelines run it twice a step for guidance, rather than on one batch."""
+    return any(kind.__name__ in _TWO_PASSES for kind in type(model).__mro__)
 
 
 def text_tokens(given: Mapping[str, Any]) -> int | None:

@@ -44,8 +44,9 @@ class Entry:
             images in the sequence), ``"image_prompt"``; keys also ``"other"`` and ``"source"``
             (of another image of the batch, see :class:`flashmaps.CrossSelfAttnProcessor`).
         guidance: ``"both"`` where the batch is [unconditional, conditional]; ``"conditional"`` or
-            ``"unconditional"`` where each has a pass of its own; None: no guidance, or none that is
-            known of.
+            ``"unconditional"`` where each has a pass of its own; ``"other"``: neither, as SD3's
+            skip-layer pass is, or more than the two, as the three parts of perturbed attention
+            guidance (PAG) and of InstructPix2Pix are; None: no guidance, or none that is known of.
         statistics: by name, batch first; each is an attribute too: ``entry.entropy``.
         count: forward passes that the statistics are the mean of. Indices (argmax) do not average:
             they are those of the last pass.
@@ -498,8 +499,9 @@ def resolutions(value: Any) -> set[Grid]:
 
 def of_guidance(entry: Entry, which: str) -> Entry | None:
     """The wanted half of an entry; None if it belongs to the other half."""
-    if entry.guidance is None:
-        return entry if which == "conditional" else None
+    if entry.guidance is None:  # named, so that its statistics join those of guided steps
+        named = dataclasses.replace(entry, guidance="conditional")
+        return named if which == "conditional" else None
     if entry.guidance == "both":
         return getattr(entry, which)
     return entry if entry.guidance == which else None
