@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -70,9 +72,10 @@ def test_self_attention_runs_at_32_16_and_8(pipeline):
     assert all(tokens[name] == 64 for name in tokens if name.startswith("mid_block"))
 
 
-def test_scheduler_is_that_of_stable_diffusion_2_base(pipeline):
+def test_scheduler_has_the_steps_of_stable_diffusion_2(pipeline):
     config = pipeline.scheduler.config
-    assert config.prediction_type == "epsilon" and config.beta_schedule == "scaled_linear"
+    assert config.prediction_type in ("epsilon", "v_prediction")
+    assert config.beta_schedule == "scaled_linear"
     assert (config.beta_start, config.beta_end) == (0.00085, 0.012)
     assert config.num_train_timesteps == 1000
 
@@ -94,12 +97,25 @@ def test_each_listed_word_is_one_token():
     assert [tokenizer.tokenize(word) for word in WORDS] == [[f"{word}</w>"] for word in WORDS]
 
 
+def test_packaged_vocabulary_is_the_one_of_its_tokenizer(pipeline):
+    folder = builtin_folder() / "tokenizer"
+    assert json.loads((folder / "vocab.json").read_text()) == pipeline.tokenizer.get_vocab()
+
+
+@pytest.mark.xfail(reason="the packaged weights are of the first training, without the world")
 def test_packaged_tokenizer_is_the_one_the_code_builds(pipeline):
     from flashmaps.models.vocabulary import build_tokenizer
 
     assert pipeline.tokenizer.get_vocab() == build_tokenizer().get_vocab()
-    folder = builtin_folder() / "tokenizer"
-    assert json.loads((folder / "vocab.json").read_text()) == pipeline.tokenizer.get_vocab()
+
+
+def test_each_word_of_the_world_is_one_token():
+    from flashmaps import world
+    from flashmaps.models.vocabulary import build_tokenizer
+
+    tokenizer = build_tokenizer()
+    for word in world.vocabulary():
+        assert tokenizer.tokenize(word) == [f"{word}</w>"]
 
 
 def test_training_data_leaves_the_stereo_pair_out(photo_packages):
@@ -112,53 +128,134 @@ def test_training_data_leaves_the_stereo_pair_out(photo_packages):
     assert not held_out & {(image.height, image.width) for image in photos.images}
 
 
-def test_batches_repeat_with_their_seed(photo_packages):
-    from flashmaps.models.photos import Photos
+def test_pictures_repeat_with_their_number(photo_packages):
+    from flashmaps.models.pictures import Pictures
 
-    photos = Photos(32)
-    pixels, captions = photos.batch(4, (0, 1))
-    again, captions_again = photos.batch(4, (0, 1))
-    other, _ = photos.batch(4, (0, 2))
-    assert pixels.shape == (4, 3, 32, 32) and pixels.abs().max() <= 1
-    assert torch.equal(pixels, again) and captions == captions_again
-    assert not torch.equal(pixels, other)
+    pictures, again = (Pictures(size=32, count=12, photos=0.5) for _ in range(2))
+    captions = set()
+    for index in range(12):
+        pixels, texts = pictures[index]
+        assert pixels.shape == (32, 32, 3) and pixels.dtype == np.uint8
+        assert np.array_equal(pixels, again[index][0]) and texts == again[index][1]
+        assert len(texts) == 3
+        captions.update(texts)
+    assert any("photo of" in text for text in captions)  # of both kinds
+    assert any(text.startswith("a ") and "photo" not in text for text in captions)
 
 
-def train(folder: Path, *options: str) -> dict[str, torch.Tensor]:
-    """Run the training script on its toy sizes; the UNet's last weights."""
+def test_pictures_of_other_splits_and_seeds_are_others():
+    from flashmaps.models.pictures import Pictures
+
+    kinds = {"split": "validation"}, {"seed": 1}, {}
+    seen = [Pictures(size=32, count=1, photos=0.0, **kind)[0][0].tobytes() for kind in kinds]
+    assert len(set(seen)) == 3
+
+
+class Killed(Exception):
+    """In place of a signal."""
+
+
+def train(folder: Path, *options: str) -> None:
+    """Run the training script on its toy sizes."""
     from flashmaps.models.train import main
 
-    # One thread: on layers this small more of them only wait for each other.
-    tiny = "--tiny --threads 1 --bank 8 --vae-batch 2 --unet-batch 2 --vae-steps 2 --unet-steps 2"
-    places = ["--out", str(folder / "model"), "--checkpoints", str(folder / "state")]
+    places = ["--out", str(folder / "model"), "--work", str(folder / "work")]
     threads = torch.get_num_threads()
     try:
-        main([*places, *tiny.split(), *options])
+        # One thread: on layers this small more of them only wait for each other.
+        main([*places, "--preset", "tiny", "--threads", "1", "--cpu", *options])
     finally:
         torch.set_num_threads(threads)
-    return torch.load(folder / "state" / "unet.pt", weights_only=False)["modules"]["unet"]
 
 
-def test_training_resumes_where_it_stopped(tmp_path, photo_packages):
+def last_state(folder: Path) -> list[torch.Tensor]:
+    """All tensors of the UNet stage's checkpoint: weights, optimizer, averages."""
+    paths = sorted((folder / "work" / "unet").glob("custom_checkpoint_*.pkl"))
+    assert len(paths) == 5
+    states = [torch.load(path, weights_only=False) for path in paths[:4]]
+    return [leaf for leaf in tree_leaves(states) if isinstance(leaf, torch.Tensor)]
+
+
+def logged(folder: Path, stage: str) -> list[dict]:
+    lines = map(json.loads, (folder / "work" / "log.jsonl").read_text().splitlines())
+    return [line for line in lines if line["stage"] == stage]
+
+
+def test_training_resumes_to_the_bit_and_exports_a_pipeline(
+    tmp_path, photo_packages, monkeypatch, capsys
+):
     from diffusers import StableDiffusionPipeline
+    from flashmaps.models.loop import Loop
 
-    # The learning rate of the first steps is warm-up times a cosine of step / steps, so the
-    # interrupted run must be stopped by its clock and not by a smaller number of steps.
-    whole = train(tmp_path / "whole")
-    train(tmp_path / "parts", "--unet-minutes", "1e-9")
-    steps = logged_steps(tmp_path / "parts")
-    assert steps == [1]
-    resumed = train(tmp_path / "parts", "--resume")
-    assert logged_steps(tmp_path / "parts") == [1, 2]
-    assert resumed.keys() == whole.keys()
-    for name in whole:
-        assert torch.equal(resumed[name], whole[name]), name
-    assert not list((tmp_path / "parts").rglob("*.partial"))
-    folder = tmp_path / "parts" / "model"
-    assert "iterations | 2 | 2 |" in (folder / "README.md").read_text()
-    StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(whole)
+    save = Loop.save
+    for stage in ("vae", "unet"):  # killed in the middle of both, after a checkpoint
+
+        def save_and_die(loop, stage=stage):
+            save(loop)
+            if loop.name == stage:
+                raise Killed
+
+        monkeypatch.setattr(Loop, "save", save_and_die)
+        with pytest.raises(Killed):
+            train(parts, "--resume")
+        assert logged(parts, stage)[-1]["step"] == 2
+    monkeypatch.setattr(Loop, "save", save)
+    train(parts, "--resume", "--pause-after", "0")
+    assert "paused at unet, step 2" in capsys.readouterr().out
+    train(parts, "--resume")
+
+    expected, found = last_state(whole), last_state(parts)
+    assert len(found) == len(expected) > 100
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    for stage in ("vae", "unet"):
+        lines = logged(parts, stage)
+        assert [line["step"] for line in lines] == [1, 2, 3, 4]
+        assert [line["loss"] for line in lines] == [line["loss"] for line in logged(whole, stage)]
+    assert not list(parts.rglob("*.partial"))
+    assert (parts / "work" / "samples" / "last.jpg").is_file()
+    assert "| iterations | 4 | 4 |" in (parts / "model" / "README.md").read_text()
+    pipe = StableDiffusionPipeline.from_pretrained(parts / "model", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a red cat", num_inference_steps=1).images[0].size == (32, 32)
 
 
-def logged_steps(folder: Path) -> list[int]:
-    lines = map(json.loads, (folder / "state" / "log.jsonl").read_text().splitlines())
-    return [line["step"] for line in lines if line["stage"] == "unet"]
+def test_training_can_start_from_an_exported_pipeline(tmp_path, photo_packages):
+    from flashmaps.models.architecture import TINY, build
+    from flashmaps.models.export import export
+    from safetensors.torch import load_file
+
+    parts = build(TINY, seed=5)
+    export(parts, tmp_path / "first", "")
+    still = ["--vae-steps", "0", "--unet-steps", "1", "--unet-lr", "0"]
+    train(tmp_path, "--init", str(tmp_path / "first"), *still)
+    for name in ("unet", "vae"):
+        file = f"{name}/diffusion_pytorch_model.safetensors"
+        first, model = (load_file(tmp_path / folder / file) for folder in ("first", "model"))
+        assert first.keys() == model.keys()
+        assert all(torch.equal(first[key], model[key]) for key in first)
+
+
+def test_the_check_asks_a_classifier_about_every_category(tmp_path):
+    from flashmaps.models.architecture import TINY, build
+    from flashmaps.models.check import NAMES, check
+    from flashmaps.models.export import as_pipeline
+
+    tiny = {"training": 24, "held_out": 12, "epochs": 1, "size": 32, "steps": 1, "workers": 0}
+    found = check(as_pipeline(build(TINY)), count=12, **tiny)
+    for kind in ("scenes", "reconstructions", "generated"):
+        assert 0 <= found[kind] <= 1
+    assert tuple(found["by_category"]) == NAMES
+    assert np.isclose(np.mean(list(found["by_category"].values())), found["generated"])
+
+
+def test_the_classifier_learns():
+    from flashmaps.models.bank import as_input
+    from flashmaps.models.check import fit, named
+
+    labels = torch.arange(24) % 12
+    shades = (labels * 20).to(torch.uint8)  # one grey for each category
+    images = shades[:, None, None, None].expand(-1, 16, 16, 3)
+    model = fit(images, labels, epochs=25, seed=0, device=torch.device("cpu"), batch=12)
+    assert (named(model, as_input(images)) == labels).float().mean() > 0.5

@@ -3,9 +3,9 @@
 | part | Stable Diffusion 2 | here |
 | --- | --- | --- |
 | picture, latent | 512 px, 4 x 64 x 64 (f = 8) | 128 px, 4 x 32 x 32 (f = 4) |
-| UNet levels | 320, 640, 1280, 1280 channels | 64, 96, 96 |
-| self-attention (tokens: heads x d) | 4096: 5x64 ... 64: 20x64 | 1024: 2x32, 256: 3x32, 64: 3x32 |
-| text encoder | 23 layers, width 1024, 49408 tokens | 2 layers, width 64, about 800 tokens |
+| UNet levels | 320, 640, 1280, 1280 channels | 64, 96, 128 |
+| self-attention (tokens: heads x d) | 4096: 5x64 ... 64: 20x64 | 1024: 2x32, 256: 3x32, 64: 4x32 |
+| text encoder | 23 layers, width 1024, 49408 tokens | 2 layers, width 64, about 900 tokens |
 
 As in Stable Diffusion 2 the last level has no attention and the middle block has it.
 """
@@ -26,8 +26,8 @@ class Sizes:
     """Widths of the miniature; `heads` are head counts per UNet level."""
 
     vae: tuple[int, ...] = (32, 64, 64)
-    unet: tuple[int, ...] = (64, 96, 96)
-    heads: tuple[int, ...] = (2, 3, 3)
+    unet: tuple[int, ...] = (64, 96, 128)
+    heads: tuple[int, ...] = (2, 3, 4)
     text: int = 64
     text_layers: int = 2
     groups: int = 16
@@ -50,12 +50,20 @@ class Parts:
     scheduler: DDIMScheduler
 
 
-def build(sizes: Sizes = Sizes(), seed: int = 0) -> Parts:
-    """Freshly initialised parts; the same seed gives the same weights."""
+def build(sizes: Sizes = Sizes(), seed: int = 0, prediction: str = "v_prediction") -> Parts:
+    """Freshly initialised parts; the same seed gives the same weights.
+
+    ``prediction``: what the UNet predicts, "v_prediction" (Stable Diffusion 2 at 768 pixels) or
+    "epsilon" (at 512).
+    """
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     return Parts(
-        _vae(sizes), _unet(sizes), _text_encoder(sizes, tokenizer), tokenizer, _scheduler()
+        _vae(sizes),
+        _unet(sizes),
+        _text_encoder(sizes, tokenizer),
+        tokenizer,
+        _scheduler(prediction),
     )
 
 
@@ -111,14 +119,14 @@ def _text_encoder(sizes: Sizes, tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )
 
 
-def _scheduler() -> DDIMScheduler:
-    """Stable Diffusion 2 base: epsilon prediction on 1000 scaled-linear steps."""
+def _scheduler(prediction: str) -> DDIMScheduler:
+    """Stable Diffusion 2's 1000 scaled-linear steps."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
-        prediction_type="epsilon",
+        prediction_type=prediction,
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,

@@ -1,10 +1,11 @@
-"""Write trained parts as a half-precision Stable Diffusion pipeline folder, whole or not at all."""
+"""Trained parts as a pipeline, and as a half-precision pipeline folder, whole or not at all."""
 
 from __future__ import annotations
 
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -15,6 +16,22 @@ from .architecture import Parts
 from .vocabulary import write_vocabulary
 
 
+def as_pipeline(parts: Parts) -> Any:
+    """The parts themselves, not copies, as a `StableDiffusionPipeline`."""
+    pipe = StableDiffusionPipeline(
+        vae=parts.vae,
+        unet=parts.unet,
+        text_encoder=parts.text_encoder,
+        tokenizer=parts.tokenizer,
+        scheduler=parts.scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def export(parts: Parts, folder: Path, card: str) -> None:
     """Save copies of `parts` in float16 to `folder`, with `card` as its README.md.
 
@@ -22,17 +39,10 @@ def export(parts: Parts, folder: Path, card: str) -> None:
     never meets half a model.
     """
     halves = {
-        name: copy.deepcopy(getattr(parts, name)).to(torch.float16)
+        name: copy.deepcopy(getattr(parts, name)).to("cpu", torch.float16)
         for name in ("vae", "unet", "text_encoder")
     }
-    pipeline = StableDiffusionPipeline(
-        **halves,
-        tokenizer=parts.tokenizer,
-        scheduler=parts.scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    pipeline = as_pipeline(Parts(**halves, tokenizer=parts.tokenizer, scheduler=parts.scheduler))
     with whole_folder(folder, "model_index.json") as staging:
         pipeline.save_pretrained(staging)
         write_vocabulary(staging / "tokenizer")

@@ -7,10 +7,9 @@ demonstrated on, so it must never be listed here.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import numpy as np
-import torch
 from PIL import Image, ImageEnhance
 
 # file: (caption, how often it is drawn). Colour photos of things come more often than textures.
@@ -38,15 +37,14 @@ SMALLEST_CROP = 72  # pixels of the photo: smaller crops show blur and no object
 
 
 class Photos:
-    """Seeded random patches of the photos with their captions.
+    """Random patches of the photos, with captions.
 
     Args:
         size: side of a patch in pixels.
-        caption_dropout: share of captions replaced by "", which guidance needs.
     """
 
-    def __init__(self, size: int = 128, caption_dropout: float = 0.1):
-        self.size, self.caption_dropout = size, caption_dropout
+    def __init__(self, size: int = 128):
+        self.size = size
         entries = [
             *_read("skimage.data", SKIMAGE_PHOTOS),
             *_read("sklearn.datasets.images", SKLEARN_PHOTOS),
@@ -54,16 +52,12 @@ class Photos:
         self.names, self.images, self.subjects, weights = zip(*entries, strict=True)
         self.weights = np.array(weights) / sum(weights)
 
-    def batch(self, count: int, seed: int | Sequence[int]) -> tuple[torch.Tensor, list[str]]:
-        """`count` patches, float32 [count, 3, size, size] in [-1, 1], and captions.
-
-        The same seed (anything `numpy.random.default_rng` takes) gives the same batch.
-        """
-        rng = np.random.default_rng(seed)
-        chosen = rng.choice(len(self.images), count, p=self.weights)
-        patches = np.stack([self._patch(self.images[i], rng) for i in chosen])
-        pixels = torch.from_numpy(patches).permute(0, 3, 1, 2).float() / 127.5 - 1
-        return pixels.contiguous(), [self._caption(self.subjects[i], rng) for i in chosen]
+    def patch(self, rng: np.random.Generator) -> tuple[np.ndarray, tuple[str, ...]]:
+        """A crop, uint8 [size, size, 3], and three captions; all chance is ``rng``'s."""
+        chosen = rng.choice(len(self.images), p=self.weights)
+        pixels = self._patch(self.images[chosen], rng)
+        templates = rng.permutation(len(TEMPLATES))[:3]
+        return pixels, tuple(TEMPLATES[i].format(self.subjects[chosen]) for i in templates)
 
     def _patch(self, image: Image.Image, rng: np.random.Generator) -> np.ndarray:
         largest = min(image.size) / 1.1  # leaves room for the aspect jitter
@@ -78,10 +72,6 @@ class Photos:
         for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
             patch = enhance(patch).enhance(rng.uniform(0.8, 1.2))
         return np.asarray(patch)
-
-    def _caption(self, subject: str, rng: np.random.Generator) -> str:
-        template = TEMPLATES[rng.integers(len(TEMPLATES))]
-        return "" if rng.random() < self.caption_dropout else template.format(subject)
 
 
 def _read(

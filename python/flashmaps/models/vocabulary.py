@@ -12,11 +12,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flashmaps.world import vocabulary
+
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
-# What the photos show, then words that captions of simple scenes need.
-WORDS = """
+# What the photos show, and other plain words of captions.
+_PLAIN = """
 a an the of in on at with and over under behind front left right above below near photo picture
 image drawing close up view small large big tiny old new bright dark light part grey gray black
 white red green blue yellow orange purple pink brown colour color cat woman astronaut man camera
@@ -26,6 +28,8 @@ ear head hand suit flag helmet spoon saucer circle square triangle star ring cro
 background texture pattern wood metal stone water cloud tree leaf house car dog bird fish boat
 one two three four five
 """.split()
+# The captions of the drawn world come on top, so that each of their words is one token.
+WORDS = [*_PLAIN, *(word for word in vocabulary() if word not in _PLAIN)]
 
 END_OF_WORD = "</w>"
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -64,16 +68,16 @@ def build_tokenizer() -> CLIPTokenizer:
     """A `CLIPTokenizer` over `WORDS`; padded with "!" to 77 tokens as in Stable Diffusion 2."""
     from transformers import CLIPTokenizer
 
-    vocabulary, merges = _vocabulary()
+    tokens, merges = _vocabulary()
     return CLIPTokenizer(
-        vocab=vocabulary, merges=merges, model_max_length=77, pad_token="!", unk_token=END
+        vocab=tokens, merges=merges, model_max_length=77, pad_token="!", unk_token=END
     )
 
 
 def write_vocabulary(folder: Path) -> None:
     """Write vocab.json and merges.txt, the form in which CLIP tokenizers have always shipped."""
-    vocabulary, merges = _vocabulary()
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False) + "\n")
+    tokens, merges = _vocabulary()
+    (folder / "vocab.json").write_text(json.dumps(tokens, ensure_ascii=False) + "\n")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n")
 

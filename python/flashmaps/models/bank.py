@@ -1,0 +1,99 @@
+"""Pictures drawn once and kept on disk, and their latents: drawing costs more than a GPU's step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import CLIPTokenizer
+
+from flashmaps.files import whole_folder
+
+from .pictures import Pictures
+
+_MARKER = "bank.json"
+_CHUNK = 64
+
+
+class Bank:
+    """A folder of pictures: ``images.npy``, uint8 [n, size, size, 3], and their captions."""
+
+    def __init__(self, folder: Path) -> None:
+        self.images = np.load(folder / "images.npy", mmap_mode="c")
+        self.captions: list[list[str]] = json.loads((folder / "captions.json").read_text())
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def pixels(self, device: torch.device) -> Tensor:
+        """All images, uint8 [n, size, size, 3]: on a GPU in its memory, else read as needed."""
+        images = torch.from_numpy(self.images)
+        return images if device.type == "cpu" else images.to(device)
+
+    def tokens(self, tokenizer: CLIPTokenizer) -> Tensor:
+        """Three captions of each picture, int64 [n, 3, 77]."""
+        texts = [text for three in self.captions for text in three]
+        return tokenize(tokenizer, texts).view(len(self), 3, -1)
+
+
+def open_bank(folder: Path, pictures: Pictures, workers: int) -> Bank:
+    """The bank of ``pictures`` in ``folder``, drawn by ``workers`` processes unless it is there."""
+    recipe = {
+        name: value if isinstance(value, (int, float)) else None
+        for name, value in vars(pictures).items()
+        if name in ("size", "count", "seed", "photo_share", "alone_share")
+    }
+    marker = folder / _MARKER
+    if not (marker.is_file() and json.loads(marker.read_text()) == recipe):
+        _draw(folder, pictures, recipe, workers)
+    return Bank(folder)
+
+
+def _draw(folder: Path, pictures: Pictures, recipe: dict[str, Any], workers: int) -> None:
+    loader: Any = DataLoader(pictures, _CHUNK, num_workers=workers, collate_fn=list)  # type: ignore[arg-type]
+    shape = (len(pictures), pictures.size, pictures.size, 3)
+    captions: list[tuple[str, ...]] = []
+    with whole_folder(folder, _MARKER) as new:
+        images = np.lib.format.open_memmap(new / "images.npy", "w+", np.uint8, shape)
+        for chunk in tqdm(loader, desc=folder.name, mininterval=5):
+            for image, texts in chunk:
+                images[len(captions)] = image
+                captions.append(texts)
+        images.flush()
+        (new / "captions.json").write_text(json.dumps(captions))
+        (new / _MARKER).write_text(json.dumps(recipe))
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    """Token numbers as the pipeline makes them, int64 [n, 77]."""
+    unique = sorted(set(captions))  # most captions come up often
+    place = {caption: index for index, caption in enumerate(unique)}
+    ids = tokenizer(
+        unique, padding="max_length", truncation=True, max_length=77, return_tensors="pt"
+    ).input_ids
+    return ids[[place[caption] for caption in captions]]
+
+
+def as_input(images: Tensor) -> Tensor:
+    """uint8 [b, h, w, 3] to float32 [b, 3, h, w] in [-1, 1]."""
+    return (images.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous()
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, images: Tensor, chunk: int, name: str = "latents") -> Tensor:
+    """Scaled means and deviations of the posterior, float16 [n, 2, 4, h, w] beside ``images``."""
+    found = []
+    device = vae.device
+    for part in tqdm(images.split(chunk), desc=name, mininterval=5):
+        with torch.autocast(device.type, torch.bfloat16):
+            latent = vae.encode(as_input(part.to(device))).latent_dist
+        pair = torch.stack([latent.mean, latent.std], dim=1).float() * vae.config.scaling_factor
+        found.append(pair.half())
+    return torch.cat(found)

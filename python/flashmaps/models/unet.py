@@ -1,0 +1,101 @@
+"""Stage two: UNet and text encoder, fitted to undo noise in the latents of captioned pictures."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.training_utils import compute_snr
+from torch import Tensor
+
+from .architecture import Parts
+from .bank import Bank, encode, tokenize
+from .loop import Loop
+
+SNR_GAMMA = 5.0  # min-SNR weighting; without it the nearly noiseless steps drown the rest
+_DROPPED = 0.1  # share of captions replaced by "", which guidance needs
+_STEPS = 1000
+_HELD_OUT = 99  # a purpose for generators that no step uses
+
+
+def train_unet(
+    parts: Parts,
+    bank: Bank,
+    held_out: Bank,
+    args: argparse.Namespace,
+    deadline: float,
+    publish: Callable[[str], None],
+) -> Loop:
+    """Fit UNet and text encoder; returns the loop, which has their averages.
+
+    The loss is min-SNR weighted (gamma 5), which makes it a weighted error of the clean latents,
+    min(SNR, 5) |z - z'|^2, whatever is predicted: noise and velocity can be compared by it.
+    ``publish`` is called now and then, with the averages in the modules and the step as a name.
+    """
+    modules = {"unet": parts.unet, "text_encoder": parts.text_encoder}
+    loop = Loop("unet", modules, args, deadline, weight_decay=1e-2)
+    device, scheduler = loop.device, parts.scheduler
+    latents, tokens = _latents(parts, bank, args, device), bank.tokens(parts.tokenizer).to(device)
+    parts.vae.to(device)
+    checked = encode(parts.vae, torch.from_numpy(held_out.images), 16, "held out").to(device)
+    checked_tokens = held_out.tokens(parts.tokenizer)[:, 0].to(device)
+    empty = tokenize(parts.tokenizer, [""]).to(device)
+    signal = compute_snr(scheduler, torch.arange(_STEPS)).to(device)
+    velocity = scheduler.config.prediction_type == "v_prediction"
+    weights = signal.clamp(max=SNR_GAMMA) / (signal + 1 if velocity else signal)
+    unet = torch.compile(parts.unet, dynamic=False) if args.compile else parts.unet
+
+    def error(model: Any, clean: Tensor, ids: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        noisy = scheduler.add_noise(clean, noise, t)
+        wanted = scheduler.get_velocity(clean, noise, t) if velocity else noise
+        found = model(noisy, t, parts.text_encoder(ids)[0]).sample.float()
+        return weights[t] * (found - wanted).square().mean(dim=(1, 2, 3))
+
+    def loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        generator, count = loop.generator(), loop.batch
+        options = {"generator": generator, "device": device}
+        chosen = torch.randint(len(latents), (count,), **options)
+        caption = torch.randint(3, (count,), **options)
+        dropped = torch.rand(count, 1, **options) < _DROPPED
+        ids = torch.where(dropped, empty, tokens[chosen, caption])
+        mean, deviation = latents[chosen].float().unbind(1)
+        clean = mean + deviation * torch.randn(mean.shape, **options)
+        noise = torch.randn(mean.shape, **options)
+        # One timestep from each of `count` equal parts: the same mean with less scatter.
+        place = (torch.arange(count, device=device) + torch.rand(count, **options)) / count
+        t = (place * _STEPS).long().clamp(max=_STEPS - 1)
+        return error(unet, clean, ids, t, noise).mean(), {}
+
+    def samples() -> dict[str, float]:
+        count = len(checked)
+        fixed = torch.Generator(device).manual_seed(_HELD_OUT)
+        noise = torch.randn(checked[:, 0].shape, generator=fixed, device=device)
+        t = torch.arange(count, device=device) * _STEPS // count
+        with loop.accelerator.autocast():
+            found = [
+                error(parts.unet, checked[i, 0].float(), checked_tokens[i], t[i], noise[i])
+                for i in torch.arange(count, device=device).split(32)
+            ]
+        publish(f"{loop.step:07d}")
+        return {"held_out_loss": torch.cat(found).mean().item()}
+
+    loop.run(loss, samples)
+    return loop
+
+
+def _latents(parts: Parts, bank: Bank, args: argparse.Namespace, device: torch.device) -> Tensor:
+    """The bank through the frozen encoder, once: it would else cost a third of each step."""
+    path = args.work / "latents.pt"
+    if args.resume and path.is_file():
+        found = torch.load(path, map_location=device, mmap=device.type == "cpu")
+        if len(found) == len(bank):
+            return found
+    parts.vae.to(device)
+    chunk = 16 if device.type == "cpu" else 256
+    found = encode(parts.vae, bank.pixels(torch.device("cpu")), chunk)
+    partial = path.with_suffix(".partial")
+    torch.save(found.cpu(), partial)
+    partial.replace(path)
+    return found
