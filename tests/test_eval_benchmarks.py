@@ -374,11 +374,11 @@ def test_every_photo_meets_every_kind_and_none_is_the_stereo_pair():
 def test_world_points_show_the_same_spot_of_the_same_part():
     from flashmaps import world
 
-    benchmark = open_benchmark("world", pairs=6, points=64, image_size=96)
-    scenes = world.pairs("test", 6, seed=0, size=96)
-    assert [benchmark.pair(i).category for i in range(6)] == [each.category for each in scenes]
+    benchmark = open_benchmark("world", pairs=6, points=64, image_size=64)
+    scenes = world.pairs("test", 6, seed=0, size=64)
     for index in range(6):
         pair, scene = benchmark.pair(index), scenes[index]
+        assert pair.category == scene.category
         seen = np.isfinite(pair.target_points).all(axis=1)
         assert len(seen) <= 64 and seen.any()
         here = scene.a.at(pair.source_points[seen])
