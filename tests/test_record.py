@@ -8,6 +8,7 @@ import threading
 import weakref
 
 import flashmaps as fm
+import numpy as np
 import pytest
 import torch
 from flashmaps.capture import capture
@@ -122,6 +123,49 @@ def test_functions_of_the_map_are_statistics_too(sd2):
         assert torch.equal(entry.first, entry.map().topk(1)[1])
 
 
+@pytest.mark.parametrize(
+    ("function", "got"),
+    [(lambda A: float(A.max().mean()), "float"), (lambda A: A.max().mean(), r"\(\)")],
+    ids=["number", "scalar"],
+)
+def test_functions_that_return_no_batch_are_refused(sd2, function, got):
+    message = rf"function 'mine' in reduce= must return a tensor, batch first: \[2, .*got {got}"
+    with pytest.raises(TypeError, match=message):
+        with capture(sd2, kind="self", reduce={"mine": function}):
+            run(sd2, steps=1)
+
+
+def test_functions_need_names_of_their_own(sd2):
+    for functions in (
+        [lambda A: A.max(), lambda A: A.entropy()],
+        {"grid": lambda A: A.max()},
+        {"layer": lambda A: A.max()},
+        {"entropy": lambda A: A.max()},
+    ):
+        with pytest.raises(ValueError, match=r"a function named '.*', a name that is taken"):
+            capture(sd2, reduce=functions)
+
+
+def test_errors_of_reduce_say_which_layer(sd2):
+    with pytest.raises(ValueError, match="diagonal needs a square map") as caught:
+        with capture(sd2, kind="cross", reduce="diagonal"):
+            run(sd2, steps=1)
+    assert caught.value.__notes__[0].startswith("Raised by reduce= on layer 'down_blocks.0.")
+
+
+def test_statistics_under_autocast_are_computed_in_full(sd2):
+    def entropy(A):  # by a backend that torch runs, as on devices without kernels of their own
+        p = A.problem
+        query, key = p.query.float(), p.key.float()
+        return fm.AttentionMap(query, key, scale=p.scale, backend="reference").entropy()
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with capture(sd2, kind="self", reduce={"mine": entropy}, keep="qk") as record:
+            run(sd2, steps=1)
+    for entry in record:
+        close(entry.mine, entry.map().entropy())
+
+
 def test_image_to_text_is_the_cross_map(sd2):
     with capture(sd2, kind="cross", keep="qk", reduce="image_to_text") as record:
         run(sd2, steps=1)
@@ -154,6 +198,23 @@ def test_shapes_that_change_start_a_new_mean(sd2):
         run(sd2, steps=2)
         run(sd2, steps=3, height=48, width=48)
     assert [(entry.grid, entry.count) for entry in record] == [((8, 12), 2), ((12, 12), 3)]
+
+
+def test_as_many_tokens_on_another_grid_start_a_new_mean(sd2):
+    with capture(sd2, "down_blocks.0.*.attn1", reduce="entropy") as record:
+        run(sd2, steps=1)
+        run(sd2, steps=1, height=48, width=32)
+    assert [(entry.grid, entry.count) for entry in record] == [((8, 12), 1), ((12, 8), 1)]
+
+
+def test_indices_of_any_integer_type_choose_steps(sd2):
+    with capture(sd2, "mid_block.*", steps=np.arange(1, 3)) as record:
+        run(sd2, steps=3)
+    assert {entry.step for entry in record} == {1, 2}
+    assert len(record.select(step=np.int64(1))) == len(record.select(step=torch.tensor([1]))) == 2
+    for steps in (0.5, [0.5], -1, "1"):
+        with pytest.raises(ValueError, match="must be indices of denoising steps, 0 or more"):
+            capture(sd2, steps=steps)
 
 
 def test_clearing_the_record_starts_again(sd2):

@@ -52,7 +52,7 @@ from flashmaps.observe import (
     unwatch_context,
     watch_context,
 )
-from flashmaps.record import Entry, Record, of_guidance, resolutions
+from flashmaps.record import Entry, Record, of_guidance, resolutions, whole_numbers
 from flashmaps.recorder import Recorder
 
 __all__ = ["Entry", "Record", "capture", "denoisers", "find_layers"]
@@ -410,7 +410,4 @@ def step_filter(
         return lambda step: True
     if callable(steps):
         return steps
-    wanted = {steps} if isinstance(steps, int) else set(steps)
-    if not all(isinstance(step, int) and step >= 0 for step in wanted):
-        raise ValueError(f"steps must be indices of denoising steps, 0 or more; got {steps!r}")
-    return wanted.__contains__
+    return whole_numbers("steps", steps).__contains__

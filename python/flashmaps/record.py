@@ -6,6 +6,7 @@ import dataclasses
 import fnmatch
 import json
 import math
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -316,7 +317,7 @@ class Record(Sequence[Entry]):
 
         ``guidance="conditional"`` takes that half of entries that hold both.
         """
-        steps = {step} if isinstance(step, int) else None if step is None else set(step)
+        steps = None if step is None else whole_numbers("step", step)
         sizes = None if resolution is None else resolutions(resolution)
         chosen = [
             entry
@@ -377,7 +378,8 @@ class Record(Sequence[Entry]):
         from safetensors.torch import save_file
 
         tensors: dict[str, Tensor] = {}
-        rows = [_as_json(entry, index, tensors) for index, entry in enumerate(self._entries)]
+        shared: dict[Any, str] = {}
+        rows = [_as_json(each, index, tensors, shared) for index, each in enumerate(self._entries)]
         with whole_file(path) as new:
             save_file(tensors, new, {"format": _FORMAT, "entries": json.dumps(rows)})
         return Path(path)
@@ -407,13 +409,12 @@ _PLAIN = ("layer", "step", "kind", "scale", "grid", "frames", "guidance", "causa
 _TENSORS = ("query", "key", "lse", "_mask", "_mask_alike")
 
 
-def _as_json(entry: Entry, index: int, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """One entry as JSON; its tensors go into ``tensors``."""
+def _as_json(
+    entry: Entry, index: int, tensors: dict[str, Tensor], shared: dict[Any, str]
+) -> dict[str, Any]:
+    """One entry as JSON; its tensors go into ``tensors``, rotary embeddings only once: `shared`."""
 
     def put(name: str, tensor: Tensor) -> str:
-        for known, other in tensors.items():  # rotary embeddings are shared: kept once
-            if name.startswith("rotary") and same_tensor(other, tensor):
-                return known
         tensor = tensor.detach().contiguous()
         whole = tensor.untyped_storage().nbytes() == tensor.nbytes
         tensors[name] = tensor if whole else tensor.clone()  # safetensors refuses shared storage
@@ -430,7 +431,12 @@ def _as_json(entry: Entry, index: int, tensors: dict[str, Tensor]) -> dict[str, 
         name: put(f"{index}.statistics.{name}", x) for name, x in entry.statistics.items()
     }
     if entry.rotary is not None:
-        row["rotary"] = [put(f"rotary.{index}.{n}", x) for n, x in enumerate(entry.rotary)]
+        row["rotary"] = []
+        for n, x in enumerate(entry.rotary):
+            place = (x.data_ptr(), x.shape, x.stride())
+            if place not in shared:
+                shared[place] = put(f"rotary.{index}.{n}", x)
+            row["rotary"].append(shared[place])
     return row
 
 
@@ -470,6 +476,20 @@ def patterns(layers: str | Iterable[str]) -> list[str]:
             raise TypeError(f"layers must be patterns of layer names, got {each!r}")
     # `model.attn_processors` names layers with this ending; take its names too.
     return [each.removesuffix(".processor") for each in found]
+
+
+def whole_numbers(name: str, value: Any) -> set[int]:
+    """One index or several, of any integer type (numpy's, torch's); ValueError for others."""
+    try:
+        found = {operator.index(value)}
+    except TypeError:
+        try:
+            found = {operator.index(each) for each in value}
+        except TypeError:
+            found = {-1}
+    if any(each < 0 for each in found):
+        raise ValueError(f"{name} must be indices of denoising steps, 0 or more; got {value!r}")
+    return found
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

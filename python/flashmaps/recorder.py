@@ -18,6 +18,8 @@ KEEP = ("qk", "statistics", "mean")
 MORE_STATISTICS = ("density", "pool", "image_to_text")
 
 Statistic = Callable[[AttentionMap], Tensor]
+# An entry's statistics are attributes of it, beside these.
+_TAKEN = {each.name for each in dataclasses.fields(Entry)} | set(dir(Entry))
 
 
 class Recorder:
@@ -73,7 +75,14 @@ class Recorder:
     def take(self, entry: Entry) -> None:
         """Record one layer of one pass; the entry's own tensors are not held on to."""
         if self.names or self.functions:
-            entry = dataclasses.replace(entry, statistics=self._reduce(entry))
+            try:
+                entry = dataclasses.replace(entry, statistics=self._reduce(entry))
+            except Exception as error:
+                error.add_note(
+                    f"Raised by reduce= on layer {entry.layer!r} (kind {entry.kind}, grid "
+                    f"{entry.grid}); kind=, layers= and resolution= choose which are reduced."
+                )
+                raise
         if self.keep == "qk":
             self.record._entries.append(self._copied(entry))
             return
@@ -89,7 +98,8 @@ class Recorder:
 
     def _reduce(self, entry: Entry) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        with torch.no_grad():
+        # Autocast would round the map's own products to half precision.
+        with torch.no_grad(), torch.autocast(entry.query.device.type, enabled=False):
             fused = [name for name in self.names if name not in MORE_STATISTICS]
             gridded = {"expectation", "pool"} & set(self.names)
             if gridded and entry.kind == "joint" and self.block is None:
@@ -115,7 +125,7 @@ class Recorder:
             if "image_to_text" in self.names and "text" in entry.keys:
                 found["image_to_text"] = entry.map("image->text").to_dense()
             for name, function in self.functions.items():
-                found[name] = function(attention_map)
+                found[name] = _checked(name, function(attention_map), attention_map.shape[0])
         if "density" in self.names and "argmax" not in self.names:
             del found["argmax"]
         return {
@@ -169,7 +179,17 @@ class Recorder:
 def _mean_of(entry: Entry) -> tuple[Any, ...]:
     """What entries have in common whose statistics are averaged."""
     shapes = tuple((name, x.shape) for name, x in entry.statistics.items())
-    return (entry.layer, entry.kind, entry.guidance, shapes)
+    return (entry.layer, entry.kind, entry.guidance, entry.grid, entry.frames, shapes)
+
+
+def _checked(name: str, statistic: Any, batch: int) -> Tensor:
+    if isinstance(statistic, Tensor) and statistic.ndim and len(statistic) == batch:
+        return statistic
+    got = tuple(statistic.shape) if isinstance(statistic, Tensor) else type(statistic).__name__
+    raise TypeError(
+        f"the function {name!r} in reduce= must return a tensor, batch first: [{batch}, ...]; "
+        f"got {got}"
+    )
 
 
 def _to(tensor: Tensor | None, device: torch.device | str | None) -> Any:
@@ -197,7 +217,13 @@ def _statistics(reduce: Any) -> tuple[tuple[str, ...], dict[str, Statistic]]:
     known = (*REDUCTIONS, *MORE_STATISTICS)
     for name, each in named:
         if callable(each):
-            functions[str(name or getattr(each, "__name__", type(each).__name__))] = each
+            name = str(name or getattr(each, "__name__", type(each).__name__))
+            if name in functions or name in known or name in _TAKEN:
+                raise ValueError(
+                    f"reduce= has a function named {name!r}, a name that is taken; give functions "
+                    "names of their own: reduce={'name': function}"
+                )
+            functions[name] = each
         elif name is None and each in known:
             names.append(each)
         else:
