@@ -291,6 +291,20 @@ def test_an_interval_of_a_mean_is_that_of_scipy():
     assert high == pytest.approx(wanted.high, abs=within)
 
 
+def test_a_single_pair_has_no_interval():
+    scores = {name: [np.arange(3.0)] for name in SCORES}
+    name = "keys on keys, hard"
+    pair = pair_of(np.zeros((3, 2)), [[0, 0], [50, 50], [0, 0]])
+    table = table_of([pair], {name: lambda pair: pair.source_points}, [name], ("kk",), scores)
+    found = results.summarise(table, [name], ("kk",))
+    one = found["methods"][name]
+    assert one["pck"]["0.1"]["per_point"] == pytest.approx(2 / 3)
+    assert one["pck"]["0.1"]["per_point_interval"] is None
+    assert one["error"]["median_px_interval"] is None
+    wrong = found["scores"]["kk"]["scores"]["entropy"]["wrong"]["0.1"]
+    assert (wrong["auroc"], wrong["auroc_interval"], wrong["high_means"]) == (0.5, None, "unknown")
+
+
 def test_no_interval_where_most_resamples_are_undefined():
     assert bootstrap.interval(np.array([np.nan, np.nan, 1.0])) is None
     assert bootstrap.interval(np.array([np.nan, 1.0, 1.0])) == [1.0, 1.0]

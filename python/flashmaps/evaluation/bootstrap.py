@@ -12,10 +12,13 @@ def resample(units: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarra
     """How often each of ``units`` is drawn in each resample: [resamples, units] float32.
 
     Every row draws ``units`` times with replacement, so it sums to ``units``. (Counts of points
-    that are sums of these stay exact in float32 up to 2^24.)
+    that are sums of these stay exact in float32 up to 2^24.) There are no rows for a single unit:
+    nothing can be learnt by drawing it again.
     """
     if units < 1 or resamples < 1:
         raise ValueError(f"units = {units} and resamples = {resamples} must be at least 1")
+    if units == 1:
+        resamples = 0
     rng = np.random.default_rng(seed)
     return rng.multinomial(units, np.full(units, 1 / units), size=resamples).astype(np.float32)
 

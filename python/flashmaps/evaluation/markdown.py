@@ -12,6 +12,7 @@ _MEANING = {
     "wrong": "high means wrong",
     "right": "high means right",
     "nothing": "says nothing",
+    "unknown": "not known",
     None: "not defined here",
 }
 

@@ -193,5 +193,7 @@ def _shared(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
 
 def _by_rows(part: Callable[[np.ndarray], np.ndarray], weights: np.ndarray) -> np.ndarray:
     """``part`` of a few rows of weights at a time, so that temporaries stay small."""
+    if len(weights) == 0:
+        return np.empty(0)
     rows = max(1, _CHUNK_ELEMENTS // max(weights.shape[1], 1))
     return np.concatenate([part(weights[i : i + rows]) for i in range(0, len(weights), rows)])

@@ -278,7 +278,9 @@ def _auroc(
     if area is None:
         return {"auroc": None, "auroc_interval": None, "high_means": None}
     found = bootstrap.interval(resampled_auroc(score, positive, counts[:, unit]))
-    if found is None or found[0] <= 0.5 <= found[1]:
+    if found is None:
+        means = "unknown"
+    elif found[0] <= 0.5 <= found[1]:
         means = "nothing"
     else:
         means = "wrong" if found[0] > 0.5 else "right"
