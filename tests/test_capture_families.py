@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections import Counter
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from flashmaps.capture import capture
-from flashmaps.observe import ContextWatch
+from flashmaps.observe import ContextWatch, attention_layers
 from tiny_adapters import (
     GainProcessor,
     ModuleProcessor,
@@ -588,6 +589,27 @@ def test_everything_is_as_it_was(pipes, family):
     assert before[1:] == after[1:]
     assert all(after[0][name] is processor for name, processor in before[0].items())
     assert len(record) > 0
+
+
+@pytest.mark.parametrize("name", ["sd2", "flux"])
+def test_a_copy_of_a_captured_model_is_not_captured(pipes, name):
+    family = FAMILY[name]
+    pipe = pipes(family)
+    model = getattr(pipe, family.denoiser)
+    plain = family.run(pipe, steps=1)
+    with capture(pipe, keep="qk") as record:
+        other = copy.deepcopy(model)
+        setattr(pipe, family.denoiser, other)
+        try:
+            assert torch.equal(plain, family.run(pipe, steps=1))
+        finally:
+            setattr(pipe, family.denoiser, model)
+        assert len(record) == 0
+        family.run(pipe, steps=1)
+    assert len(record) > 0
+    for layer, mine in attention_layers(model).items():
+        copied = other.get_submodule(layer).processor
+        assert type(copied) is type(mine.processor) and copied is not mine.processor
 
 
 def test_cache_contexts_are_left_alone(pipes):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import threading
+import warnings
 import weakref
 
 import flashmaps as fm
@@ -223,6 +224,24 @@ def test_clearing_the_record_starts_again(sd2):
         record.clear()
         run(sd2, steps=1)
     assert [entry.count for entry in record] == [1, 1, 1]
+
+
+def test_nothing_recorded_says_why(sd2):
+    with pytest.warns(UserWarning, match="ran 2 steps, of which steps= chose none"):
+        with capture(sd2, steps=[7]):
+            run(sd2)
+    with pytest.warns(UserWarning, match="ran in another thread than the one that entered"):
+        with capture(sd2):
+            thread = threading.Thread(target=run, args=(sd2,))
+            thread.start()
+            thread.join()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with capture(sd2):
+            pass
+        with capture(sd2, reduce="entropy") as record:  # recorded, and cleared by the user
+            run(sd2, steps=1)
+            record.clear()
 
 
 # -- choosing --------------------------------------------------------------------------------------

@@ -146,7 +146,8 @@ class capture:
         self._contexts: dict[nn.Module, ContextWatch | None] = {}
         self._forward: Forward | None = None
         self._grid_of: tuple[Any, dict[str, Any]] = (None, {})
-        self._ran = False
+        # What happened, to say why nothing was recorded.
+        self._recorded = self._ran = self._ran_elsewhere = False
         self._seen: Counter[str] = Counter()
         self._undo = contextlib.ExitStack()
         self._stand_ins: dict[str, Any] = {}
@@ -197,23 +198,34 @@ class capture:
         self._grid_of = (None, {})
         self._shown = (None, None)
         self._recorder.end()
-        if not any(exception) and self._seen and not len(self._recorder.record):
+        if not any(exception) and not self._recorded and (why := self._why_nothing()):
+            warnings.warn(f"nothing was recorded: {why}", stacklevel=2)
+
+    def _why_nothing(self) -> str | None:
+        """Why there are no entries; None where the model did not run."""
+        if self._seen:
             seen = ", ".join(f"{count} of kind {what}" for what, count in self._seen.items())
-            warnings.warn(
-                f"nothing was recorded: the layers ran ({seen}), but none had the kind, resolution "
-                "and guidance asked for",
-                stacklevel=2,
+            return (
+                f"the layers ran ({seen}), but none had the kind, resolution and guidance asked for"
             )
-        elif not any(exception) and self._ran and not self._seen:
-            warnings.warn(
-                "nothing was recorded: the model ran, but none of the chosen layers did",
-                stacklevel=2,
-            )
+        if self._ran:
+            return "the model ran, but none of the chosen layers did"
+        if self._step >= 0:
+            return f"the model ran {self._step + 1} steps, of which steps= chose none"
+        if self._ran_elsewhere:
+            return "the model ran in another thread than the one that entered the capture"
+        return None
+
+    def __deepcopy__(self, memo: Any) -> capture:
+        return self  # a copy of a captured model has its hooks, but is another model: see below
 
     # -- the model's forward passes ----------------------------------------------------------------
 
     def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        if model not in self._contexts:  # a copy that was made within
+            return
         if threading.get_ident() != self._thread:
+            self._ran_elsewhere = True
             return
         refuse_checkpointing(self._compiled)
         for name, stand_in in self._stand_ins.items():
@@ -250,7 +262,7 @@ class capture:
 
     def _after_forward(self, model: nn.Module, args: tuple, output: Any) -> None:
         # Gradient checkpointing runs layers a second time, in backward: that is not recorded.
-        if threading.get_ident() == self._thread:
+        if threading.get_ident() == self._thread and model in self._contexts:
             self._forward = None
 
     def _image_tokens(self, model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
@@ -338,6 +350,7 @@ class capture:
         chosen = entry if self._guidance is None else of_guidance(entry, self._guidance)
         if chosen is not None:
             self._recorder.take(chosen)
+            self._recorded = self._recorded or len(self._recorder.record) > 0
 
 
 def denoisers(pipe_or_model: Any) -> dict[str, nn.Module]:

@@ -8,6 +8,7 @@ seen there is final: after LoRA, normalisation of q and k, rotary embedding and 
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -213,6 +214,14 @@ class StandIn:
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._fm_processor, name, value)
 
+    # A copy of the model is not captured: its layers get copies of the processors.
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return copy.deepcopy(self._fm_processor, memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._fm_processor.__reduce_ex__(protocol)
+
 
 def is_stand_in(processor: Any) -> bool:
     """Whether it is a `StandIn`, or what compiled.py has in its place."""
@@ -221,7 +230,8 @@ def is_stand_in(processor: Any) -> bool:
 
 def listening(stand_in: Any) -> list[Listener]:
     """Those who want to hear what is going on now."""
-    return [each for each in stand_in._fm_listeners if each.wants()]
+    # A copy of the list: another thread may leave its capture meanwhile.
+    return [each for each in tuple(stand_in._fm_listeners) if each.wants()]
 
 
 def hear(stand_in: Any, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -300,6 +310,9 @@ class ContextWatch:
         self.original = original
         self.owners: list[object] = []
         self._now = threading.local()
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return copy.deepcopy(self.original, memo)  # a copy of the model is not watched
 
     @property
     def name(self) -> str | None:
