@@ -259,6 +259,40 @@ def test_a_forward_with_any_arguments_before_the_models_own(tmp_path):
     assert found == {("both", False, family.grid())}
 
 
+def test_a_context_that_is_not_the_text_is_not_called_text(tmp_path):
+    """As reference-only control hands self-attention its own tokens and those of another image."""
+    family, pipe, model = fresh("sd2", tmp_path)
+    for name, layer in attention_layers(model).items():
+        if name.endswith("attn1"):
+
+            def seeing_more(hidden, encoder_hidden_states=None, _own=layer.forward, **more):
+                return _own(hidden, encoder_hidden_states=torch.cat([hidden] * 2, 1), **more)
+
+            layer.forward = seeing_more
+    with capture(pipe, steps=0, reduce="image_to_text", keep="qk") as record:
+        family.run(pipe)
+    for entry in record:
+        text = {"text": slice(0, 77)} if entry.layer.endswith("attn2") else {}
+        assert entry.keys == text and ("image_to_text" in entry.statistics) == bool(text)
+        assert "image" in entry.queries
+
+
+def test_text_and_image_that_a_processor_joins_by_itself_are_joint():
+    from diffusers import CogVideoXTransformer3DModel
+
+    model = CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4,
+        time_embed_dim=2, text_embed_dim=8, num_layers=1, sample_width=8, sample_height=8,
+        sample_frames=5, patch_size=2, temporal_compression_ratio=4, max_text_seq_length=8,
+    )  # fmt: skip
+    with torch.no_grad(), capture(model) as record:
+        model(
+            torch.randn(1, 2, 4, 8, 8), encoder_hidden_states=torch.randn(1, 8, 8),
+            timestep=torch.tensor([5]),
+        )  # fmt: skip
+    assert [(e.kind, e.queries, e.keys, e.grid) for e in record] == [("joint", {}, {}, None)]
+
+
 @EVERY
 def test_sizes_that_are_not_square(pipes, family):
     pipe = pipes(family)

@@ -89,7 +89,8 @@ class capture:
             statistics over passes, and ``keep="statistics"`` with it those of each pass.
         guidance: with classifier-free guidance, record only the ``"conditional"`` or the
             ``"unconditional"`` half. A run without guidance is conditional. Guidance is told from
-            the pipeline and from the batch holding the same latents twice.
+            the pipeline, which must be the one that runs, and from the batch holding the same
+            latents twice; docs/models.md has the exceptions.
         dtype, device: convert the recorded Q and K, for instance ``device="cpu"``.
 
     Yields a :class:`Record`. Forward passes in the thread that entered are recorded, those of other

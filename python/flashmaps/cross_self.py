@@ -26,7 +26,8 @@ class CrossSelfAttnProcessor(MapAttnProcessor):
 
     KV injection, as in mutual self-attention control (MasaCtrl) and cross-image attention; note
     eq. 2.4. The batch holds pairs: source, target, source, target, ... With two prompts diffusers
-    makes such a batch, with classifier-free guidance and without.
+    makes such a batch, with classifier-free guidance and without; ``num_images_per_prompt=2`` would
+    pair images of one prompt.
 
     Args:
         keys: what a query attends to.

@@ -163,6 +163,12 @@ def layout(
     if kind == "self":
         image = {"image": everything}
         return Layout(kind, grid, frames, image, image)
+    if kind == "cross" and at.text not in (None, keys):
+        # A processor that joins text and image (CogVideoX), or a context that is not the text
+        # (reference images, as some put them there): what stands where is not known.
+        if keys == queries:
+            return Layout("joint", None, 1, {}, {})
+        return Layout(kind, grid, frames, {"image": everything}, {})
     if kind == "cross":
         return Layout(kind, grid, frames, {"image": everything}, {"text": slice(0, keys)})
     if kind == "image_prompt":
