@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Iterator
@@ -132,6 +133,19 @@ def test_processors_hooks_and_state_are_as_before():
     del record
     gc.collect()
     assert not any(ref() is not None for ref in seen)
+
+
+@pytest.mark.parametrize("make", [None, ModuleProcessor], ids=["stock", "module"])
+def test_copy_of_a_captured_model_is_not_captured(make):
+    unet = small_unet()
+    if make is not None:
+        set_processors(unet, make)
+    kinds = {name: type(layer.processor) for name, layer in attention_layers(unet).items()}
+    with capture(compiled(unet, "compile_repeated_blocks")) as record:
+        copied = copy.deepcopy(unet)
+        call(copied)
+    assert not len(record)
+    assert {n: type(layer.processor) for n, layer in attention_layers(copied).items()} == kinds
 
 
 def test_layers_that_are_not_compiled_are_captured_beside_those_that_are():

@@ -13,6 +13,7 @@ materialised for the attention anyway, to the captures of that layer.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import itertools
@@ -176,7 +177,15 @@ def _traceable(kind: type) -> type | None:
     slots = ["_fm_processor", "_fm_listeners", "_fm_number", "_fm_layer"]
     if not hasattr(kind, "__weakref__"):
         slots.append("__weakref__")
-    body = {"__slots__": slots, "__call__": call, "__new__": new, "__module__": kind.__module__}
+    body = {
+        "__slots__": slots,
+        "__module__": kind.__module__,
+        "__call__": call,
+        "__new__": new,
+        # A copy of the model is not captured, as with `observe.StandIn`.
+        "__deepcopy__": lambda self, memo: copy.deepcopy(self._fm_processor, memo),
+        "__reduce_ex__": lambda self, protocol: self._fm_processor.__reduce_ex__(protocol),
+    }
     try:
         return types.new_class(kind.__name__, (kind,), exec_body=lambda space: space.update(body))
     except TypeError:
