@@ -8,15 +8,14 @@ from typing import NamedTuple
 
 from flashmaps import cpu, reference
 from flashmaps._problem import Problem
-from flashmaps.kernels import unavailable_reason as triton_unavailable
+from flashmaps.kernels import backend as triton
 
 # In the order that "auto" tries them; each has supports(problem) and reduce(problem, request).
-_BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}
+_BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "reference": reference}
 _ABSENT: dict[str, Callable[[], str]] = {
-    "triton": triton_unavailable,
     "cuda": lambda: "the CUDA C++ kernels are not part of this version of flashmaps",
 }
-NAMES = (*_BACKENDS, *_ABSENT)
+NAMES = ("cpu", "reference", "triton", "cuda")
 
 
 class Availability(NamedTuple):
@@ -42,6 +41,10 @@ def backends() -> dict[str, Availability]:
         if missing is None
         else Availability(False, missing)
     )
+    missing = triton.unavailable_reason()
+    found["triton"] = (
+        Availability(True, triton.what_runs()) if missing is None else Availability(False, missing)
+    )
     for name, reason in _ABSENT.items():
         found[name] = Availability(False, reason())
     return found
@@ -57,8 +60,12 @@ def check_name(name: str) -> None:
     if name not in NAMES:
         raise ValueError(f"backend {name!r} is unknown; choose 'auto' or one of {', '.join(NAMES)}")
     # Not backends(), which asks the extension for its builds: torch.compile traces this.
-    reason = cpu.unavailable_reason() if name == "cpu" else None
-    if name in _ABSENT:
+    reason = None
+    if name == "cpu":
+        reason = cpu.unavailable_reason()
+    elif name == "triton":
+        reason = triton.unavailable_reason()
+    elif name in _ABSENT:
         reason = _ABSENT[name]()
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot run this: {reason}")

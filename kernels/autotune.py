@@ -1,0 +1,182 @@
+"""Rewrites settings.json: the tiles of one architecture.
+
+    python -m flashmaps.kernels.autotune               # on a machine with a GPU: the fastest ones
+    python -m flashmaps.kernels.autotune --ahead sm_90 # anywhere: the first ones that fit
+
+Both try the same short lists. What fits compiles without spilling registers, in the card's shared
+memory, for the plainest and for the most demanding problem of its kind. Lists begin with what is
+expected to be fast: large tiles, because each number of Q and K that comes from the second-level
+cache is used once for every token on the other side of the tile.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+
+import torch
+from flashmaps.files import write_text
+from flashmaps.kernels import settings
+from flashmaps.kernels.ahead import SHARED, Case, examine
+from flashmaps.kernels.settings import KINDS, TABLE, Settings, settings_of
+
+Tiles = tuple[tuple[int, int, int, int], ...]  # rows, columns, warps, stages
+
+_HALF: Tiles = (
+    (128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 4, 3), (64, 128, 4, 3), (128, 64, 8, 3),
+    (128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 4, 2), (32, 32, 4, 2),
+    (32, 32, 4, 1), (16, 32, 4, 1),
+)  # fmt: skip
+_FULL: Tiles = (
+    (64, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1), (16, 32, 4, 1),
+    (16, 16, 4, 1),
+)  # fmt: skip
+# With an operand the tile is also the left side of a product: another copy of it, in three parts.
+_PRODUCT: Tiles = _HALF[4:]
+# All keys in a tile: rows count only.
+_WHOLE: Tiles = (
+    (64, 256, 8, 2), (32, 256, 8, 2), (32, 256, 8, 1), (16, 256, 8, 1), (16, 256, 4, 1),
+)  # fmt: skip
+
+_ROWS = ("entropy", "max", "argmax", "expectation")
+_COLUMNS = ("column_sum", "column_entropy", "column_max", "column_argmax")
+_TOPK = ("topk_values", "topk_indices")
+
+
+def candidates(kind: str, bits: int) -> Tiles:
+    """The tiles to try, the most promising first."""
+    if kind == "whole":
+        return _WHOLE
+    if bits == 32:
+        return _FULL
+    return {"product": _PRODUCT, "rare": _HALF[6:]}.get(kind, _HALF)
+
+
+def cases(kind: str, bits: int, width: int) -> Iterator[Case]:
+    """The plainest problem of a kind, and demanding ones: masked, of odd sizes, every reducer."""
+    plain = {
+        "lse": Case(("lse",)),
+        "rows": Case(_ROWS),
+        "columns": Case(_COLUMNS),
+        "product": Case(("product",)),
+        "dense": Case(("dense",)),
+        "topk": Case(_TOPK),
+        "return": Case(("return_probability",)),
+        "whole": Case(_ROWS, keys=77, known_lse=False),
+        "rare": Case(_ROWS, layout="dims first"),
+    }[kind]
+    plain = replace(plain, dim=width, dtype=torch.float32 if bits == 32 else torch.float16)
+    yield plain
+    odd = {"queries": 4001, "keys": 4003, "masked": True, "dim": width * 5 // 8}
+    if kind == "return":
+        odd["keys"] = 4001
+    demanding = [replace(plain, **odd)]
+    if kind == "rows":
+        square = {**odd, "queries": 4001, "keys": 4001}
+        demanding = [replace(plain, **square, names=(*_ROWS, "diagonal", "max"))]
+    elif kind == "product":
+        demanding.append(replace(plain, **odd, names=("transposed_product",), columns=17))
+    elif kind == "topk":
+        demanding.append(replace(plain, **odd, k=64))
+    elif kind == "whole":
+        few = {"queries": 4001, "keys": 256, "masked": True, "known_lse": False}
+        names = (_ROWS, _COLUMNS, ("product",), ("transposed_product",), ("dense",), _TOPK)
+        demanding = [replace(plain, **few, names=each) for each in names]
+    elif kind == "rare":
+        lines = {"normalize": "rows", "queries": 4001, "masked": True, "layout": "heads first"}
+        names = (_ROWS, _COLUMNS, ("product",), ("transposed_product",), ("dense",), _TOPK)
+        demanding = [replace(plain, **lines, names=each) for each in names]
+        lines |= {"keys": 4096, "queries": 4096}
+        demanding.append(replace(plain, **lines, names=("return_probability",)))
+    for case in demanding:
+        yield case
+        if bits == 32:
+            yield replace(case, precision="high")
+
+
+def with_tiling(of: Settings, kind: str, key: str, tiling: tuple[int, ...]) -> Settings:
+    """The settings with one entry of the table changed."""
+    table = {name: dict(entries) for name, entries in of.table.items()}
+    table[kind][key] = list(tiling)
+    return replace(of, table=table)
+
+
+def fits(architecture: str, kind: str, bits: int, width: int, tiling: tuple[int, ...]) -> bool:
+    """Whether every problem of a kind compiles in these tiles without spilling."""
+    for case in cases(kind, bits, width):
+        changed = with_tiling(
+            settings_of(architecture, case.precision), kind, f"{bits}/{width}", tiling
+        )
+        for launch in case.launches_with(changed):
+            if launch.kind != kind:
+                continue
+            try:
+                found = examine(launch, architecture)
+            except Exception:  # triton gave up: too much shared memory, or an error of its own
+                return False
+            # Four warps alone leave half of the units idle: two programs must find room.
+            room = SHARED[architecture] // (2 if launch.tiling.warps == 4 else 1)
+            if found.spills or found.shared > room:
+                return False
+    return True
+
+
+def first_that_fits(
+    architecture: str, kind: str, bits: int, width: int
+) -> tuple[int, int, int, int] | None:
+    """The first of the candidates, or None."""
+    for tiling in candidates(kind, bits):
+        if fits(architecture, kind, bits, width, tiling):
+            return tiling
+    return None
+
+
+def ahead(architecture: str) -> dict[str, dict[str, list[int]]]:
+    """The table of an architecture that is not here."""
+    classes = [(k, bits, width) for k in KINDS for bits in (16, 32) for width in (64, 128, 256)]
+    table: dict[str, dict[str, list[int]]] = {kind: {} for kind in KINDS}
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        jobs = [pool.submit(first_that_fits, architecture, *each) for each in classes]
+        for (kind, bits, width), job in zip(classes, jobs, strict=True):
+            found = job.result()
+            print(f"{architecture} {kind} {bits}/{width}: {found}", flush=True)
+            table[kind][f"{bits}/{width}"] = list(found or candidates(kind, bits)[-1])
+    return table
+
+
+def write(architecture: str, tiles: dict[str, dict[str, list[int]]]) -> None:
+    """Put an architecture's tiles into settings.json, one kind a line."""
+    everything = json.loads(TABLE.read_text("utf-8"))
+    everything[architecture]["tiles"] = tiles
+    lines = ["{"]
+    for name, entry in everything.items():
+        lines.append(f' "{name}": {{')
+        for field, value in entry.items():
+            if field != "tiles":
+                lines.append(f'  "{field}": {value},')
+        lines.append('  "tiles": {')
+        lines.append(
+            ",\n".join(f'   "{kind}": {json.dumps(of)}' for kind, of in entry["tiles"].items())
+        )
+        lines += ["  }", " },"]
+    lines[-1] = " }"
+    write_text(TABLE, "\n".join([*lines, "}", ""]))
+    settings._table.cache_clear()
+
+
+def main(arguments: list[str]) -> None:
+    """`python -m flashmaps.kernels.autotune [--ahead ARCHITECTURE...]`"""
+    if arguments[:1] == ["--ahead"]:
+        for architecture in arguments[1:] or list(SHARED):
+            write(architecture, ahead(architecture))
+        return
+    raise SystemExit("not yet")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,63 @@
+"""Backend "triton": GPU kernels. NVIDIA, and nothing in them that only NVIDIA could run."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from flashmaps._problem import Problem, Request
+from flashmaps.kernels import INTERPRETING, unavailable_reason
+from torch import Tensor
+
+_last = threading.local()
+
+MOST_DIMS = 256
+
+
+def supports(problem: Problem) -> str | None:
+    """Why this problem cannot run here, or None."""
+    reason = unavailable_reason()
+    if reason is not None:
+        return reason
+    device = problem.query.device
+    if device.type != ("cpu" if INTERPRETING else "cuda"):
+        where = "the CPU (TRITON_INTERPRET=1)" if INTERPRETING else "a GPU"
+        return f"backend 'triton' needs tensors on {where}, these are on {device}"
+    if problem.query.dtype == torch.float64:
+        return (
+            "backend 'triton' computes in float32 and takes no float64: convert Q and K with "
+            '.float(), or use backend="reference"'
+        )
+    dims = problem.query.shape[3]
+    if dims > MOST_DIMS:
+        return f"backend 'triton' takes head dimensions up to {MOST_DIMS}, this one is {dims}"
+    if INTERPRETING and problem.query.dtype == torch.bfloat16:
+        return "triton's interpreter (TRITON_INTERPRET=1) has no bfloat16 arithmetic"
+    return None
+
+
+def what_runs() -> str:
+    """The card that kernels run on by default, or that they are interpreted."""
+    if INTERPRETING:
+        return "Triton kernels, interpreted on the CPU (TRITON_INTERPRET=1)"
+    return f"Triton kernels on {torch.cuda.get_device_name()}"
+
+
+def last_workspace_bytes() -> int:
+    """Bytes beyond inputs and outputs that this thread's last call allocated itself."""
+    return getattr(_last, "workspace", 0)
+
+
+def reduce(problem: Problem, request: Request) -> dict[str, Tensor]:
+    """Every requested field; see `flashmaps.reference.reduce` for what each one is."""
+    from flashmaps.kernels import launches
+    from flashmaps.kernels.settings import settings_here
+
+    run = launches.Run(settings_here(problem.query.device))
+    if problem.query.is_cuda:
+        with torch.cuda.device(problem.query.device):
+            outputs = launches.reduce(problem, request, run)
+    else:
+        outputs = launches.reduce(problem, request, run)
+    _last.workspace = run.workspace
+    return outputs

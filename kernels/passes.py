@@ -1,0 +1,584 @@
+"""The kernels: passes over the map. `launches` decides which of them run, and how.
+
+No atomics anywhere: one program writes an output, or a part of one where the streamed tokens are
+split among programs, and parts are added up in order. The same call gives the same bits. Offsets
+that can exceed 2^31 are in 64 bits; those within a tile are where they need to be (WIDE).
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+
+import triton
+import triton.language as tl
+from flashmaps.kernels.reducers import (
+    add_product,
+    add_xlogx,
+    best_of,
+    better,
+    empty_slots,
+    entropy_of,
+    insert_largest,
+    pick_diagonal,
+    positions,
+    take_largest,
+)
+from flashmaps.kernels.tile import (
+    LN_2,
+    LOG2_E,
+    add_bias,
+    dot_products,
+    mean_tile,
+    normalized,
+)
+
+
+@triton.jit
+def lse_kernel(
+    query,
+    query_batch,
+    query_head,
+    query_token,
+    query_dim,
+    key,
+    key_batch,
+    key_head,
+    key_token,
+    key_dim,
+    bias,  # [B', M] or None
+    pairs,  # [P, 2] or None
+    out,  # [splits, P, H, N]
+    maps,
+    heads,
+    num_queries,
+    num_keys,
+    splits,
+    scale,  # times log2 e
+    R: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    D_REST: tl.constexpr,
+    DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    EVEN_KEPT: tl.constexpr,
+    EVEN_STREAMED: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """log sum_j exp(scale q_i k_j + bias_j) of each head, by the running softmax: pass one of two.
+
+    A program keeps a block of one head's queries and streams the keys of its split.
+    """
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(num_queries, R)
+    block = pid % blocks
+    head = pid // blocks % heads
+    split = pid // blocks // heads % splits
+    map = pid // blocks // heads // splits
+    of_query, of_key = map, map
+    if pairs is not None:
+        of_query = tl.load(pairs + 2 * map)
+        of_key = tl.load(pairs + 2 * map + 1)
+    of_query, of_key = tl.cast(of_query, tl.int64), tl.cast(of_key, tl.int64)
+    query += of_query * query_batch + tl.cast(head, tl.int64) * query_head
+    key += of_key * key_batch + tl.cast(head, tl.int64) * key_head
+    if bias is not None:
+        bias += of_key * num_keys
+
+    first = block * R
+    row = tl.arange(0, R)
+    query += tl.cast(first, tl.int64) * query_token
+    of_rows = first + row
+    rows_there = of_rows < num_queries
+    column = tl.arange(0, C)
+    tiles = tl.cdiv(tl.cdiv(num_keys, C), splits)
+    low = split * tiles * C
+    high = tl.minimum(num_keys, low + tiles * C)
+
+    top = tl.full((R,), float("-inf"), tl.float32)
+    total = tl.zeros((R,), tl.float32)
+    for start in range(low, high, C):
+        columns = start + column
+        columns_there = columns < num_keys
+        scores = dot_products(
+            query, row, rows_there, query_token, query_dim,
+            key + tl.cast(start, tl.int64) * key_token, column, columns_there, key_token, key_dim,
+            D, D_REST, DIM, CHUNK, EVEN_KEPT, EVEN_STREAMED, WIDE, PRECISION,
+        )  # fmt: skip
+        scores *= scale
+        if bias is not None:
+            scores = add_bias(scores, bias, of_rows, rows_there, columns, columns_there, False)
+        elif not EVEN_STREAMED:
+            scores = tl.where(columns_there[None, :], scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        against = tl.where(new_top == float("-inf"), 0.0, new_top)
+        total = total * tl.exp2(top - against) + tl.sum(tl.exp2(scores - against[:, None]), 1)
+        top = new_top
+    # With no key in sight: log2(0) is -inf.
+    found = (tl.where(total > 0, top, 0.0) + tl.log2(total)) * LN_2
+    at = ((tl.cast(split, tl.int64) * maps + map) * heads + head) * num_queries
+    tl.store(out + at + of_rows, found, mask=rows_there)
+
+
+@triton.jit
+def add_lse_kernel(partial, out, count, splits, BLOCK: tl.constexpr):
+    """out = log sum_s exp(partial_s): the splits of `lse_kernel` together, in order."""
+    at = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = at < count
+    top = tl.full((BLOCK,), float("-inf"), tl.float32)
+    for split in range(splits):
+        each = tl.load(partial + tl.cast(split, tl.int64) * count + at, mask=there, other=0.0)
+        top = tl.maximum(top, each)
+    against = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for split in range(splits):
+        each = tl.load(partial + tl.cast(split, tl.int64) * count + at, mask=there, other=0.0)
+        total += tl.exp2((each - against) * LOG2_E)
+    tl.store(out + at, against + tl.log2(total) * LN_2, mask=there)
+
+
+@triton.jit
+def reduce_kernel(
+    kept,  # the side whose tokens the programs share out, [B, H, N or M, d]
+    kept_batch,
+    kept_head,
+    kept_token,
+    kept_dim,
+    num_kept,
+    streamed,  # the side that is reduced over
+    streamed_batch,
+    streamed_head,
+    streamed_token,
+    streamed_dim,
+    num_streamed,
+    bias,  # [B', M] or None
+    pairs,  # [P, 2] or None
+    weights,  # [H] or None
+    lse,  # [P, H, N]; not read if WHOLE
+    line_mass,  # [P, N, lines] or None
+    grid_width,  # of the keys
+    grid_height,
+    lines,
+    maps,
+    heads,
+    splits,
+    scale,  # times log2 e
+    # For sums over the keys of a cell: the keys sorted by cell, each one's cell, and where each
+    # block of X cells begins among them.
+    order,  # [M] int64 or None
+    cells,  # [M] int64 or None
+    bounds,  # [parts + 1] int64 or None
+    operand,  # [P, streamed, columns] or None
+    operand_map,
+    operand_token,
+    operand_column,
+    columns,
+    parts,  # blocks of X columns, or of X cells
+    k,
+    # The outputs, [splits, P, kept, ...], or None where they are not wanted.
+    total,  # sums
+    plogp,  # sum p log p, nats
+    entropy,  # of what is kept; only where there are no splits
+    top,
+    argtop,  # int64
+    expectation,  # [..., 2]
+    diagonal,
+    product,  # [..., columns]
+    dense,  # [P, kept, streamed]
+    largest,  # [..., k]
+    where_largest,  # [..., k] int64
+    KEYS_KEPT: tl.constexpr,
+    WHOLE: tl.constexpr,
+    LINES: tl.constexpr,  # "", "rows" or "columns"
+    R: tl.constexpr,
+    C: tl.constexpr,
+    X: tl.constexpr,  # columns of the operand, or cells, that a program has
+    K: tl.constexpr,  # slots for the k largest
+    D: tl.constexpr,
+    D_REST: tl.constexpr,
+    DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    EVEN_KEPT: tl.constexpr,
+    EVEN_STREAMED: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    OPERAND_PRECISION: tl.constexpr,
+    FAST_LOG: tl.constexpr,
+    FLATTEN: tl.constexpr,
+):
+    """Everything that is reduced over one side of the map, or written of it: pass two of two.
+
+    Which outputs there are decides what is compiled. A program makes the tiles of its R kept
+    tokens beside the streamed tokens of its split, and hands each to the reducers.
+    """
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(num_kept, R)
+    part = pid % parts
+    block = pid // parts % blocks
+    split = pid // parts // blocks % splits
+    map = pid // parts // blocks // splits
+    of_kept, of_streamed = map, map
+    if pairs is not None:
+        of_kept = tl.load(pairs + 2 * map + (1 if KEYS_KEPT else 0))
+        of_streamed = tl.load(pairs + 2 * map + (0 if KEYS_KEPT else 1))
+    of_kept, of_streamed = tl.cast(of_kept, tl.int64), tl.cast(of_streamed, tl.int64)
+    of_map = tl.cast(map, tl.int64)
+    if KEYS_KEPT:
+        num_queries = num_streamed
+    else:
+        num_queries = num_kept
+    if bias is not None:
+        bias += (of_kept * num_kept) if KEYS_KEPT else (of_streamed * num_streamed)
+    if lse is not None:
+        lse += of_map * heads * num_queries
+    if line_mass is not None:
+        line_mass += of_map * num_queries * lines
+
+    first = block * R
+    row = tl.arange(0, R)
+    rows = first + row
+    rows_there = rows < num_kept
+    kept += of_kept * kept_batch + tl.cast(first, tl.int64) * kept_token
+    streamed += of_streamed * streamed_batch
+    column = tl.arange(0, C)
+    low, high = 0, num_streamed
+    if bounds is not None:
+        low = tl.load(bounds + part).to(tl.int32)
+        high = tl.load(bounds + part + 1).to(tl.int32)
+    tiles = tl.cdiv(tl.cdiv(high - low, C), splits)
+    low += split * tiles * C
+    high = tl.minimum(high, low + tiles * C)
+    if operand is not None:
+        operand += of_map * operand_map
+        x = part * X + tl.arange(0, X)
+        x_there = x < columns
+
+    # The states of the reducers. Those without an output are never touched, and vanish.
+    b_total = tl.zeros((R,), tl.float32)
+    b_plogp = tl.zeros((R,), tl.float32)
+    b_top = tl.full((R,), -1.0, tl.float32)
+    b_argtop = tl.zeros((R,), tl.int32)
+    b_x = tl.zeros((R,), tl.float32)
+    b_y = tl.zeros((R,), tl.float32)
+    b_diagonal = tl.zeros((R,), tl.float32)
+    if product is not None:
+        b_product = tl.zeros((R, X), tl.float32)
+    if largest is not None:
+        b_largest, b_where = empty_slots(k, R, K)
+    if LINES != "" and not KEYS_KEPT:
+        # What needs a distribution divides by the number of lines.
+        share = 1.0 / lines
+    else:
+        share = 1.0
+
+    for start in tl.range(low, high, C, flatten=FLATTEN):
+        there = start + column < high
+        if order is not None:
+            index = tl.load(order + start + column, mask=there, other=0)
+            offset = index
+            from_token = streamed
+        else:
+            index = start + column
+            offset = column
+            from_token = streamed + tl.cast(start, tl.int64) * streamed_token
+        tile = mean_tile(
+            kept, kept_head, kept_token, kept_dim, row, rows, rows_there,
+            from_token, streamed_head, streamed_token, streamed_dim, offset, index, there,
+            bias, weights, lse, heads, num_queries, scale,
+            KEYS_KEPT, WHOLE, D, D_REST, DIM, CHUNK, EVEN_KEPT, EVEN_STREAMED, WIDE, PRECISION,
+        )  # fmt: skip
+        if line_mass is not None:
+            tile = normalized(
+                tile, line_mass, rows, rows_there, index, there, grid_width, lines,
+                LINES, KEYS_KEPT, WIDE,
+            )  # fmt: skip
+        if total is not None or (entropy is not None and KEYS_KEPT):
+            b_total += tl.sum(tile, 1)
+        if plogp is not None or entropy is not None:
+            b_plogp = add_xlogx(b_plogp, tile * share, FAST_LOG)
+        if top is not None or argtop is not None:
+            best, where = best_of(tile, index, there, EVEN_STREAMED)
+            b_top, b_argtop = better(b_top, b_argtop, best, where)
+        if expectation is not None:
+            at_x, at_y = positions(start, grid_width, grid_height, C)
+            b_x += tl.sum(tile * at_x[None, :], 1)
+            b_y += tl.sum(tile * at_y[None, :], 1)
+        if diagonal is not None:
+            b_diagonal = pick_diagonal(b_diagonal, tile, rows, index)
+        if product is not None:
+            if cells is not None:
+                cell = tl.load(cells + start + column, mask=there, other=-1)
+                wanted = part * X + tl.arange(0, X)
+                b_operand = (cell[:, None] == wanted[None, :]).to(tl.float32)
+            else:
+                from_row = operand + tl.cast(start, tl.int64) * operand_token
+                if WIDE:
+                    at = (
+                        column[:, None].to(tl.int64) * operand_token
+                        + x[None, :].to(tl.int64) * operand_column
+                    )
+                else:
+                    at = column[:, None] * operand_token + x[None, :] * operand_column
+                b_operand = tl.load(
+                    from_row + at, mask=there[:, None] & x_there[None, :], other=0.0
+                )
+            b_product = add_product(b_product, tile, b_operand, OPERAND_PRECISION)
+        if largest is not None:
+            b_largest, b_where = insert_largest(b_largest, b_where, tile, index, there)
+        if dense is not None:
+            corner = dense + (of_map * num_kept + first) * num_streamed + start
+            if WIDE:
+                at = row[:, None].to(tl.int64) * num_streamed + column[None, :]
+            else:
+                at = row[:, None] * num_streamed + column[None, :]
+            if EVEN_KEPT and EVEN_STREAMED:
+                tl.store(corner + at, tile)
+            else:
+                tl.store(corner + at, tile, mask=rows_there[:, None] & there[None, :])
+
+    at = (tl.cast(split, tl.int64) * maps + map) * num_kept + rows
+    if total is not None:
+        tl.store(total + at, b_total, mask=rows_there)
+    if plogp is not None:
+        tl.store(plogp + at, b_plogp * LN_2, mask=rows_there)
+    if entropy is not None:
+        if KEYS_KEPT:
+            tl.store(entropy + at, entropy_of(b_plogp * LN_2, b_total), mask=rows_there)
+        else:
+            tl.store(entropy + at, -(b_plogp * LN_2), mask=rows_there)
+    if top is not None:
+        tl.store(top + at, b_top, mask=rows_there)
+    if argtop is not None:
+        # NaN has no maximum; its index must still be one.
+        b_argtop = tl.minimum(b_argtop, num_streamed - 1)
+        tl.store(argtop + at, b_argtop.to(tl.int64), mask=rows_there)
+    if expectation is not None:
+        tl.store(expectation + 2 * at, b_x * share, mask=rows_there)
+        tl.store(expectation + 2 * at + 1, b_y * share, mask=rows_there)
+    if diagonal is not None:
+        tl.store(diagonal + at, b_diagonal, mask=rows_there)
+    if product is not None:
+        wanted = part * X + tl.arange(0, X)
+        tl.store(
+            product + at[:, None] * columns + wanted[None, :],
+            b_product,
+            mask=rows_there[:, None] & (wanted < columns)[None, :],
+        )
+    if largest is not None:
+        for slot in range(k):
+            best, where, b_largest = take_largest(b_largest, b_where)
+            tl.store(largest + at * k + slot, best, mask=rows_there)
+            tl.store(where_largest + at * k + slot, where.to(tl.int64), mask=rows_there)
+
+
+@triton.jit
+def combine_kernel(
+    # From each split, [splits, count], or None; see `reduce_kernel`.
+    total,
+    plogp,
+    top,
+    argtop,
+    expectation,  # [splits, count, 2]
+    diagonal,
+    # All together, [count], or None.
+    out_total,
+    out_entropy,
+    out_top,
+    out_argtop,
+    out_expectation,
+    out_diagonal,
+    count,
+    splits,
+    OF_COLUMNS: tl.constexpr,  # entropies of columns, which are not of distributions
+    BLOCK: tl.constexpr,
+):
+    """What the splits of `reduce_kernel` found, together. Splits come in the tokens' order."""
+    at = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = at < count
+    b_total = tl.zeros((BLOCK,), tl.float32)
+    b_plogp = tl.zeros((BLOCK,), tl.float32)
+    b_top = tl.full((BLOCK,), -1.0, tl.float32)
+    b_argtop = tl.zeros((BLOCK,), tl.int64)
+    b_x = tl.zeros((BLOCK,), tl.float32)
+    b_y = tl.zeros((BLOCK,), tl.float32)
+    b_diagonal = tl.zeros((BLOCK,), tl.float32)
+    for split in range(splits):
+        here = tl.cast(split, tl.int64) * count + at
+        if total is not None:
+            b_total += tl.load(total + here, mask=there, other=0.0)
+        if plogp is not None:
+            b_plogp += tl.load(plogp + here, mask=there, other=0.0)
+        if top is not None:
+            best = tl.load(top + here, mask=there, other=0.0)
+            if argtop is not None:
+                where = tl.load(argtop + here, mask=there, other=0)
+                b_top, b_argtop = better(b_top, b_argtop, best, where)
+            else:
+                b_top = tl.maximum(b_top, best)
+        if expectation is not None:
+            b_x += tl.load(expectation + 2 * here, mask=there, other=0.0)
+            b_y += tl.load(expectation + 2 * here + 1, mask=there, other=0.0)
+        if diagonal is not None:
+            b_diagonal += tl.load(diagonal + here, mask=there, other=0.0)
+    if out_total is not None:
+        tl.store(out_total + at, b_total, mask=there)
+    if out_entropy is not None:
+        if OF_COLUMNS:
+            tl.store(out_entropy + at, entropy_of(b_plogp, b_total), mask=there)
+        else:
+            tl.store(out_entropy + at, -b_plogp, mask=there)
+    if out_top is not None:
+        tl.store(out_top + at, b_top, mask=there)
+    if out_argtop is not None:
+        tl.store(out_argtop + at, b_argtop, mask=there)
+    if out_expectation is not None:
+        tl.store(out_expectation + 2 * at, b_x, mask=there)
+        tl.store(out_expectation + 2 * at + 1, b_y, mask=there)
+    if out_diagonal is not None:
+        tl.store(out_diagonal + at, b_diagonal, mask=there)
+
+
+@triton.jit
+def return_kernel(
+    # A_st: queries are sources, keys are targets.
+    query,
+    query_batch,
+    query_head,
+    query_token,
+    query_dim,
+    key,
+    key_batch,
+    key_head,
+    key_token,
+    key_dim,
+    bias,
+    pairs,
+    weights,
+    lse,  # [P, H, N]
+    line_mass,
+    grid_width,
+    lines,
+    heads,
+    scale,
+    # A_ts: queries are targets, keys are sources.
+    back_query,
+    back_query_batch,
+    back_query_head,
+    back_query_token,
+    back_query_dim,
+    back_key,
+    back_key_batch,
+    back_key_head,
+    back_key_token,
+    back_key_dim,
+    back_bias,
+    back_pairs,
+    back_weights,
+    back_lse,  # [P, H', M]
+    back_line_mass,
+    back_grid_width,
+    back_lines,
+    back_heads,
+    back_scale,
+    out,  # [splits, P, N]
+    maps,
+    num_sources,
+    num_targets,
+    splits,
+    LINES: tl.constexpr,
+    BACK_LINES: tl.constexpr,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    D_REST: tl.constexpr,
+    DIM: tl.constexpr,
+    BACK_D: tl.constexpr,
+    BACK_D_REST: tl.constexpr,
+    BACK_DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    EVEN_KEPT: tl.constexpr,
+    EVEN_STREAMED: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(A_st A_ts)_ii = sum_j A_st[i, j] A_ts[j, i], from a tile of each map.
+
+    The program keeps source tokens: as queries of the one map, and as keys of the other, whose
+    tiles so come out transposed.
+    """
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(num_sources, R)
+    block = pid % blocks
+    split = pid // blocks % splits
+    map = pid // blocks // splits
+    of_map = tl.cast(map, tl.int64)
+    of_query, of_key, of_back_query, of_back_key = of_map, of_map, of_map, of_map
+    if pairs is not None:
+        of_query = tl.load(pairs + 2 * map)
+        of_key = tl.load(pairs + 2 * map + 1)
+    if back_pairs is not None:
+        of_back_query = tl.load(back_pairs + 2 * map)
+        of_back_key = tl.load(back_pairs + 2 * map + 1)
+    first = block * R
+    row = tl.arange(0, R)
+    rows = first + row
+    rows_there = rows < num_sources
+    query += of_query * query_batch + tl.cast(first, tl.int64) * query_token
+    back_key += of_back_key * back_key_batch + tl.cast(first, tl.int64) * back_key_token
+    key += of_key * key_batch
+    back_query += of_back_query * back_query_batch
+    lse += of_map * heads * num_sources
+    back_lse += of_map * back_heads * num_targets
+    if bias is not None:
+        bias += of_key * num_targets
+    if back_bias is not None:
+        back_bias += of_back_key * num_sources
+    if line_mass is not None:
+        line_mass += of_map * num_sources * lines
+    if back_line_mass is not None:
+        back_line_mass += of_map * num_targets * back_lines
+    column = tl.arange(0, C)
+    tiles = tl.cdiv(tl.cdiv(num_targets, C), splits)
+    low = split * tiles * C
+    high = tl.minimum(num_targets, low + tiles * C)
+
+    total = tl.zeros((R,), tl.float32)
+    for start in range(low, high, C):
+        index = start + column
+        there = index < num_targets
+        skipped = tl.cast(start, tl.int64)
+        tile = mean_tile(
+            query, query_head, query_token, query_dim, row, rows, rows_there,
+            key + skipped * key_token, key_head, key_token, key_dim, column, index, there,
+            bias, weights, lse, heads, num_sources, scale,
+            False, False, D, D_REST, DIM, CHUNK, EVEN_KEPT, EVEN_STREAMED, WIDE, PRECISION,
+        )  # fmt: skip
+        if line_mass is not None:
+            tile = normalized(
+                tile,
+                line_mass,
+                rows,
+                rows_there,
+                index,
+                there,
+                grid_width,
+                lines,
+                LINES,
+                False,
+                WIDE,
+            )
+        back = mean_tile(
+            back_key, back_key_head, back_key_token, back_key_dim, row, rows, rows_there,
+            back_query + skipped * back_query_token, back_query_head, back_query_token,
+            back_query_dim, column, index, there,
+            back_bias, back_weights, back_lse, back_heads, num_targets, back_scale,
+            True, False, BACK_D, BACK_D_REST, BACK_DIM, CHUNK, EVEN_KEPT, EVEN_STREAMED, WIDE,
+            PRECISION,
+        )  # fmt: skip
+        if back_line_mass is not None:
+            back = normalized(
+                back, back_line_mass, rows, rows_there, index, there, back_grid_width, back_lines,
+                BACK_LINES, True, WIDE,
+            )  # fmt: skip
+        total += tl.sum(tile * back, 1)
+    total = total / (lines * back_lines)
+    at = (tl.cast(split, tl.int64) * maps + map) * num_sources + rows
+    tl.store(out + at, total, mask=rows_there)

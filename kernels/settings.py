@@ -1,0 +1,139 @@
+"""Launch settings: which tiles, for which architecture, kind of pass, dtype and head dimension.
+
+The table is settings.json; `python -m flashmaps.kernels.autotune` rewrites a card's part of it, and
+docs/kernels.md says how its numbers came about. A card that is not in it takes those of sm_80.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+TABLE = Path(__file__).with_name("settings.json")
+
+# Kinds of passes, in the order of the table: log-sum-exp; statistics of rows, of columns; with an
+# operand; writing the map; the k largest; tiles of two maps; all but the first and the last of them
+# where a tile has all keys (up to `whole_row`; the columns of that entry do not count); and what is
+# rare and takes more registers: normalised lines, numbers of a head that are not neighbours in
+# memory, offsets of 64 bits.
+KINDS = ("lse", "rows", "columns", "product", "dense", "topk", "return", "whole", "rare")
+
+
+class Tiling(NamedTuple):
+    """R x C tiles, by this many warps, with loads this many stages ahead."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one architecture does."""
+
+    architecture: str  # "sm_80", "sm_90", "sm_100", "gfx942" or "interpreter"
+    table: dict[str, dict[str, list[int]]]  # kind -> "bits/width" -> tiling
+    programs: int  # how many programs keep the whole card busy
+    operand_columns: int  # columns of an operand that a program takes at once
+    whole_row: int  # rows of up to this many keys are kept on chip: no log-sum-exp, one pass
+    matmul_precision: str  # torch.get_float32_matmul_precision()
+
+    @property
+    def nvidia(self) -> bool:
+        return self.architecture.startswith("sm_")
+
+    @property
+    def fast_log(self) -> bool:
+        """Whether log2 is to be that of the special function unit."""
+        return self.nvidia
+
+    @property
+    def flatten(self) -> bool:
+        """Whether the loops over keys and heads become one, so that loads run ahead across both.
+
+        On Blackwell the compiler unrolls what it flattens, and registers spill.
+        """
+        return self.architecture in ("sm_80", "sm_90")
+
+    def tiling(self, kind: str, dtype: torch.dtype, dim: int) -> Tiling:
+        """The tiles of one kind of pass."""
+        bits = 32 if dtype == torch.float32 else 16
+        width = next(w for w in (64, 128, 256) if dim <= w)
+        return Tiling(*self.table[kind][f"{bits}/{width}"])
+
+    def precision(self, dtype: torch.dtype) -> str:
+        """How products of Q and K are computed.
+
+        float16 and bfloat16: exact products, summed in float32. float32 follows torch's own switch,
+        `torch.set_float32_matmul_precision`: "highest" (torch's default) multiplies in float32;
+        "high" and "medium" on the matrix units, in three parts of bfloat16 each, about as exact.
+        """
+        exact = dtype != torch.float32 or self.matmul_precision == "highest"
+        return "ieee" if exact or self.architecture == "interpreter" else "bf16x6"
+
+    def chunk(self, dtype: torch.dtype) -> int:
+        """Numbers of a head that are multiplied at once, at most.
+
+        Where the matrix units multiply, all of them; where threads do, as many as fit registers.
+        """
+        if self.architecture == "interpreter":
+            return 32
+        return 16 if self.precision(dtype) == "ieee" and dtype == torch.float32 else 256
+
+    def operand_precision(self, dtype: torch.dtype) -> str:
+        """How the map (float32) is multiplied with an operand (float32)."""
+        if dtype == torch.float32 or self.architecture == "interpreter":
+            return self.precision(torch.float32)
+        return "bf16x6"
+
+
+@functools.cache
+def _table() -> dict[str, Any]:
+    return json.loads(TABLE.read_text("utf-8"))
+
+
+def settings_of(architecture: str, matmul_precision: str = "highest") -> Settings:
+    """The settings of an architecture by its name."""
+    entry = _table()[architecture]
+    return Settings(
+        architecture,
+        entry["tiles"],
+        entry["programs"],
+        entry["operand_columns"],
+        entry["whole_row"],
+        matmul_precision,
+    )
+
+
+def architecture_of(device: torch.device) -> str:
+    """Which part of the table a device takes."""
+    if interpreting():
+        return "interpreter"
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    # Consumer cards of any generation have the shared memory of sm_80's smaller relatives, and
+    # matrix instructions that sm_80's table suits.
+    return {(9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}.get((major, minor), "sm_80")
+
+
+@functools.cache
+def _settings_here(device: torch.device, matmul_precision: str) -> Settings:
+    return settings_of(architecture_of(device), matmul_precision)
+
+
+def settings_here(device: torch.device) -> Settings:
+    """The settings of a device, under torch's present matmul precision."""
+    return _settings_here(device, torch.get_float32_matmul_precision())
+
+
+def interpreting() -> bool:
+    """Whether triton runs its kernels in Python, on tensors of the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"

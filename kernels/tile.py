@@ -1,0 +1,252 @@
+"""The tile: what one head, and the mean over heads, have at a block of queries and keys.
+
+Every kernel asks for the map here and nowhere else. A program keeps one side's tokens (`kept`, the
+rows of its tiles) and streams the other's (`streamed`, the columns): queries are kept for what is
+reduced over keys, keys for what is reduced over queries. Names: b_ is none, all are tiles;
+``R`` rows, ``C`` columns, ``D`` (and ``D_REST``) numbers of a head, in powers of two.
+"""
+
+# Triton's functions have no annotations but constexpr.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+TINY: tl.constexpr = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+NO_INDEX: tl.constexpr = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def log2(x, FAST_LOG: tl.constexpr):
+    """log2 of positive numbers. NVIDIA's unit for it is not what tl.log2 compiles to."""
+    if FAST_LOG:
+        return libdevice.fast_log2f(x)
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
+def xlog2x(x, FAST_LOG: tl.constexpr):
+    """x log2 x with 0 log 0 = 0. Below the smallest normal number x weighs nothing."""
+    return x * log2(tl.maximum(x, TINY), FAST_LOG)
+
+
+@triton.jit
+def load_tokens(
+    tokens,  # pointer to the first number of a head
+    offset,  # [B], of each token, counted in tokens
+    there,  # [B], whether there is such a token
+    token_stride,
+    dim_stride,
+    START: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DIM: tl.constexpr,
+    EVEN: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Numbers START to START + WIDTH of some tokens of a head, [B, WIDTH]; 0 beyond DIM."""
+    dims = START + tl.arange(0, WIDTH)
+    if WIDE:
+        at = offset[:, None].to(tl.int64) * token_stride + dims[None, :].to(tl.int64) * dim_stride
+    else:
+        at = offset[:, None] * token_stride + dims[None, :] * dim_stride
+    if START + WIDTH > DIM:
+        return tl.load(tokens + at, mask=there[:, None] & (dims[None, :] < DIM), other=0.0)
+    elif EVEN:
+        return tl.load(tokens + at)
+    else:
+        return tl.load(tokens + at, mask=there[:, None], other=0.0)
+
+
+@triton.jit
+def dot_products(
+    kept,
+    kept_offset,
+    kept_there,
+    kept_token,
+    kept_dim,
+    streamed,
+    streamed_offset,
+    streamed_there,
+    streamed_token,
+    streamed_dim,
+    D: tl.constexpr,
+    D_REST: tl.constexpr,
+    DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    EVEN_KEPT: tl.constexpr,
+    EVEN_STREAMED: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Inner products of a head's tokens, [R, C] in float32.
+
+    A head dimension that is no power of two comes in two parts, 80 = 64 + 16: one padded to 128
+    would cost 60 % more. Parts come CHUNK numbers at a time.
+    """
+    product = tl.zeros((kept_offset.shape[0], streamed_offset.shape[0]), tl.float32)
+    for chunk in tl.static_range(D // CHUNK):
+        rows = load_tokens(
+            kept, kept_offset, kept_there, kept_token, kept_dim,
+            chunk * CHUNK, CHUNK, DIM, EVEN_KEPT, WIDE,
+        )  # fmt: skip
+        columns = load_tokens(
+            streamed, streamed_offset, streamed_there, streamed_token, streamed_dim,
+            chunk * CHUNK, CHUNK, DIM, EVEN_STREAMED, WIDE,
+        )  # fmt: skip
+        product = tl.dot(rows, tl.trans(columns), product, input_precision=PRECISION)
+    REST: tl.constexpr = min(CHUNK, D_REST)
+    if REST > 0:
+        for chunk in tl.static_range(D_REST // REST):
+            rows = load_tokens(
+                kept, kept_offset, kept_there, kept_token, kept_dim,
+                D + chunk * REST, REST, DIM, EVEN_KEPT, WIDE,
+            )  # fmt: skip
+            columns = load_tokens(
+                streamed, streamed_offset, streamed_there, streamed_token, streamed_dim,
+                D + chunk * REST, REST, DIM, EVEN_STREAMED, WIDE,
+            )  # fmt: skip
+            product = tl.dot(rows, tl.trans(columns), product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def add_bias(
+    scores, bias, kept_index, kept_there, streamed_index, streamed_there, KEYS_KEPT: tl.constexpr
+):
+    """Scores in units of log2, plus the keys' bias; -inf hides a key."""
+    if KEYS_KEPT:
+        of_key = tl.load(bias + kept_index, mask=kept_there, other=float("-inf"))
+        return scores + (of_key * LOG2_E)[:, None]
+    else:
+        of_key = tl.load(bias + streamed_index, mask=streamed_there, other=float("-inf"))
+        return scores + (of_key * LOG2_E)[None, :]
+
+
+@triton.jit
+def softmax_of_tile(
+    scores, kept_there, streamed_there, KEYS_KEPT: tl.constexpr, EVEN: tl.constexpr
+):
+    """Softmax over keys of a tile that holds all of them; zeros where every key is hidden."""
+    if not EVEN:
+        if KEYS_KEPT:
+            scores = tl.where(kept_there[:, None], scores, float("-inf"))
+        else:
+            scores = tl.where(streamed_there[None, :], scores, float("-inf"))
+    if KEYS_KEPT:
+        top = tl.max(scores, 0)
+        top = tl.where(top == float("-inf"), 0.0, top)
+        weights = tl.exp2(scores - top[None, :])
+        total = tl.sum(weights, 0)
+        return weights * (1.0 / tl.where(total > 0, total, 1.0))[None, :]
+    else:
+        top = tl.max(scores, 1)
+        top = tl.where(top == float("-inf"), 0.0, top)
+        weights = tl.exp2(scores - top[:, None])
+        total = tl.sum(weights, 1)
+        return weights * (1.0 / tl.where(total > 0, total, 1.0))[:, None]
+
+
+@triton.jit
+def mean_tile(
+    kept,  # pointer to the kept side's first token that `kept_offset` counts from, head 0
+    kept_head,
+    kept_token,
+    kept_dim,
+    kept_offset,  # [R]
+    kept_index,  # [R], the tokens' numbers
+    kept_there,  # [R]
+    streamed,  # the same of the streamed side, [C]
+    streamed_head,
+    streamed_token,
+    streamed_dim,
+    streamed_offset,
+    streamed_index,
+    streamed_there,
+    bias,  # of this map's keys, [M], or None
+    weights,  # [H], or None for 1 / H
+    lse,  # of this map, [H, N], natural log
+    heads,
+    num_queries,
+    scale,  # times log2 e
+    KEYS_KEPT: tl.constexpr,
+    WHOLE: tl.constexpr,  # the tile holds all keys: no log-sum-exp is needed
+    D: tl.constexpr,
+    D_REST: tl.constexpr,
+    DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    EVEN_KEPT: tl.constexpr,
+    EVEN_STREAMED: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """sum_h w_h softmax_h, [R, C] in float32; 0 for streamed tokens that are not there.
+
+    Of a head, exp2(scale log2(e) q k + bias log2(e) - lse log2(e)): with the factor in the scale,
+    an element is one fused multiply-add, one exp2 and one more multiply-add.
+    """
+    tile = tl.zeros((kept_offset.shape[0], streamed_offset.shape[0]), tl.float32)
+    for head in range(heads):
+        at = tl.cast(head, tl.int64)
+        scores = dot_products(
+            kept + at * kept_head, kept_offset, kept_there, kept_token, kept_dim,
+            streamed + at * streamed_head, streamed_offset, streamed_there, streamed_token,
+            streamed_dim, D, D_REST, DIM, CHUNK, EVEN_KEPT, EVEN_STREAMED, WIDE, PRECISION,
+        )  # fmt: skip
+        scores *= scale
+        if bias is not None:
+            scores = add_bias(
+                scores, bias, kept_index, kept_there, streamed_index, streamed_there, KEYS_KEPT
+            )
+        if weights is not None:
+            weight = tl.load(weights + head)
+        else:
+            weight = 1.0 / heads
+        if WHOLE:
+            whole = softmax_of_tile(
+                scores, kept_there, streamed_there, KEYS_KEPT,
+                EVEN_KEPT if KEYS_KEPT else EVEN_STREAMED,
+            )  # fmt: skip
+            tile += weight * whole
+        else:
+            # A query without keys has lse -inf: +inf makes zeros of it.
+            known = lse + at * num_queries
+            if KEYS_KEPT:
+                of_query = tl.load(known + streamed_index, mask=streamed_there, other=0.0)
+                of_query = tl.where(of_query == float("-inf"), float("inf"), of_query)
+                tile += weight * tl.exp2(scores - (of_query * LOG2_E)[None, :])
+            else:
+                of_query = tl.load(known + kept_index, mask=kept_there, other=0.0)
+                of_query = tl.where(of_query == float("-inf"), float("inf"), of_query)
+                tile += weight * tl.exp2(scores - (of_query * LOG2_E)[:, None])
+    if EVEN_STREAMED:
+        return tile
+    else:
+        return tl.where(streamed_there[None, :], tile, 0.0)
+
+
+@triton.jit
+def normalized(
+    tile, mass, kept_index, kept_there, streamed_index, streamed_there, grid_width, lines,
+    LINES: tl.constexpr, KEYS_KEPT: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Note eq. 2.3: each element divided by the mass of its line; 0 where that has underflowed.
+
+    ``mass`` is [N, lines] of this map; LINES is "rows" or "columns" of the keys' grid.
+    """
+    if KEYS_KEPT:
+        query = streamed_index[None, :]
+        key = kept_index[:, None]
+    else:
+        query = kept_index[:, None]
+        key = streamed_index[None, :]
+    if WIDE:
+        query = query.to(tl.int64)
+    line = key // grid_width if LINES == "rows" else key % grid_width
+    there = kept_there[:, None] & streamed_there[None, :]
+    of_line = tl.load(mass + (query * lines + line), mask=there, other=0.0)
+    some = of_line >= TINY
+    return tl.where(some, tile / tl.where(some, of_line, 1.0), 0.0)
