@@ -1,6 +1,7 @@
 """The built-in model: the packaged folder, its vocabulary and data, and the training script."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -189,6 +190,8 @@ def test_training_resumes_to_the_bit_and_exports_a_pipeline(
 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(whole)
+    for bank in ("bank", "held-out-world", "held-out-photos"):  # drawing them takes a while
+        shutil.copytree(whole / "work" / bank, parts / "work" / bank)
     save = Loop.save
     for stage in ("vae", "unet"):  # killed in the middle of both, after a checkpoint
 
@@ -235,6 +238,14 @@ def test_training_can_start_from_an_exported_pipeline(tmp_path, photo_packages):
         first, model = (load_file(tmp_path / folder / file) for folder in ("first", "model"))
         assert first.keys() == model.keys()
         assert all(torch.equal(first[key], model[key]) for key in first)
+    assert (
+        "earlier training (vae, unet, text_encoder)" in (tmp_path / "model/README.md").read_text()
+    )
+
+
+def test_weights_of_other_sizes_are_refused_as_a_start(tmp_path):
+    with pytest.raises(ValueError, match=r"its unet does not fit .* --init-parts"):
+        train(tmp_path, "--init", str(builtin_folder()), "--init-parts", "unet")
 
 
 def test_the_check_asks_a_classifier_about_every_category(tmp_path):

@@ -43,12 +43,13 @@ dtype.
 | loss, mean of the last tenth | {vae_loss:.4f} (L1 {vae_l1:.4f}) | {unet_loss:.4f} |
 | held out | {psnr} | loss {held_out} |
 
-Seed {seed}; on {hardware}. AdamW, warm-up, then a constant learning rate with a cosine fall in the
-last part, bfloat16 autocast, exponential moving average of the weights. VAE loss: L1 + MSE + L1 of
-the differences between neighbours + 1e-5 KL. UNet loss: min-SNR weighting (gamma 5), 10 % of
-captions dropped. `python -m flashmaps.models.train` trains it anew, with options for each of these
-numbers; where a stage was ended by the clock, the learning rate followed the clock, and the result
-is alike but not the same to the bit.
+Seed {seed}; on {hardware}.{init}
+AdamW, warm-up, then a constant learning rate with a cosine fall in the last part, bfloat16
+autocast, exponential moving average of the weights. VAE loss: L1 + MSE + L1 of the differences
+between neighbours + 1e-5 KL. UNet loss: min-SNR weighting (gamma 5), 10 % of captions dropped.
+`python -m flashmaps.models.train` trains it anew, with options for each of these numbers; where a
+stage was ended by the clock, the learning rate followed the clock, and the result is alike but not
+the same to the bit.
 
 ## Data
 
@@ -101,6 +102,7 @@ def model_card(parts: Parts, work: Path, args: argparse.Namespace) -> str:
         held_out=f"{held_out[-1]:.4f}" if held_out else "not measured",
         seed=args.seed,
         hardware=" and ".join(dict.fromkeys(x["hardware"] for x in lines if x["stage"] == "run")),
+        init=_init(lines),
         bank=args.bank,
         world=1 - pictures.photo_share,
         photos=pictures.photo_share,
@@ -118,6 +120,11 @@ def _stage(lines: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
         if line["stage"] == name:
             merged.setdefault(line["step"], {}).update(line)
     return [merged[step] for step in sorted(merged)]
+
+
+def _init(lines: list[dict[str, Any]]) -> str:
+    names = dict.fromkeys(line["init"] for line in lines if "init" in line)
+    return f" Started from the weights of an earlier training ({', '.join(names)})." * bool(names)
 
 
 def _last(entries: list[dict[str, Any]]) -> dict[str, Any]:

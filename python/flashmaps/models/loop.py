@@ -77,12 +77,14 @@ class Loop:
         self.step, self.samples, self.elapsed = 0, 0, 0.0
         self._sums: dict[str, Tensor] = {}
         self._summed = 0
+        self._saved = -1
         self.accelerator.register_for_checkpointing(
             *modules.values(), self.optimizer, self.average, self
         )
         if args.resume and self.folder.is_dir():
             self.accelerator.load_state(str(self.folder))
             self.average.to(self.device)
+            self._saved = self.step
 
     def state_dict(self) -> dict[str, Any]:
         """What the loop itself has to remember, for `Accelerator.save_state`."""
@@ -174,6 +176,9 @@ class Loop:
 
     def save(self) -> None:
         """A checkpoint: modules, optimizer, average, step, whole or not at all."""
+        if self._saved == self.step:
+            return
+        self._saved = self.step
         with whole_folder(self.folder, "custom_checkpoint_0.pkl") as new:
             self.accelerator.save_state(str(new))
 

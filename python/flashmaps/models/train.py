@@ -29,6 +29,7 @@ from .sheet import CAPTIONS, write_sheet
 from .unet import train_unet
 from .vae import train_vae
 
+PARTS = ["vae", "unet", "text_encoder"]
 PRESETS: dict[str, dict[str, Any]] = {
     "cpu": {
         "bank": 24_576, "workers": 2, "compile": False, "warmup": 200,
@@ -80,7 +81,7 @@ def train(args: argparse.Namespace, deadline: float) -> None:
     sizes = TINY if tiny else Sizes()
     parts = build(sizes, args.seed, args.prediction)
     if args.init is not None:
-        _start_from(parts, args.init)
+        _start_from(parts, args.init, args.init_parts)
     bank = open_bank(
         args.work / "bank",
         Pictures(size=sizes.image, count=args.bank, seed=args.seed),
@@ -112,15 +113,22 @@ def train(args: argparse.Namespace, deadline: float) -> None:
         publish("last")
 
 
-def _start_from(parts: Parts, folder: Path) -> None:
+def _start_from(parts: Parts, folder: Path, names: list[str]) -> None:
     """Take the weights of an exported pipeline of the same sizes and vocabulary."""
     from diffusers import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(
         folder, torch_dtype=torch.float32, local_files_only=True
     )
-    for name in ("vae", "unet", "text_encoder"):
-        getattr(parts, name).load_state_dict(getattr(pipe, name).state_dict())
+    for name in names:
+        try:
+            getattr(parts, name).load_state_dict(getattr(pipe, name).state_dict())
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"--init {folder}: its {name} does not fit the one that is trained ({reason}); "
+                "name those that do with --init-parts"
+            ) from None
 
 
 def _log_run(args: argparse.Namespace) -> None:
@@ -128,6 +136,8 @@ def _log_run(args: argparse.Namespace) -> None:
     on_gpu = torch.cuda.is_available() and not args.cpu
     hardware = torch.cuda.get_device_name() if on_gpu else f"{args.threads} CPU threads"
     line = {"stage": "run", "hardware": hardware, "torch": torch.__version__, "seed": args.seed}
+    if args.init is not None:
+        line["init"] = ", ".join(args.init_parts)
     with open(args.work / "log.jsonl", "a") as log:
         log.write(json.dumps(line) + "\n")
 
@@ -148,6 +158,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--pause-after", type=float, default=math.inf, help="minutes; then end this call, resumable"
     )
     add("--init", type=Path, help="pipeline folder whose weights to start from")
+    add("--init-parts", nargs="+", choices=PARTS, default=PARTS, help="which of its weights")
     for stage in ("vae", "unet"):
         add(f"--{stage}-steps", type=int, help="the stage ends after so many")
         add(f"--{stage}-minutes", type=float, default=math.inf, help="or after so long")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -82,6 +83,7 @@ def write_vocabulary(folder: Path) -> None:
     (folder / "merges.txt").write_text("\n".join(lines) + "\n")
 
 
+@cache
 def _vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     alphabet, merges = byte_alphabet(), learn_merges(WORDS)
     tokens = [*alphabet, *(symbol + END_OF_WORD for symbol in alphabet)]
