@@ -320,12 +320,11 @@ def test_grids_are_square_unless_told_or_seen(unet):
     with fm.MapAttnProcessor.on(vae) as record:
         vae.encode(torch.zeros(1, 3, 32, 48))
     assert record[0].grid == (8, 12)  # a picture
-    with fm.MapAttnProcessor.on(unet, SELF) as record:
-        call(unet, size=(8, 8))
-    assert [entry.grid for entry in record][:3] == [(8, 8), (4, 4), (2, 2)]
-    with fm.MapAttnProcessor.on(unet, SELF) as record:
-        call(unet, size=(8, 6))
-    assert record[0].grid is None
+    for size, grids in (((8, 8), [(8, 8), (4, 4), (2, 2)]), ((8, 6), [None, None, (2, 2)])):
+        record = fm.Record()
+        unet.set_attn_processor(fm.MapAttnProcessor.for_layers(unet, SELF, record=record))
+        call(unet, size=size)
+        assert [entry.grid for entry in record][:3] == grids
     with fm.MapAttnProcessor.on(unet, "*", grid=(8, 6), reduce=("expectation", "pool")[1:]) as rec:
         call(unet, size=(8, 6))
     assert [entry.grid for entry in rec.select(kind="self")][:3] == [(8, 6), (4, 3), (2, 2)]
@@ -566,3 +565,17 @@ def test_compiling_it_without_a_graph_break_is_refused_with_the_reason():
     assert torch.equal(output, attn(random(2, 12, 16)))
     assert [entry.count for entry in record] == [2]
     torch._dynamo.reset()
+
+
+def test_on_a_model_the_grid_is_that_of_its_latents(unet):
+    """8 x 32 latents are 256 tokens, which is a square number too."""
+    latent, text = torch.randn(1, 4, 8, 32), torch.randn(1, 5, 32)
+    hooks = len(unet._forward_pre_hooks)
+    with fm.MapAttnProcessor.on(unet, "*.attn1", reduce="expectation") as record:
+        unet(latent, 3, text)
+    assert {entry.grid for entry in record} == {(8, 32), (4, 16), (2, 8)}
+    assert len(unet._forward_pre_hooks) == hooks
+    with fm.capture(unet, "*.attn1", reduce="expectation") as wanted:
+        unet(latent, 3, text)
+    for one, other in zip(record, wanted, strict=True):
+        torch.testing.assert_close(one.expectation, other.expectation, atol=1e-6, rtol=1e-6)

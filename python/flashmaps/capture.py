@@ -13,7 +13,6 @@ built.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import sys
 import threading
 import warnings
@@ -30,6 +29,7 @@ from flashmaps.grids import Grid
 from flashmaps.layouts import (
     KINDS,
     Forward,
+    called_with,
     guides_in_two_passes,
     image_tokens,
     layout,
@@ -237,7 +237,7 @@ class capture:
                     "before `fm.capture`. Pipelines with perturbed attention guidance do it to "
                     "their pag_applied_layers: choose other layers)"
                 )
-        given = _arguments(model, args, kwargs)
+        given = called_with(model, args, kwargs)
         # A step may have several passes, each with a name; one without a name begins a step.
         called = self._name(model, given)
         ours = called in (_AGAIN, _SKIPS)
@@ -376,16 +376,6 @@ def denoisers(pipe_or_model: Any) -> dict[str, nn.Module]:
             f"got {type(pipe_or_model).__name__}"
         )
     return found
-
-
-def _arguments(model: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
-    """What a model was called with, by name."""
-    parameters = inspect.signature(model.forward).parameters
-    names = list(parameters)
-    if any(each.kind is each.VAR_POSITIONAL for each in parameters.values()):
-        # Someone's `forward(*args, **kwargs)` before the model's own, as DeepCache has it.
-        names = list(inspect.signature(type(model).forward).parameters)[1:]
-    return dict(zip(names, args, strict=False)) | kwargs
 
 
 def _equal(one: Any, other: Any) -> bool:

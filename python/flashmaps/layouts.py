@@ -7,6 +7,7 @@ family of processors concatenates them, which is written down here and nowhere e
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -71,6 +72,16 @@ class Forward:
     tokens: int | None = None
     text: int | None = None
     guidance: str | None = None
+
+
+def called_with(model: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """What a model was called with, by name."""
+    parameters = inspect.signature(model.forward).parameters
+    names = list(parameters)
+    if any(each.kind is each.VAR_POSITIONAL for each in parameters.values()):
+        # Someone's `forward(*args, **kwargs)` before the model's own, as DeepCache has it.
+        names = list(inspect.signature(type(model).forward).parameters)[1:]
+    return dict(zip(names, args, strict=False)) | kwargs
 
 
 def image_tokens(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:

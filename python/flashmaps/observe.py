@@ -118,7 +118,7 @@ def attention_call(
 def key_mask(mask: Tensor | None, batch: int) -> tuple[Tensor | None, Tensor | None]:
     """A mask as [B, M], that of the first query and head, and whether the others are alike: [].
 
-    The answer stays on the device: reading it would make the model wait.
+    The answer stays on the device: reading it would make the model wait. None: there are no others.
     """
     if mask is None:
         return None, None
@@ -130,7 +130,7 @@ def key_mask(mask: Tensor | None, batch: int) -> tuple[Tensor | None, Tensor | N
         if mask.stride(dim) == 0:
             mask = mask.narrow(dim, 0, 1)
     first = mask[:, :1, :1]
-    alike = (mask == first).all()
+    alike = None if mask.shape == first.shape else (mask == first).all()
     return first[:, 0, 0].expand(batch, -1).clone(), alike
 
 

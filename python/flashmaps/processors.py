@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend
 
 from flashmaps.capture import denoisers, step_filter
 from flashmaps.grids import Grid, square_grid
-from flashmaps.layouts import Forward, layout
+from flashmaps.layouts import Forward, called_with, image_tokens, layout
 from flashmaps.observe import (
     attention_layers,
     choose_layers,
@@ -61,8 +61,9 @@ class MapAttnProcessor:
             :class:`flashmaps.recorder.Recorder`. By default each layer's entropy, averaged over
             calls. ``reduce=(), keep="qk"`` keeps Q and K, of which lazy maps are made later.
         grid: (height, width) of the model's finest tokens: of the latents, divided by the patch
-            size if there is one. None: square grids, where a number of tokens is a square number.
-            Layers that see a picture (4-D) have its grid in any case.
+            size if there is one. None: with `on`, what the model is called with; else square grids,
+            where a number of tokens is a square number. Layers that see a picture (4-D) have its
+            grid in any case.
         steps: which calls of each layer to record, from 0: an int, ints, or a function of the
             index; None: all. Each layer counts its own calls, one a step: see `reset`.
         layer: the name of its entries, for a processor of one layer.
@@ -158,8 +159,12 @@ class MapAttnProcessor:
         if options.get("record") is None:
             options["record"] = Record()
         where = type(next(iter(models.values()))).__name__
+        chosen = cls._for(available, layers, where, options)
         with contextlib.ExitStack() as undo:
-            for layer, made in cls._for(available, layers, where, options).values():
+            if options.get("grid") is None:
+                for model in models.values():
+                    undo.callback(_tell_grid(model, [made for _, made in chosen.values()]).remove)
+            for layer, made in chosen.values():
                 undo.callback(_put_back, layer, made, layer.processor)
                 layer.processor = made
             yield options["record"]
@@ -306,7 +311,7 @@ class MapAttnProcessor:
                 query=query,
                 key=key,
                 scale=query.shape[-1] ** -0.5,
-                grid=found.grid or square_grid(tokens),
+                grid=found.grid if at.grid else square_grid(tokens),
                 queries=found.queries,
                 keys=parts or found.keys,
                 lse=lse,
@@ -409,6 +414,17 @@ def _is_fused(layer: str, processor: Any, wanted: str) -> bool:
             "such as layers='*.attn1', or observe this one with `fm.capture`"
         )
     return _STOCK[name]
+
+
+def _tell_grid(model: nn.Module, processors: list[MapAttnProcessor]) -> Any:
+    """A hook on ``model`` that tells its processors the grid of what it is called with."""
+
+    def before(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        found = image_tokens(model, called_with(model, args, kwargs))
+        for each in processors:
+            each._grid = found.get("grid")
+
+    return model.register_forward_pre_hook(before, with_kwargs=True)
 
 
 def _put_back(layer: Any, ours: MapAttnProcessor, before: Any) -> None:
