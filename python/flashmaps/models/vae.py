@@ -49,13 +49,19 @@ def train_vae(
         return {"loss": loss, "l1": absolute, "mse": square, "kl": divergence}
 
     step_of = torch.compile(reconstruct, dynamic=False) if args.compile else reconstruct
-    shape = (loop.batch, vae.config.latent_channels, *_latent_grid(vae, images))
+    side = min(args.vae_crop, images.shape[1])
+    cells = side // 2 ** (len(vae.config.block_out_channels) - 1)
+    shape = (loop.batch, vae.config.latent_channels, cells, cells)
 
     def loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        generator = loop.generator()
-        chosen = torch.randint(len(images), shape[:1], generator=generator, device=loop.device)
-        noise = torch.randn(shape, generator=generator, device=loop.device)
-        found = step_of(as_input(images[chosen]), noise)
+        generator, where = loop.generator(), {"device": loop.device}
+        chosen = torch.randint(len(images), shape[:1], generator=generator, **where)
+        noise = torch.randn(shape, generator=generator, **where)
+        # Many small crops scatter less than a few whole pictures of as many pixels.
+        corner = torch.randint(images.shape[1] - side + 1, (2,), generator=generator, **where)
+        top, left = corner.tolist() if side < images.shape[1] else (0, 0)
+        pixels = images[chosen, top : top + side, left : left + side]
+        found = step_of(as_input(pixels), noise)
         return found["loss"], {k: v.detach() for k, v in found.items() if k != "loss"}
 
     def quality() -> dict[str, float]:
@@ -74,11 +80,6 @@ def train_vae(
 
 def _frozen(folder: Path) -> AutoencoderKL:
     return AutoencoderKL.from_pretrained(folder).eval().requires_grad_(False)
-
-
-def _latent_grid(vae: AutoencoderKL, images: Tensor) -> tuple[int, int]:
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    return images.shape[1] // factor, images.shape[2] // factor
 
 
 @torch.no_grad()
