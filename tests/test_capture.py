@@ -12,17 +12,10 @@ import torch
 from flashmaps.capture import capture, find_layers
 from tiny_pipeline import tiny_pipeline, tiny_unet
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DOWN = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 SELF, CROSS = "*.attn1", "*.attn2"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These models are so small that a second thread only makes them wait."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

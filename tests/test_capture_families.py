@@ -22,17 +22,10 @@ from tiny_adapters import (
 )
 from tiny_models import FAMILIES, FAMILY, run_wan_image_to_video, tiny_wan_image_to_video
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 GUIDED = pytest.mark.parametrize("guidance", [True, False], ids=["guided", "plain"])
 EVERY = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These models are so small that a second thread only makes them wait."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

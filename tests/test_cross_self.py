@@ -12,18 +12,11 @@ from tiny_adapters import add_ip_adapter, add_lora, image_prompts
 from tiny_models import FAMILY
 from tiny_pipeline import tiny_unet
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SELF = "*.attn1"
 DOWN = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 PAIR = ("a cat", "a dog")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These models are so small that a second thread only makes them wait."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -14,17 +14,10 @@ from flashmaps.latents import encode, invert, noised, plan_inversion
 from tiny_models import FAMILY
 from tiny_pipeline import tiny_pipeline
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 LATENT = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These models are so small that a second thread only makes them wait."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def scheduled(name="DDIMScheduler", **config):

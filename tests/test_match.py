@@ -15,17 +15,10 @@ from flashmaps.pipelines import Features, features
 from safetensors.torch import load_file
 from tiny_pipeline import tiny_pipeline
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PHOTO = np.random.default_rng(0).random((60, 90, 3), dtype=np.float32)
 LAYERS = "up_blocks.1.*.attn1"  # 8 x 8 tokens at 64 pixels
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These models are so small that a second thread only makes them wait."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -17,20 +17,13 @@ from tiny_models import FAMILY
 from tiny_pipeline import tiny_pipeline, tiny_unet
 from torch import nn
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PHOTO = np.random.default_rng(0).random((60, 90, 3), dtype=np.float32)
 OTHER = np.random.default_rng(1).random((60, 90, 3), dtype=np.float32)
 TALL = np.random.default_rng(2).random((90, 60, 3), dtype=np.float32)
 LAYERS = "up_blocks.1.*.attn1"  # 8 x 8 tokens at 64 pixels
 FAMILIES = ["sd15", "sd2", "sd21", "sdxl"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These models are so small that a second thread only makes them wait."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -23,19 +23,12 @@ from tiny_models import FAMILY
 from tiny_pipeline import tiny_unet, tiny_vae
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SELF, CROSS = "*.attn1", "*.attn2"
 # The same numbers in float32, up to log 64, from another log-sum-exp: a few roundings apart.
 ROUNDINGS = {"atol": 4e-6, "rtol": 4e-6}
 DOWN = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These models are so small that a second thread only makes them wait."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

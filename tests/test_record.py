@@ -15,16 +15,9 @@ import torch
 from flashmaps.capture import capture
 from tiny_models import FAMILY
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 STATISTICS = ("entropy", "max", "argmax", "column_sum", "density", "pool")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These models are so small that a second thread only makes them wait."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

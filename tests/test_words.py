@@ -15,17 +15,11 @@ from flashmaps.record import Entry, Record
 from tiny_models import FAMILY, tiny_t5_tokenizer
 from tiny_pipeline import tiny_tokenizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROMPT = "a Red car, a cat"
 JOINT = ("sd3", "flux", "qwen")
 SPELLING_OUT = ("sd15", "sd2", "sdxl", "sd3", "flux", "pixart", "wan")  # those with a tokenizer
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
