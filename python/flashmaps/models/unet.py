@@ -31,7 +31,10 @@ def train_unet(
     """Fit UNet and text encoder; returns the loop, which has their averages.
 
     The loss is min-SNR weighted (gamma 5), which makes it a weighted error of the clean latents,
-    min(SNR, 5) |z - z'|^2, whatever is predicted: noise and velocity can be compared by it.
+    min(SNR, 5) |z - z'|^2, whatever is predicted: noise and velocity can be compared by it. A
+    half-width UNet on 64-pixel scenes, 600 steps of each, held out: noise 0.0709, velocity 0.0718;
+    in the noisiest quarter, where a picture takes shape, 0.0179 and 0.0128. So velocity is the
+    default.
     ``publish`` is called now and then, with the averages in the modules and the step as a name.
     """
     modules = {"unet": parts.unet, "text_encoder": parts.text_encoder}
