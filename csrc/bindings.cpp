@@ -1,4 +1,4 @@
-// flashmaps._C: structs that Python fills with pointers and sizes, and one function.
+// flashmaps._C: structs that Python fills with pointers and sizes, and one function on them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,6 +8,8 @@
 #include "cpu/map.h"
 
 namespace py = pybind11;
+using flashmaps::Cost;
+using flashmaps::Limits;
 using flashmaps::Operands;
 using flashmaps::Outputs;
 using flashmaps::Problem;
@@ -49,8 +51,8 @@ Outputs outputs_from(const py::dict& pointers) {
   return out;
 }
 
-std::int64_t reduce(const Problem& problem, const Operands& operands, const py::dict& pointers,
-                    int threads, const std::string& instruction_set) {
+Cost reduce(const Problem& problem, const Operands& operands, const py::dict& pointers, int threads,
+            std::int64_t memory_budget, bool only_plan, const std::string& instruction_set) {
   const Outputs outputs = outputs_from(pointers);
   const flashmaps::Reduce run = flashmaps::find_reduce(instruction_set);
   if (run == nullptr) {
@@ -58,7 +60,7 @@ std::int64_t reduce(const Problem& problem, const Operands& operands, const py::
                                 " can run on this machine");
   }
   const py::gil_scoped_release release;
-  return run(problem, operands, outputs, threads);
+  return run(problem, operands, outputs, Limits{threads, memory_budget, only_plan});
 }
 
 }  // namespace
@@ -77,6 +79,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readwrite("weights", &Problem::weights)
       .def_readwrite("pairs", &Problem::pairs)
       .def_readwrite("lse", &Problem::lse)
+      .def_readwrite("lse_strides", &Problem::lse_strides)
       .def_readwrite("query_batch", &Problem::query_batch)
       .def_readwrite("key_batch", &Problem::key_batch)
       .def_readwrite("maps", &Problem::maps)
@@ -101,9 +104,15 @@ PYBIND11_MODULE(_C, m) {
       .def_readwrite("partner", &Operands::partner)
       .def_readwrite("partner_line_mass", &Operands::partner_line_mass);
 
+  py::class_<Cost>(m, "Cost")
+      .def_readonly("workspace", &Cost::workspace)
+      .def_readonly("threads", &Cost::threads)
+      .def_readonly("passes", &Cost::passes);
+
   m.def("reduce", &reduce, py::arg("problem"), py::arg("operands"), py::arg("outputs"),
-        py::arg("threads"), py::arg("instruction_set") = "",
-        "Fill the outputs; returns the bytes of workspace it took.");
+        py::arg("threads"), py::arg("memory_budget") = 0, py::arg("only_plan") = false,
+        py::arg("instruction_set") = "",
+        "Fill the outputs, or only plan it; returns what that takes.");
   m.def("instruction_sets", &flashmaps::instruction_sets,
         "The builds that this machine can run, best first.");
 }

@@ -2,9 +2,9 @@
 
 namespace flashmaps {
 
-#define FLASHMAPS_DECLARE(isa)                                                       \
-  namespace isa {                                                                    \
-  std::int64_t reduce(const Problem&, const Operands&, const Outputs&, int threads); \
+#define FLASHMAPS_DECLARE(isa)                                                 \
+  namespace isa {                                                              \
+  Cost reduce(const Problem&, const Operands&, const Outputs&, const Limits&); \
   }
 #ifdef FLASHMAPS_HAVE_AVX512
 FLASHMAPS_DECLARE(avx512)

@@ -20,7 +20,8 @@ struct Problem {
   std::uintptr_t bias = 0;                      // T [B', M], or 0
   std::uintptr_t weights = 0;                   // T [H], or 0 for 1 / H
   std::uintptr_t pairs = 0;                     // int64 [P, 2], or 0 for (i, i)
-  std::uintptr_t lse = 0;                       // T [P, H, N], or 0
+  std::uintptr_t lse = 0;                       // T [P, H, N], natural log, or 0
+  std::array<std::int64_t, 3> lse_strides{};    //
   std::int64_t query_batch = 0, key_batch = 0, maps = 0, heads = 0, queries = 0, keys = 0, dim = 0;
   double scale = 1.0;
   int normalize = 0;
@@ -47,7 +48,22 @@ struct Outputs {
                  column_argmax = 0, transposed_product = 0;
 };
 
-// Computes every output asked for. Returns the bytes of memory it took beyond inputs and outputs.
-using Reduce = std::int64_t (*)(const Problem&, const Operands&, const Outputs&, int threads);
+// How much a call may take, and whether it is only to say what it would take: then the pointers
+// above only tell what there is, and nothing is read or written.
+struct Limits {
+  int threads = 1;
+  std::int64_t memory_budget = 0;  // bytes beyond inputs and outputs; 0 for no limit
+  bool only_plan = false;
+};
+
+struct Cost {
+  std::int64_t workspace = 0;  // bytes beyond inputs and outputs
+  std::int64_t threads = 0;
+  std::int64_t passes = 0;  // how often the scores of the whole map are computed
+};
+
+// Computes every output asked for. Where the smallest workspace there is exceeds the budget, that
+// is what it takes: to refuse is the caller's part.
+using Reduce = Cost (*)(const Problem&, const Operands&, const Outputs&, const Limits&);
 
 }  // namespace flashmaps

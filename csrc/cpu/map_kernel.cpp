@@ -28,8 +28,10 @@ namespace {
 // pass through the third-level cache still took two thirds of the time of two passes inside it.
 constexpr std::int64_t kStripBytes = std::int64_t(16) << 20;
 
-// Keys of a block where the log-sum-exp is known. A multiple of kBlock and of kKeyChunk.
+// Keys of a block where the log-sum-exp is known: as a rule, and when memory is short. Multiples of
+// kBlock and of kKeyChunk, so that sums over a row are split in the same places.
 constexpr std::int64_t kKnownKeys = 768;
+constexpr std::int64_t kFewKnownKeys = 192;
 
 // Strips whose columns wait to be reduced: as many as fit, at least one for each thread.
 constexpr std::int64_t kWindowBytes = std::int64_t(32) << 20;
@@ -73,24 +75,18 @@ struct Map {
   Tokens<T> query, key;
   T scale;
   Buffer<T> bias;  // [B', M], log2 units
-  Buffer<T> lse;   // [P, H, N], log2 units, where given
 
   Map(const Problem& p, Workspace& workspace)
       : problem(p),
         query{pointer<const void>(p.query), p.query_strides, DType(p.dtype), p.dim},
         key{pointer<const void>(p.key), p.key_strides, DType(p.dtype), p.dim},
         scale(T(p.scale * kLog2e)) {
-    if (p.bias != 0) {
-      bias = scaled(pointer<const T>(p.bias), p.key_batch * p.keys, workspace);
-    }
-    if (p.lse != 0) {
-      lse = scaled(pointer<const T>(p.lse), p.maps * p.heads * p.queries, workspace);
-    }
-  }
-  static Buffer<T> scaled(const T* from, std::int64_t count, Workspace& workspace) {
-    Buffer<T> to(workspace, count);
-    for (std::int64_t n = 0; n < count; ++n) to[n] = T(from[n] * kLog2e);
-    return to;
+    if (p.bias == 0) return;
+    const std::int64_t count = p.key_batch * p.keys;
+    bias = Buffer<T>(workspace, count);
+    if (workspace.planning) return;
+    const T* nats = pointer<const T>(p.bias);
+    for (std::int64_t n = 0; n < count; ++n) bias[n] = T(nats[n] * kLog2e);
   }
   // Pairs that Python could not check (under torch.compile) are held inside the batch.
   static std::int64_t clamp(std::int64_t b, std::int64_t size) {
@@ -111,8 +107,11 @@ struct Map {
   const T* key_bias(std::int64_t map) const {
     return problem.bias == 0 ? nullptr : bias + key_index(map) * problem.keys;
   }
-  const T* lse_of(std::int64_t map, std::int64_t h) const {
-    return lse + (map * problem.heads + h) * problem.queries;
+  // The given log-sum-exp of a query, in log2 units.
+  T lse(std::int64_t map, std::int64_t h, std::int64_t i) const {
+    const auto& stride = problem.lse_strides;
+    const auto* nats = pointer<const T>(problem.lse);
+    return T(nats[map * stride[0] + h * stride[1] + i * stride[2]] * kLog2e);
   }
 };
 
@@ -131,6 +130,16 @@ struct Lines {
   }
 };
 
+// How a call is done: what it takes, and how fast it is. Only `known` changes any bit of the
+// result.
+struct Choice {
+  std::int64_t threads;
+  bool known;               // from the log-sum-exp, block by block, instead of whole strips
+  std::int64_t window;      // strips whose columns wait to be reduced, unless known
+  std::int64_t known_keys;  // keys of a block, if known
+  std::int64_t group;       // maps whose log-sum-exp is computed and held at once, if it has to be
+};
+
 // One call: what is wanted, and how it will be done.
 template <class T>
 struct Plan {
@@ -138,43 +147,54 @@ struct Plan {
   const Problem& problem;
   const Operands& operands;
   const Outputs& out;
+  const Choice choice;
   Map<T> map;
   std::unique_ptr<Map<T>> back;
   Lines lines, back_lines;
-  bool normalized, known;  // known: from the log-sum-exp, block by block
-  std::int64_t strips_per_map, strips;
+  const bool normalized, known;
+  std::int64_t strips_per_map;
   Buffer<T> centre_x, centre_y;
-  Buffer<T> computed_lse;  // log2 units, where this call had to compute it
+  Buffer<T> computed_lse;      // [group, H, N], log2 units, where this call has to compute it
+  std::int64_t first_map = 0;  // of the group at hand
 
-  Plan(const Problem& p, const Operands& o, const Outputs& outputs)
-      : problem(p),
+  Plan(const Problem& p, const Operands& o, const Outputs& outputs, const Choice& how, bool only)
+      : workspace{0, only},
+        problem(p),
         operands(o),
         out(outputs),
+        choice(how),
         map(p, workspace),
         back(outputs.return_probability != 0 ? std::make_unique<Map<T>>(o.partner, workspace)
                                              : nullptr),
         lines(p),
-        back_lines(o.partner) {
-    normalized = Normalize(p.normalize) != Normalize::Block;
-    const std::int64_t bytes = strip_elements() * std::int64_t(sizeof(T));
-    known = !normalized && (p.lse != 0 || bytes > kStripBytes);
-    strips_per_map = (p.queries + kRows<T> - 1) / kRows<T>;
-    strips = strips_per_map * p.maps;
+        back_lines(o.partner),
+        normalized(Normalize(p.normalize) != Normalize::Block),
+        known(how.known),
+        strips_per_map(strips_of(p.queries)) {
     if (out.expectation != 0) {
       centre_x = Buffer<T>(workspace, p.keys);
       centre_y = Buffer<T>(workspace, p.keys);
-      for (std::int64_t j = 0; j < p.keys; ++j) {
+      for (std::int64_t j = 0; j < p.keys && !only; ++j) {
         centre_x[j] = (T(j % p.grid_width) + T(0.5)) / T(p.grid_width);
         centre_y[j] = (T(j / p.grid_width) + T(0.5)) / T(p.grid_height);
       }
     }
+    if (compute_lse() && wants_map()) {
+      computed_lse = Buffer<T>(workspace, how.group * p.heads * p.queries);
+    }
   }
-  // Elements of the mean map's strip and, where there are several heads, of one head's.
-  std::int64_t strip_elements() const {
-    return problem.keys * kRows<T> * (problem.heads > 1 ? 2 : 1);
+  static std::int64_t strips_of(std::int64_t queries) {
+    return (queries + kRows<T> - 1) / kRows<T>;
   }
   std::int64_t strip_keys() const {
-    return known ? std::min(problem.keys, kKnownKeys) : problem.keys;
+    return known ? std::min(problem.keys, choice.known_keys) : problem.keys;
+  }
+  // Keys whose columns a thread reduces at once, if known: so few that every thread has several
+  // blocks, in whole tiles.
+  std::int64_t column_keys() const {
+    const std::int64_t share = problem.maps * problem.keys / (4 * choice.threads);
+    return std::min(problem.keys, std::clamp<std::int64_t>(share / kTileKeys * kTileKeys, kTileKeys,
+                                                           choice.known_keys));
   }
   Strip strip(std::int64_t n) const {
     const std::int64_t i0 = n % strips_per_map * kRows<T>;
@@ -184,6 +204,19 @@ struct Plan {
     return out.entropy || out.max || out.argmax || out.expectation || out.diagonal ||
            out.return_probability || out.product || out.dense || out.topk_values ||
            out.topk_indices || out.pooled_keys;
+  }
+  bool wants_columns() const {
+    return out.column_sum || out.column_entropy || out.column_max || out.column_argmax ||
+           out.transposed_product;
+  }
+  bool wants_map() const { return wants_rows() || wants_columns(); }
+  bool in_windows() const { return wants_columns() && !known; }
+  bool compute_lse() const { return known && problem.lse == 0; }
+  // A pass for the log-sum-exp alone. Strips find it on their way.
+  bool lse_pass() const { return compute_lse() || (out.lse != 0 && (known || !wants_map())); }
+  std::int64_t passes() const {
+    if (!known) return 1;
+    return std::int64_t(lse_pass()) + std::int64_t(wants_rows()) + std::int64_t(wants_columns());
   }
   Columns<T> columns() const {
     Columns<T> c;
@@ -205,13 +238,14 @@ class Worker {
   static constexpr int R = kRows<T>, L = kLanes<T>;
 
  public:
-  Worker(Plan<T>& plan, bool own_mean) : plan_(plan) {
+  explicit Worker(Plan<T>& plan) : plan_(plan) {
     const Problem& p = plan.problem;
     Workspace& w = plan.workspace;
     query_ = Buffer<T>(w, p.heads * p.dim * R);
     convert_ = Buffer<T>(w, kKeyChunk * std::max(p.dim, plan.operands.partner.dim));
-    if (own_mean) mean_ = Buffer<T>(w, plan.strip_keys() * R);
-    if (p.heads > 1 && !plan.known) head_ = Buffer<T>(w, plan.strip_keys() * R);
+    const std::int64_t strip = plan.wants_map() ? plan.strip_keys() * R : 0;
+    if (!plan.in_windows()) mean_ = Buffer<T>(w, strip);
+    if (p.heads > 1 && !plan.known) head_ = Buffer<T>(w, strip);
     if (plan.normalized) line_mass_ = Buffer<T>(w, plan.lines.count * R);
     const Outputs& out = plan.out;
     if (out.return_probability != 0) {
@@ -261,8 +295,9 @@ class Worker {
     if (plan_.wants_rows()) rows_.begin();
     if (plan_.out.return_probability != 0) load_back(s);
     if (plan_.known) {
-      for (std::int64_t j0 = 0; j0 < keys; j0 += kKnownKeys) {
-        const std::int64_t j1 = std::min(j0 + kKnownKeys, keys);
+      const std::int64_t step = plan_.choice.known_keys;
+      for (std::int64_t j0 = 0; j0 < keys; j0 += step) {
+        const std::int64_t j1 = std::min(j0 + step, keys);
         known_heads(s, j0, j1, mean);
         finish(s, j0, j1, mean);
       }
@@ -277,15 +312,15 @@ class Worker {
     if (plan_.wants_rows()) rows_.write(s);
   }
 
-  // Only the log-sum-exp of every head, in log2 units at `lse2` or in nats in the output.
-  void only_lse(const Strip& s, T* lse2) {
+  // Only the log-sum-exp of every head: to the plan's, to the output, or to both.
+  void only_lse(const Strip& s) {
     load_strip(s);
     const Problem& p = plan_.problem;
     for (std::int64_t h = 0; h < p.heads; ++h) {
       SoftmaxLanes<T> lanes;
       lanes.begin();
       score<Mode::Lse>(s, h, 0, p.keys, lanes, Target<T>{});
-      write_lse(s, h, lanes, lse2);
+      write_lse(s, h, lanes);
     }
   }
 
@@ -346,7 +381,7 @@ class Worker {
         to.coefficient[v] = plan_.map.weight(h) * valid_[v] / some;
         last_[v] = to.coefficient[v];
       }
-      if (plan_.out.lse != 0) write_lse(s, h, lanes, nullptr);
+      if (plan_.out.lse != 0) write_lse(s, h, lanes);
     }
   }
   void combine_last(std::int64_t from, std::int64_t to, T* mean) const {
@@ -370,12 +405,14 @@ class Worker {
   void known_heads(const Strip& s, std::int64_t j0, std::int64_t j1, T* mean) {
     const Problem& p = plan_.problem;
     for (std::int64_t h = 0; h < p.heads; ++h) {
-      const T* lse = p.lse != 0 ? plan_.map.lse_of(s.map, h)
-                                : plan_.computed_lse + (s.map * p.heads + h) * p.queries;
       SoftmaxLanes<T> lanes;
       for (int r = 0; r < R; ++r) {
+        T x = std::numeric_limits<T>::infinity();
+        if (r < s.valid) {
+          x = p.lse != 0 ? plan_.map.lse(s.map, h, s.i0 + r)
+                         : plan_.computed_lse[computed(s, h) + r];
+        }
         // A row without a visible key has LSE -inf: any shift gives zeros.
-        const T x = r < s.valid ? lse[s.i0 + r] : std::numeric_limits<T>::infinity();
         lanes.shift[r / L][r % L] = x == -std::numeric_limits<T>::infinity() ? T(0) : x;
       }
       const Target<T> to = known_target(mean, plan_.map.weight(h));
@@ -421,15 +458,22 @@ class Worker {
     }
   }
 
-  void write_lse(const Strip& s, std::int64_t h, const SoftmaxLanes<T>& lanes, T* lse2) {
+  // Where the plan's log-sum-exp of head h of this strip is.
+  std::int64_t computed(const Strip& s, std::int64_t h) const {
     const Problem& p = plan_.problem;
-    const std::int64_t to = (s.map * p.heads + h) * p.queries + s.i0;
+    return ((s.map - plan_.first_map) * p.heads + h) * p.queries + s.i0;
+  }
+  void write_lse(const Strip& s, std::int64_t h, const SoftmaxLanes<T>& lanes) {
+    const Problem& p = plan_.problem;
+    T* log2 = plan_.computed_lse;
     T* nats = pointer<T>(plan_.out.lse);
     for (std::int64_t r = 0; r < s.valid; ++r) {
       const double sum = double(lanes.total[r / L][r % L]);
-      const double log2 = std::log2(sum) + double(lanes.shift[r / L][r % L]);
-      if (lse2 != nullptr) lse2[to + r] = T(log2);
-      if (nats != nullptr) nats[to + r] = T(log2 * kLn2);
+      const double value = std::log2(sum) + double(lanes.shift[r / L][r % L]);
+      if (log2 != nullptr) log2[computed(s, h) + r] = T(value);
+      if (nats != nullptr) {
+        nats[(s.map * p.heads + h) * p.queries + s.i0 + r] = T(value * kLn2);
+      }
     }
   }
 
@@ -455,12 +499,12 @@ class Worker {
     const Map<T>& back = *plan_.back;
     const std::int64_t count = j1 - j0;
     for (std::int64_t h = 0; h < b.heads; ++h) {
-      const T* lse = back.lse_of(s.map, h) + j0;
       T negative[kBackKeys];
       for (std::int64_t j = 0; j < count; ++j) {
         // A row of the map back without a visible key goes nowhere: probability 0, not infinity.
         constexpr T kHidden = -std::numeric_limits<T>::infinity();
-        negative[j] = lse[j] == kHidden ? kHidden : -lse[j];
+        const T lse = back.lse(s.map, h, j0 + j);
+        negative[j] = lse == kHidden ? kHidden : -lse;
       }
       SoftmaxLanes<T> lanes;
       for (int v = 0; v < kWidth; ++v) lanes.shift[v] = back_shift_[v];
@@ -499,15 +543,126 @@ class Worker {
   Buffer<T> back_;                      // [kBackKeys][R]
 };
 
-// Row reductions: strips are independent.
+// A call with everything that it holds.
 template <class T>
-void run_rows(Plan<T>& plan, std::vector<std::unique_ptr<Worker<T>>>& workers) {
-#pragma omp parallel num_threads(int(workers.size()))
+struct Call {
+  Plan<T> plan;
+  std::vector<std::unique_ptr<Worker<T>>> workers;
+  Columns<T> columns;
+  Buffer<T> means;  // [window][M][R]
+  Buffer<T> left;   // [window, or a thread][R][packed columns]
+
+  Call(const Problem& problem, const Operands& operands, const Outputs& outputs,
+       const Choice& choice, bool only)
+      : plan(problem, operands, outputs, choice, only), columns(plan.columns()) {
+    Workspace& workspace = plan.workspace;
+    const std::int64_t before = workspace.bytes;
+    const std::int64_t threads = choice.threads;
+    workers.push_back(std::make_unique<Worker<T>>(plan));
+    if (only) {
+      workspace.bytes += (threads - 1) * (workspace.bytes - before);
+    } else {
+      while (std::int64_t(workers.size()) < threads) {
+        workers.push_back(std::make_unique<Worker<T>>(plan));
+      }
+    }
+    if (!plan.wants_columns()) return;
+    const std::int64_t packed =
+        outputs.transposed_product == 0 ? 0 : kRows<T> * columns.packed_columns();
+    left = Buffer<T>(workspace, (plan.known ? threads : choice.window) * packed);
+    if (plan.known) {
+      columns.hold(workspace, threads, plan.column_keys());
+    } else {
+      means = Buffer<T>(workspace, choice.window * problem.keys * kRows<T>);
+      columns.hold(workspace, 1, problem.keys);  // strips come in order: a key is in one map only
+    }
+  }
+  Worker<T>& mine() { return *workers[std::size_t(thread_index())]; }
+  Cost cost() const { return {plan.workspace.bytes, plan.choice.threads, plan.passes()}; }
+};
+
+// How it is done where memory is not short.
+template <class T>
+Choice usual(const Problem& p, int threads) {
+#ifndef _OPENMP
+  threads = 1;
+#endif
+  const std::int64_t strips = p.maps * Plan<T>::strips_of(p.queries);
+  const std::int64_t most = std::max<std::int64_t>(1, std::min<std::int64_t>(threads, strips));
+  // The mean map's strip and, where there are several heads, one head's.
+  const std::int64_t strip = p.keys * kRows<T> * std::int64_t(sizeof(T));
+  const bool known = Normalize(p.normalize) == Normalize::Block &&
+                     (p.lse != 0 || strip * (p.heads > 1 ? 2 : 1) > kStripBytes);
+  // Two strips a thread even out their work, while they stay small.
+  const std::int64_t window = std::clamp(kWindowBytes / strip, most, 2 * most);
+  return {most, known, std::min(strips, window), kKnownKeys, p.maps};
+}
+
+// The first way that fits the budget, fastest first among those that give the same bits; else the
+// one that takes least.
+template <class T>
+Choice choose(const Problem& problem, const Operands& operands, const Outputs& outputs,
+              const Limits& limits) {
+  const Choice first = usual<T>(problem, limits.threads);
+  if (limits.memory_budget <= 0) return first;
+  std::vector<Choice> ways;
+  const auto blocks_of_every_size = [&](std::int64_t threads) {
+    ways.push_back({threads, true, 0, kKnownKeys, problem.maps});
+    ways.push_back({threads, true, 0, kKnownKeys, 1});
+    ways.push_back({threads, true, 0, kFewKnownKeys, 1});
+  };
+  for (std::int64_t threads = first.threads; threads > 0; --threads) {
+    if (first.known) {
+      blocks_of_every_size(threads);
+    } else {
+      for (std::int64_t window : {std::min(first.window, 2 * threads), threads}) {
+        ways.push_back({threads, false, window, 0, problem.maps});
+      }
+    }
+  }
+  if (!first.known && Normalize(problem.normalize) == Normalize::Block) {
+    for (std::int64_t threads = first.threads; threads > 0; --threads) {
+      blocks_of_every_size(threads);
+    }
+  }
+  Choice least = first;
+  std::int64_t fewest = std::numeric_limits<std::int64_t>::max();
+  for (const Choice& way : ways) {
+    const std::int64_t bytes = Call<T>(problem, operands, outputs, way, true).cost().workspace;
+    if (bytes <= limits.memory_budget) return way;
+    if (bytes < fewest) {
+      fewest = bytes;
+      least = way;
+    }
+  }
+  return least;
+}
+
+// Strips of consecutive maps, in the order of the map.
+struct Range {
+  std::int64_t first, last;
+};
+
+template <class T>
+void run_lse(Call<T>& call, Range strips) {
+#pragma omp parallel num_threads(int(call.workers.size()))
   {
     const ThreadState state;
-    Worker<T>& worker = *workers[std::size_t(thread_index())];
+    Worker<T>& worker = call.mine();
 #pragma omp for schedule(dynamic, 1)
-    for (std::int64_t n = 0; n < plan.strips; ++n) worker.rows(plan.strip(n));
+    for (std::int64_t n = strips.first; n < strips.last; ++n) worker.only_lse(call.plan.strip(n));
+  }
+}
+
+// Row reductions: strips are independent.
+template <class T>
+void run_rows(Call<T>& call, Range strips) {
+#pragma omp parallel num_threads(int(call.workers.size()))
+  {
+    const ThreadState state;
+    Worker<T>& worker = call.mine();
+#pragma omp for schedule(dynamic, 1)
+    for (std::int64_t n = strips.first; n < strips.last; ++n) worker.rows(call.plan.strip(n));
   }
 }
 
@@ -515,33 +670,28 @@ void run_rows(Plan<T>& plan, std::vector<std::unique_ptr<Worker<T>>>& workers) {
 // takes them up in order. How many strips make a window does not change the order, so neither the
 // bits.
 template <class T>
-void run_windows(Plan<T>& plan, std::vector<std::unique_ptr<Worker<T>>>& workers) {
+void run_windows(Call<T>& call, Range strips) {
   constexpr int R = kRows<T>;
+  const Plan<T>& plan = call.plan;
   const std::int64_t keys = plan.problem.keys;
-  // Two strips a thread even out their work, while they stay small.
-  const std::int64_t threads = std::int64_t(workers.size());
-  const std::int64_t fit = kWindowBytes / (keys * R * std::int64_t(sizeof(T)));
-  const std::int64_t window = std::min(plan.strips, std::clamp(fit, threads, 2 * threads));
-  Columns<T> columns = plan.columns();
+  const std::int64_t window = plan.choice.window;
+  Columns<T>& columns = call.columns;
   const std::int64_t packed = columns.product_out == nullptr ? 0 : R * columns.packed_columns();
-  Buffer<T> means(plan.workspace, window * keys * R);
-  Buffer<T> left(plan.workspace, window * packed);
-  columns.hold(plan.workspace, 1);  // strips come in order: a key is in one map at a time
   // One piece of work is the columns of kBlock keys, or fewer where there are few.
   const std::int64_t step =
-      std::clamp<std::int64_t>(keys / (2 * std::int64_t(workers.size())), 1, kBlock);
+      std::clamp<std::int64_t>(keys / (2 * std::int64_t(call.workers.size())), 1, kBlock);
   const std::int64_t pieces = (keys + step - 1) / step;
-#pragma omp parallel num_threads(int(workers.size()))
+#pragma omp parallel num_threads(int(call.workers.size()))
   {
     const ThreadState state;
-    Worker<T>& worker = *workers[std::size_t(thread_index())];
-    for (std::int64_t first = 0; first < plan.strips; first += window) {
-      const std::int64_t last = std::min(first + window, plan.strips);
+    Worker<T>& worker = call.mine();
+    for (std::int64_t first = strips.first; first < strips.last; first += window) {
+      const std::int64_t last = std::min(first + window, strips.last);
 #pragma omp for schedule(dynamic, 1)
       for (std::int64_t n = first; n < last; ++n) {
         const Strip s = plan.strip(n);
-        worker.rows(s, means + (n - first) * keys * R);
-        columns.pack_left(s, plan.problem.queries, left + (n - first) * packed);
+        worker.rows(s, call.means + (n - first) * keys * R);
+        columns.pack_left(s, plan.problem.queries, call.left + (n - first) * packed);
       }
 #pragma omp for schedule(static)
       for (std::int64_t piece = 0; piece < pieces; ++piece) {
@@ -549,8 +699,8 @@ void run_windows(Plan<T>& plan, std::vector<std::unique_ptr<Worker<T>>>& workers
         for (std::int64_t n = first; n < last; ++n) {
           const Strip s = plan.strip(n);
           if (s.i0 == 0) columns.begin(0, s.map, j0, j1);
-          columns.update(0, s, means + ((n - first) * keys + j0) * R, left + (n - first) * packed,
-                         j0, j1);
+          columns.update(0, s, call.means + ((n - first) * keys + j0) * R,
+                         call.left + (n - first) * packed, j0, j1);
           if (s.i0 + s.valid == plan.problem.queries) columns.write(0, s.map, j0, j1);
         }
       }
@@ -560,33 +710,29 @@ void run_windows(Plan<T>& plan, std::vector<std::unique_ptr<Worker<T>>>& workers
 
 // Columns from the log-sum-exp: each thread keeps a block of keys and walks over all strips.
 template <class T>
-void run_known_columns(Plan<T>& plan, std::vector<std::unique_ptr<Worker<T>>>& workers) {
+void run_known_columns(Call<T>& call, Range maps) {
   constexpr int R = kRows<T>;
+  const Plan<T>& plan = call.plan;
   const std::int64_t keys = plan.problem.keys;
-  // Blocks small enough that every thread has several, in whole tiles.
-  const std::int64_t share = plan.problem.maps * keys / (4 * std::int64_t(workers.size()));
-  const std::int64_t block =
-      std::clamp<std::int64_t>(share / kTileKeys * kTileKeys, kTileKeys, kKnownKeys);
+  const std::int64_t block = plan.column_keys();
   const std::int64_t blocks = (keys + block - 1) / block;
-  Columns<T> columns = plan.columns();
+  Columns<T>& columns = call.columns;
   const std::int64_t packed = columns.product_out == nullptr ? 0 : R * columns.packed_columns();
-  Buffer<T> left(plan.workspace, std::int64_t(workers.size()) * packed);
-  columns.hold(plan.workspace, std::int64_t(workers.size()));
-#pragma omp parallel num_threads(int(workers.size()))
+#pragma omp parallel num_threads(int(call.workers.size()))
   {
     const ThreadState state;
     const std::int64_t me = thread_index();
-    Worker<T>& worker = *workers[std::size_t(me)];
+    Worker<T>& worker = call.mine();
 #pragma omp for schedule(dynamic, 1)
-    for (std::int64_t n = 0; n < plan.problem.maps * blocks; ++n) {
+    for (std::int64_t n = maps.first * blocks; n < maps.last * blocks; ++n) {
       const std::int64_t m = n / blocks, j0 = n % blocks * block;
       const std::int64_t j1 = std::min(j0 + block, keys);
       columns.begin(me, m, j0, j1);
       for (std::int64_t i = 0; i < plan.strips_per_map; ++i) {
         const Strip s = plan.strip(m * plan.strips_per_map + i);
         worker.known_block(s, j0, j1);
-        columns.pack_left(s, plan.problem.queries, left + me * packed);
-        columns.update(me, s, worker.mean(), left + me * packed, j0, j1);
+        columns.pack_left(s, plan.problem.queries, call.left + me * packed);
+        columns.update(me, s, worker.mean(), call.left + me * packed, j0, j1);
       }
       columns.write(me, m, j0, j1);
     }
@@ -594,50 +740,33 @@ void run_known_columns(Plan<T>& plan, std::vector<std::unique_ptr<Worker<T>>>& w
 }
 
 template <class T>
-std::int64_t run(const Problem& problem, const Operands& operands, const Outputs& outputs,
-                 int threads) {
-  Plan<T> plan(problem, operands, outputs);
-  const bool columns = plan.columns().wanted();
-  const bool in_windows = columns && !plan.known;
-#ifndef _OPENMP
-  threads = 1;
-#endif
-  std::vector<std::unique_ptr<Worker<T>>> workers;
-  const std::int64_t most = std::max<std::int64_t>(1, std::min<std::int64_t>(threads, plan.strips));
-  for (std::int64_t n = 0; n < most; ++n) {
-    workers.push_back(std::make_unique<Worker<T>>(plan, !in_windows));
-  }
-  const bool compute_lse = plan.known && problem.lse == 0;
-  const bool map_wanted = columns || plan.wants_rows();
-  if (compute_lse || (!map_wanted && outputs.lse != 0) || (plan.known && outputs.lse != 0)) {
-    if (compute_lse && map_wanted) {
-      plan.computed_lse = Buffer<T>(plan.workspace, problem.maps * problem.heads * problem.queries);
-    }
-#pragma omp parallel num_threads(int(workers.size()))
-    {
-      const ThreadState state;
-      Worker<T>& worker = *workers[std::size_t(thread_index())];
-#pragma omp for schedule(dynamic, 1)
-      for (std::int64_t n = 0; n < plan.strips; ++n) {
-        worker.only_lse(plan.strip(n), plan.computed_lse);
-      }
+Cost run(const Problem& problem, const Operands& operands, const Outputs& outputs,
+         const Limits& limits) {
+  const Choice choice = choose<T>(problem, operands, outputs, limits);
+  Call<T> call(problem, operands, outputs, choice, limits.only_plan);
+  if (limits.only_plan) return call.cost();
+  Plan<T>& plan = call.plan;
+  for (std::int64_t first = 0; first < problem.maps; first += choice.group) {
+    const Range maps{first, std::min(first + choice.group, problem.maps)};
+    const Range strips{maps.first * plan.strips_per_map, maps.last * plan.strips_per_map};
+    plan.first_map = first;
+    if (plan.lse_pass()) run_lse(call, strips);
+    if (plan.in_windows()) {
+      run_windows(call, strips);
+    } else {
+      if (plan.wants_rows()) run_rows(call, strips);
+      if (plan.wants_columns()) run_known_columns(call, maps);
     }
   }
-  if (in_windows) {
-    run_windows(plan, workers);
-  } else {
-    if (plan.wants_rows()) run_rows(plan, workers);
-    if (columns) run_known_columns(plan, workers);
-  }
-  return plan.workspace.bytes;
+  return call.cost();
 }
 
 }  // namespace
 
-std::int64_t reduce(const Problem& problem, const Operands& operands, const Outputs& outputs,
-                    int threads) {
-  return DType(problem.dtype) == DType::Float64 ? run<double>(problem, operands, outputs, threads)
-                                                : run<float>(problem, operands, outputs, threads);
+Cost reduce(const Problem& problem, const Operands& operands, const Outputs& outputs,
+            const Limits& limits) {
+  return DType(problem.dtype) == DType::Float64 ? run<double>(problem, operands, outputs, limits)
+                                                : run<float>(problem, operands, outputs, limits);
 }
 
 }  // namespace flashmaps::FLASHMAPS_ISA

@@ -9,9 +9,11 @@
 namespace flashmaps::FLASHMAPS_ISA {
 namespace {
 
-// Bytes held now by this call's buffers. Buffers are made before the threads start.
+// Bytes of this call's buffers, which are all made before the threads start and held to the end.
+// When planning, buffers are counted and stay null.
 struct Workspace {
   std::int64_t bytes = 0;
+  bool planning = false;
 };
 
 template <class T>
@@ -21,9 +23,10 @@ class Buffer {
   Buffer(Workspace& workspace, std::int64_t count) {
     if (count <= 0) return;
     const std::size_t bytes = (std::size_t(count) * sizeof(T) + 63) / 64 * 64;
+    workspace.bytes += std::int64_t(bytes);
+    if (workspace.planning) return;
     data_ = static_cast<T*>(std::aligned_alloc(64, bytes));
     if (data_ == nullptr) throw std::bad_alloc();
-    workspace.bytes += std::int64_t(bytes);
   }
   Buffer(Buffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
   Buffer& operator=(Buffer&& other) noexcept {

@@ -332,9 +332,10 @@ struct Columns {
   T* product_out = nullptr;  // [P, M, C], added to in place
   const T* left = nullptr;   // [P, N, C]
   std::int64_t left_columns = 0;
-  Buffer<double> mass, plogp;  // [slots][M]
-  Buffer<T> top;               // [slots][M]
   std::int64_t keys = 0;
+  std::int64_t held = 0;       // keys of a slot: all of them, or those of the block at hand
+  Buffer<double> mass, plogp;  // [slots][held]
+  Buffer<T> top;               // [slots][held]
 
   bool sums() const { return sum_out != nullptr || entropy_out != nullptr; }
   bool tops() const { return max_out != nullptr || argmax_out != nullptr; }
@@ -343,10 +344,15 @@ struct Columns {
     return (left_columns + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
   }
 
-  void hold(Workspace& workspace, std::int64_t slots) {
-    if (sums()) mass = Buffer<double>(workspace, slots * keys);
-    if (entropy_out != nullptr) plogp = Buffer<double>(workspace, slots * keys);
-    if (tops()) top = Buffer<T>(workspace, slots * keys);
+  void hold(Workspace& workspace, std::int64_t slots, std::int64_t keys_of_a_slot) {
+    held = keys_of_a_slot;
+    if (sums()) mass = Buffer<double>(workspace, slots * held);
+    if (entropy_out != nullptr) plogp = Buffer<double>(workspace, slots * held);
+    if (tops()) top = Buffer<T>(workspace, slots * held);
+  }
+  // Where key 0 of a slot would be that holds all keys, or those of a block that starts at j0.
+  std::int64_t origin(std::int64_t slot, std::int64_t j0) const {
+    return slot * held - (held < keys ? j0 : 0);
   }
   // Rows of y for a strip, [R queries][packed columns], zeros where there is none.
   void pack_left(const Strip& s, std::int64_t queries, T* to) const {
@@ -359,7 +365,7 @@ struct Columns {
     }
   }
   void begin(std::int64_t slot, std::int64_t map, std::int64_t j0, std::int64_t j1) {
-    const std::int64_t from = slot * keys + j0, count = j1 - j0;
+    const std::int64_t from = origin(slot, j0) + j0, count = j1 - j0;
     if (sums()) std::fill_n(mass + from, count, 0.0);
     if (entropy_out != nullptr) std::fill_n(plogp + from, count, 0.0);
     if (tops()) std::fill_n(top + from, count, T(-1));
@@ -372,9 +378,10 @@ struct Columns {
   void update(std::int64_t slot, const Strip& s, const T* p, const T* packed_left, std::int64_t j0,
               std::int64_t j1) {
     constexpr int R = kRows<T>;
+    const std::int64_t zero = origin(slot, j0);
     for (std::int64_t j = j0; j < j1; ++j) {
       const T* column = p + (j - j0) * R;
-      const std::int64_t here = slot * keys + j;
+      const std::int64_t here = zero + j;
       if (sums()) mass[here] += double(lane_sum(column));
       if (entropy_out != nullptr) {
         alignas(kVectorBytes) T t[R];
@@ -432,8 +439,9 @@ struct Columns {
     return C;
   }
   void write(std::int64_t slot, std::int64_t map, std::int64_t j0, std::int64_t j1) const {
+    const std::int64_t zero = origin(slot, j0);
     for (std::int64_t j = j0; j < j1; ++j) {
-      const std::int64_t here = slot * keys + j, to = map * keys + j;
+      const std::int64_t here = zero + j, to = map * keys + j;
       if (sum_out != nullptr) sum_out[to] = T(mass[here]);
       if (max_out != nullptr) max_out[to] = top[here];
       if (entropy_out != nullptr) {

@@ -12,10 +12,12 @@ from __future__ import annotations
 from flashmaps._validation import checks
 from flashmaps.attention_map import AttentionMap, Reductions
 from flashmaps.backends import backends
+from flashmaps.budget import memory_budget
 from flashmaps.capture import capture
 from flashmaps.composition import Composition, compose
 from flashmaps.cross_self import CrossSelfAttnProcessor
 from flashmaps.match import Match, match
+from flashmaps.planning import Ceilings, Plan
 from flashmaps.processors import MapAttnProcessor
 from flashmaps.record import Entry, Record
 from flashmaps.statistics import (
@@ -25,6 +27,7 @@ from flashmaps.statistics import (
     inverse_mapping_score,
     mapping_density,
     nims,
+    plan_round_trip,
     round_trip,
 )
 from flashmaps.words import WordMaps, word_maps
@@ -33,12 +36,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AttentionMap",
+    "Ceilings",
     "Composition",
     "CrossSelfAttnProcessor",
     "Entry",
     "MapAttnProcessor",
     "Match",
     "Nims",
+    "Plan",
     "Record",
     "Reductions",
     "RoundTrip",
@@ -51,7 +56,9 @@ __all__ = [
     "inverse_mapping_score",
     "mapping_density",
     "match",
+    "memory_budget",
     "nims",
+    "plan_round_trip",
     "round_trip",
     "word_maps",
 ]

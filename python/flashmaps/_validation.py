@@ -78,8 +78,9 @@ def _check_tokens(name: str, tensor: object, layout: str) -> Tensor:
 
 def check_finite(name: str, tensor: Tensor) -> None:
     """ValueError that names the first NaN or inf of ``tensor``."""
-    bad = ~torch.isfinite(tensor)
-    if bool(bad.any()):
+    # Extremes show NaN and inf, without a temporary of the tensor's size.
+    if not math.isfinite(tensor.amin()) or not math.isfinite(tensor.amax()):
+        bad = ~torch.isfinite(tensor)
         where = tuple(int(i) for i in bad.nonzero()[0])
         raise ValueError(
             f"{name} has {int(bad.sum())} values that are NaN or inf, the first at "
@@ -318,9 +319,14 @@ def check_operand(name: str, operand: object, batch: int, tokens: int, like: Ten
     return operand.to(compute_dtype(like.dtype))
 
 
+def check_count(name: str, count: int) -> int:
+    if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 1:
+        raise ValueError(f"{name} must be a whole number >= 1, got {count!r}")
+    return int(count)
+
+
 def check_k(k: int, keys: int) -> int:
-    if isinstance(k, bool) or not isinstance(k, numbers.Integral) or k < 1:
-        raise ValueError(f"k must be a whole number >= 1, got {k!r}")
+    k = check_count("k", k)
     if k > keys:
         raise ValueError(f"k = {k} is more than the {keys} keys of the map: k must be <= {keys}")
-    return int(k)
+    return k

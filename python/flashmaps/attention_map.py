@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from flashmaps import ops
-from flashmaps._problem import Request
-from flashmaps._validation import check_k, check_operand, make_problem, need_grid
-from flashmaps.backends import select
+from flashmaps._problem import Cost, Problem, Request, output_bytes
+from flashmaps._validation import check_count, check_k, check_operand, make_problem, need_grid
+from flashmaps.backends import plan_pass, select
+from flashmaps.budget import budget_in_force
 from flashmaps.grids import Grid, cell_index
+from flashmaps.planning import Ceilings, Plan, Step, left, plan, portion, shares
 
 if TYPE_CHECKING:
     from flashmaps.composition import Composition
@@ -67,6 +69,11 @@ def check_reductions(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
+def stand_in(like: Problem, *shape: int) -> Tensor:
+    """An operand with a shape and nothing else, for plans."""
+    return torch.empty(shape, dtype=like.compute_dtype, device="meta")
+
+
 def row_index(
     index: int | slice | Sequence[int] | Tensor, rows: int, device: torch.device
 ) -> Tensor:
@@ -82,6 +89,30 @@ def row_index(
         if bool(bad.any()):
             raise IndexError(f"row {int(picked[bad][0])} is out of range: the map has {rows} rows")
     return torch.where(picked < 0, picked + rows, picked)
+
+
+def picked_rows(problem: Problem, picked: Tensor) -> Problem:
+    """The same map, some queries only (copies)."""
+    lse = None if problem.lse is None else problem.lse.index_select(2, picked)
+    return problem._replace(query=problem.query.index_select(2, picked), lse=lse)
+
+
+def picked_bytes(problem: Problem, count: int) -> int:
+    """What `picked_rows` copies."""
+    query, lse = problem.query, problem.lse
+    copied = query.shape[0] * query.shape[1] * query.shape[3] * query.element_size()
+    if lse is not None:
+        copied += lse.shape[0] * lse.shape[1] * lse.element_size()
+    return count * copied
+
+
+def _repeated(step: Step, count: int, size: int) -> Step:
+    """The cost of doing ``count`` rows ``size`` at a time: arithmetic of all, memory of one."""
+
+    def cost(budget: int | None) -> Cost:
+        return step.cost(budget).times(count / size)
+
+    return Step(step.held, cost)
 
 
 class Lazy:
@@ -285,8 +316,31 @@ class AttentionMap(Lazy):
             f"normalize={self.problem.normalize!r}, dtype={self.dtype}, backend={self.backend!r})"
         )
 
-    def _fields(self, *names: str, **operands: Any) -> dict[str, Tensor]:
-        return ops.reduce(self.problem, Request(names, **operands), self.backend)
+    def _fields(
+        self, *names: str, memory_budget: int | None = None, **operands: Any
+    ) -> dict[str, Tensor]:
+        request = Request(names, memory_budget=memory_budget, **operands)
+        return ops.reduce(self.problem, request, self.backend)
+
+    def _step(
+        self, *names: str, held: int = 0, problem: Problem | None = None, **operands: Any
+    ) -> Step:
+        """The pass of `_fields`, for plans; or of another problem on this backend."""
+        one = self.problem if problem is None else problem
+
+        def cost(budget: int | None) -> Cost:
+            request = Request(names, memory_budget=budget, **operands)
+            return plan_pass(self.backend, one, request)
+
+        return Step(held, cost)
+
+    def _product(self, name: str, operand: str, given: Tensor, x: Tensor) -> Tensor:
+        """A product with x; what was ``given`` may have had to be converted to that."""
+        converted = x.numel() * x.element_size() if given.dtype != x.dtype else 0
+        operands: dict[str, Any] = {operand: x}
+        step = self._step(name, held=converted, **operands)
+        (budget,) = shares([step], budget_in_force(None), name)
+        return self._fields(name, memory_budget=budget, **operands)[name]
 
     @overload
     def __matmul__(self, other: Tensor) -> Tensor: ...
@@ -302,23 +356,41 @@ class AttentionMap(Lazy):
 
             return Composition(self, other)
         right = check_operand("x", other, self.shape[0], self.shape[2], self.problem.query)
-        return self._fields("product", right=right)["product"]
+        return self._product("product", "right", other, right)
 
     def to_dense(self) -> Tensor:
         """The whole map, [batch, N, M]: 67 MB for one map of 4096 x 4096 in float32."""
         return self._fields("dense")["dense"]
 
     def rows(self, index: int | slice | Sequence[int] | Tensor) -> Tensor:
-        """Some rows of the map: [batch, n, M] (n = 1 for an int)."""
-        picked = row_index(index, self.shape[1], self.device)
-        lse = self.problem.lse
-        problem = self.problem._replace(
-            query=self.problem.query.index_select(2, picked),
-            lse=None if lse is None else lse.index_select(2, picked),
-        )
-        return ops.reduce(problem, Request(("dense",)), self.backend)["dense"]
+        """Some rows of the map: [batch, n, M] (n = 1 for an int).
 
-    def reduce(self, *names: str) -> Reductions:
+        Their queries are copied; under a memory budget, as many at a time as fit.
+        """
+        picked = row_index(index, self.shape[1], self.device)
+        count = picked.shape[0]
+        size, budget = portion(
+            count, lambda n: self._rows_step(n, count), budget_in_force(None), "rows"
+        )
+        request = Request(("dense",), memory_budget=budget)
+        if size == count:
+            return ops.reduce(picked_rows(self.problem, picked), request, self.backend)["dense"]
+        out = torch.empty(
+            (self.shape[0], count, self.shape[2]), dtype=self.dtype, device=self.device
+        )
+        for start in range(0, count, size):
+            part = picked_rows(self.problem, picked[start : start + size])
+            out[:, start : start + size] = ops.reduce(part, request, self.backend)["dense"]
+        return out
+
+    def _rows_step(self, size: int, count: int) -> Step:
+        """``size`` rows of ``count``: copies of their queries, and the part unless it is all."""
+        part = 0 if size == count else self.shape[0] * size * self.shape[2] * self.problem.itemsize
+        problem = self.problem.query_rows(0, size)
+        held = picked_bytes(self.problem, size) + part + 3 * 8 * count
+        return self._step("dense", held=held, problem=problem)
+
+    def reduce(self, *names: str, memory_budget: int | None = None) -> Reductions:
         """Any subset of the reductions in one pass over the map.
 
         With p = A[i] (divided by its number of lines under normalize="rows"/"columns", so that it
@@ -331,8 +403,13 @@ class AttentionMap(Lazy):
         - "column_sum": sum_i A[i, j]: [batch, M]
         - "column_entropy": entropy over i of A[i, j] / column_sum[j] (0 for an empty column)
         - "column_max", "column_argmax": over i: [batch, M]
+
+        ``memory_budget``: bytes that it may take beyond inputs and outputs; default what
+        `flashmaps.memory_budget` says around the call, and else whatever is fastest. `plan` says
+        what that is.
         """
-        return Reductions(self._fields(*self._checked(names)))
+        budget = budget_in_force(memory_budget)
+        return Reductions(self._fields(*self._checked(names), memory_budget=budget))
 
     def _checked(self, names: Sequence[str]) -> tuple[str, ...]:
         wanted = check_reductions(names)
@@ -379,22 +456,34 @@ class AttentionMap(Lazy):
         """argmax_i A_ij, the lowest i among ties: [batch, M] int64."""
         return self.reduce("column_argmax").column_argmax
 
-    def topk(self, k: int) -> tuple[Tensor, Tensor]:
+    def topk(self, k: int, *, memory_budget: int | None = None) -> tuple[Tensor, Tensor]:
         """The k largest entries of each row, largest first: values and indices, [batch, N, k]."""
         k = check_k(k, self.shape[2])
-        fields = self._fields("topk_values", "topk_indices", k=k)
+        budget = budget_in_force(memory_budget)
+        fields = self._fields("topk_values", "topk_indices", k=k, memory_budget=budget)
         return fields["topk_values"], fields["topk_indices"]
 
-    def pool(self, query_to: Grid | None = None, key_to: Grid | None = None) -> Tensor:
+    def pool(
+        self,
+        query_to: Grid | None = None,
+        key_to: Grid | None = None,
+        *,
+        memory_budget: int | None = None,
+    ) -> Tensor:
         """A small dense map: mean over the queries of a cell, sum over the keys of a cell.
 
         Returns [batch, h_q * w_q, h_k * w_k]; rows still sum to what they summed to. None leaves
         that side as it is. A token falls in the cell floor(row * h' / h), floor(column * w' / w).
         """
-        return self.reduce_and_pool((), query_to, key_to)[1]
+        return self.reduce_and_pool((), query_to, key_to, memory_budget=memory_budget)[1]
 
     def reduce_and_pool(
-        self, names: Sequence[str], query_to: Grid | None, key_to: Grid | None
+        self,
+        names: Sequence[str],
+        query_to: Grid | None,
+        key_to: Grid | None,
+        *,
+        memory_budget: int | None = None,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """The fields of `reduce(*names)` and the result of `pool`, in one pass where that is cheap.
 
@@ -409,22 +498,129 @@ class AttentionMap(Lazy):
             (batch, num_query_cells, num_key_cells), dtype=self.dtype, device=self.device
         )
         pooled: dict[str, Any] = {"cells": key_cells, "num_cells": num_key_cells}
-        step = max(1, _POOL_ELEMENTS // (batch * num_key_cells))
-        if wanted and num_key_cells <= self.problem.heads * self.problem.query.shape[3]:
-            fields = self._fields(*wanted, "pooled_keys", **pooled)
+        budget = budget_in_force(memory_budget)
+        fields: dict[str, Tensor] = {}
+        together = wanted and num_key_cells <= self.problem.heads * self.problem.query.shape[3]
+        if together and budget is not None and not torch.compiler.is_compiling():
+            step = self._pool_step(queries, num_query_cells, num_key_cells, wanted)
+            together = step.within(budget).workspace <= budget
+        if together:
+            held = self._pool_step(queries, num_query_cells, num_key_cells).held
+            fields = self._fields(
+                *wanted, "pooled_keys", memory_budget=left(budget, held), **pooled
+            )
             out.index_add_(1, query_cells, fields.pop("pooled_keys"))
         else:
-            fields = self._fields(*wanted) if wanted else {}
-            for start in range(0, queries, step):
-                stop = min(start + step, queries)
-                rows = ops.reduce(
-                    self.problem.query_rows(start, stop),
-                    Request(("pooled_keys",), **pooled),
-                    self.backend,
-                )
-                out.index_add_(1, query_cells[start:stop], rows["pooled_keys"])
+            size, rest = self._pool_portion(num_query_cells, num_key_cells, budget)
+            if wanted:
+                step = self._step(*wanted, held=8 * (queries + keys))
+                one = self._pool_step(1, num_query_cells, num_key_cells)
+                given, _ = shares([step, one], budget, "reduce and pool")
+                fields = self._fields(*wanted, memory_budget=given)
+            request = Request(("pooled_keys",), memory_budget=rest, **pooled)
+            for start in range(0, queries, size):
+                stop = min(start + size, queries)
+                part = self.problem.query_rows(start, stop)
+                sums = ops.reduce(part, request, self.backend)["pooled_keys"]
+                out.index_add_(1, query_cells[start:stop], sums)
+                del sums  # before the next ones are made
         count = torch.bincount(query_cells, minlength=num_query_cells)
-        return fields, out / count[None, :, None]
+        return fields, out.div_(count[None, :, None])
+
+    def _pool_portion(
+        self, num_query_cells: int, num_key_cells: int, budget: int | None
+    ) -> tuple[int, int | None]:
+        """How many rows to pool at once, and the budget of their pass."""
+        most = max(1, _POOL_ELEMENTS // (self.shape[0] * num_key_cells))
+        return portion(
+            min(self.shape[1], most),
+            lambda size: self._pool_step(size, num_query_cells, num_key_cells),
+            budget,
+            "pool",
+        )
+
+    def _pool_step(
+        self, size: int, num_query_cells: int, num_key_cells: int, names: tuple[str, ...] = ()
+    ) -> Step:
+        """``size`` rows: their sums, beside the cell of each token and what those are made from."""
+        batch, queries, keys = self.shape
+        sums = batch * size * num_key_cells * self.problem.itemsize
+        held = sums + 8 * (queries + keys + 2 * num_query_cells)
+        cells = torch.empty(keys, dtype=torch.int64, device="meta")
+        problem = self.problem.query_rows(0, size)
+        return self._step(
+            *names, "pooled_keys", held=held, problem=problem, cells=cells, num_cells=num_key_cells
+        )
+
+    def plan(
+        self,
+        *names: str,
+        k: int = 1,
+        columns: int = 1,
+        count: int = 1,
+        query_to: Grid | None = None,
+        key_to: Grid | None = None,
+        memory_budget: int | None = None,
+        ceilings: Ceilings | None = None,
+    ) -> Plan:
+        """What an operation of this map will take, before it runs: `flashmaps.planning.Plan`.
+
+        Args:
+            names: what `reduce` would be given; or one of "lse", "to_dense", "rows" (``count`` of
+                them), "topk" (with ``k``), "product" (A @ x, x with so many ``columns``),
+                "transposed_product" (A.mT @ y, likewise), "pool" (``query_to``, ``key_to``).
+            memory_budget: that the operation would be given; default the context's.
+            ceilings: rates of the machine (`flashmaps.Ceilings`), for the expected time.
+
+        Raises ValueError for a budget that the operation would refuse.
+
+        >>> import torch, flashmaps as fm
+        >>> A = fm.AttentionMap(torch.randn(1, 5, 64, 16), torch.randn(1, 5, 64, 16))
+        >>> A.plan("entropy", "max").passes
+        1
+        """
+        batch, queries, keys = self.shape
+        columns, count = check_count("columns", columns), check_count("count", count)
+        budget = budget_in_force(memory_budget)
+        what = ", ".join(names)
+        fields: tuple[str, ...] = names
+        operands: dict[str, Any] = {}
+        steps: list[Step] | None = None
+        outputs: int | None = None
+        match names:
+            case ("to_dense",):
+                fields = ("dense",)
+            case ("lse",):
+                pass
+            case ("topk",):
+                fields, operands = ("topk_values", "topk_indices"), {"k": check_k(k, keys)}
+            case ("product",):
+                operands = {"right": stand_in(self.problem, batch, keys, columns)}
+            case ("transposed_product",):
+                operands = {"left": stand_in(self.problem, batch, queries, columns)}
+            case ("rows",):
+                size, _ = portion(count, lambda n: self._rows_step(n, count), budget, what)
+                steps = [_repeated(self._rows_step(size, count), count, size)]
+                outputs = batch * count * keys * self.problem.itemsize
+            case ("pool",):
+                cells = self._num_cells("query", query_to), self._num_cells("key", key_to)
+                size, _ = self._pool_portion(*cells, budget)
+                steps = [_repeated(self._pool_step(size, *cells), queries, size)]
+                outputs = batch * cells[0] * cells[1] * self.problem.itemsize
+            case _:
+                fields = self._checked(names)
+        if steps is None or outputs is None:
+            steps = [self._step(*fields, **operands)]
+            outputs = output_bytes(self.problem, Request(fields, **operands))
+        return plan(
+            what, self.backend, steps, outputs=outputs, memory_budget=budget, ceilings=ceilings
+        )
+
+    def _num_cells(self, side: str, to: Grid | None) -> int:
+        grid, tokens = (
+            (self.query_grid, self.shape[1]) if side == "query" else (self.key_grid, self.shape[2])
+        )
+        return self._cells(side, to, grid, tokens)[1]
 
     def _cells(
         self, side: str, to: Grid | None, grid: Grid | None, tokens: int
@@ -458,8 +654,8 @@ class TransposedMap(Lazy):
     def __matmul__(self, other: Tensor) -> Tensor:
         """A^T y: [batch, N, C] -> [batch, M, C]."""
         batch, _, queries = self.shape
-        left = check_operand("y", other, batch, queries, self.mT.problem.query)
-        return self.mT._fields("transposed_product", left=left)["transposed_product"]
+        y = check_operand("y", other, batch, queries, self.mT.problem.query)
+        return self.mT._product("transposed_product", "left", other, y)
 
     def to_dense(self) -> Tensor:
         return self.mT.to_dense().mT

@@ -7,10 +7,11 @@ from types import ModuleType
 from typing import NamedTuple
 
 from flashmaps import cpu, reference
-from flashmaps._problem import Problem
+from flashmaps._problem import Cost, Problem, Request, default_plan
 from flashmaps.kernels import backend as triton
 
-# In the order that "auto" tries them; each has supports(problem) and reduce(problem, request).
+# In the order that "auto" tries them; each has supports(problem) and reduce(problem, request), and
+# most have plan(problem, request).
 _BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "reference": reference}
 _ABSENT: dict[str, Callable[[], str]] = {
     "cuda": lambda: "the CUDA C++ kernels are not part of this version of flashmaps",
@@ -88,3 +89,12 @@ def select(name: str, problem: Problem) -> str:
 def get(name: str) -> ModuleType:
     """The module of a backend that `select` has chosen."""
     return _BACKENDS[name]
+
+
+def plan_pass(name: str, problem: Problem, request: Request) -> Cost:
+    """What ``reduce(problem, request)`` of a backend takes, under ``request.memory_budget``.
+
+    A budget below the smallest workspace there is gives that one: to refuse is the caller's part.
+    """
+    found: Cost = getattr(get(name), "plan", default_plan)(problem, request)
+    return found

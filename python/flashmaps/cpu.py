@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashmaps._problem import Problem, Request, empty_outputs
+from flashmaps._problem import Cost, Problem, Request, cost_of, empty_outputs
 
 
 def _why_missing(error: ImportError) -> str:
@@ -60,30 +61,42 @@ def last_workspace_bytes() -> int:
     return getattr(_last, "workspace", 0)
 
 
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+class _Pointers:
+    """Addresses for C++: kept alive, contiguous, and the bytes of copies that this took.
+
+    When planning, 1 stands for whatever is there, and nothing is copied or read.
+    """
+
+    def __init__(self, planning: bool) -> None:
+        self.planning = planning
+        self.kept: list[Tensor] = []
+        self.copied = 0
+
+    def __call__(self, tensor: Tensor | None, *, any_strides: bool = False) -> int:
+        if tensor is None:
+            return 0
+        if not any_strides and not tensor.is_contiguous():
+            self.copied += tensor.numel() * tensor.element_size()
+            if not self.planning:
+                tensor = tensor.contiguous()
+        self.kept.append(tensor)
+        return 1 if self.planning else tensor.data_ptr()
 
 
-def _native(problem: Problem, keep: list[Tensor]) -> object:
-    """The C++ view of a problem. ``keep`` holds what it points into until the call is over."""
-
-    def contiguous(tensor: Tensor | None) -> Tensor | None:
-        if tensor is not None:
-            tensor = tensor.contiguous()
-            keep.append(tensor)
-        return tensor
-
+def _native(problem: Problem, pointer: _Pointers) -> Any:
+    """The C++ view of a problem."""
     native = _C.Problem()
-    keep += (problem.query, problem.key)
-    native.query = _pointer(problem.query)
+    native.query = pointer(problem.query, any_strides=True)
     native.query_strides = problem.query.stride()
-    native.key = _pointer(problem.key)
+    native.key = pointer(problem.key, any_strides=True)
     native.key_strides = problem.key.stride()
     native.dtype = _DTYPES[problem.query.dtype]
-    native.bias = _pointer(contiguous(problem.bias))
-    native.weights = _pointer(contiguous(problem.head_weights))
-    native.pairs = _pointer(contiguous(problem.pairs))
-    native.lse = _pointer(contiguous(problem.lse))
+    native.bias = pointer(problem.bias)
+    native.weights = pointer(problem.head_weights)
+    native.pairs = pointer(problem.pairs)
+    if problem.lse is not None:
+        native.lse = pointer(problem.lse, any_strides=True)
+        native.lse_strides = problem.lse.stride()
     native.query_batch, native.heads, native.queries, native.dim = problem.query.shape
     native.key_batch, native.keys = problem.key.shape[0], problem.key.shape[2]
     native.maps = problem.batch
@@ -93,43 +106,78 @@ def _native(problem: Problem, keep: list[Tensor]) -> object:
     return native
 
 
-def reduce(problem: Problem, request: Request) -> dict[str, Tensor]:
-    """Every requested field in one call; see `flashmaps.reference.reduce` for what each one is."""
-    outputs = empty_outputs(problem, request)
-    keep: list[Tensor] = []
-    native = _native(problem, keep)
+def _call(problem: Problem, request: Request, outputs: dict[str, Tensor] | None) -> tuple[Any, int]:
+    """What the C++ call took, and what Python holds for it; without outputs only planned."""
+    pointer = _Pointers(planning=outputs is None)
     operands = _C.Operands()
-    for name in ("right", "left", "cells"):
-        operand = getattr(request, name)
-        if operand is not None:
-            operand = operand.contiguous()
-            keep.append(operand)
-            setattr(operands, name, _pointer(operand))
+    held = 0
+    if "return_probability" in request.names:
+        partner = request.partner
+        assert partner is not None and partner.lse is not None
+        operands.partner = _native(partner, pointer)
+        if partner.normalize != "block":
+            held = _line_mass_bytes(partner)
+            operands.partner_line_mass = (
+                1 if outputs is None else pointer(_line_mass(partner, request.memory_budget))
+            )
+    native = _native(problem, pointer)
+    operands.right = pointer(request.right)
+    operands.left = pointer(request.left)
+    operands.cells = pointer(request.cells)
     operands.right_columns = 0 if request.right is None else request.right.shape[2]
     operands.left_columns = 0 if request.left is None else request.left.shape[2]
     operands.k = request.k
     operands.num_cells = request.num_cells
-    line_mass: Tensor | None = None
-    if "return_probability" in outputs:
-        partner = request.partner
-        assert partner is not None
-        if partner.lse is None:
-            lse = Request(("lse",))
-            partner = partner._replace(lse=reduce(partner, lse)["lse"])
-        if partner.normalize != "block":
-            line_mass = _line_mass(partner)
-            keep.append(line_mass)
-        operands.partner = _native(partner, keep)
-        operands.partner_line_mass = _pointer(line_mass)
-    pointers = {name: _pointer(out) for name, out in outputs.items()}
-    _last.workspace = _C.reduce(native, operands, pointers, torch.get_num_threads())
+    pointers = {name: 1 if outputs is None else outputs[name].data_ptr() for name in request.names}
+    held += pointer.copied
+    budget = 0  # none
+    if request.memory_budget is not None:
+        budget = max(1, request.memory_budget - held)
+    threads = torch.get_num_threads()
+    return _C.reduce(native, operands, pointers, threads, budget, outputs is None), held
+
+
+def plan(problem: Problem, request: Request) -> Cost:
+    """What `reduce` takes: C++ by its own account, and the copies made for it."""
+    native, held = _call(problem, request, None)
+    cost = cost_of(problem, request, passes=native.passes, workspace=held + native.workspace)
+    cost = replace(cost, share=native.threads / torch.get_num_threads())
+    partner = request.partner
+    if partner is not None and partner.normalize != "block":
+        mass = plan(*_line_mass_request(partner, request.memory_budget))
+        mass = replace(mass, workspace=mass.workspace + _line_mass_bytes(partner, index=True))
+        return mass.then(cost)
+    return cost
+
+
+def reduce(problem: Problem, request: Request) -> dict[str, Tensor]:
+    """Every requested field in one call; see `flashmaps.reference.reduce` for what each one is."""
+    outputs = empty_outputs(problem, request)
+    native, _ = _call(problem, request, outputs)
+    _last.workspace = native.workspace
     return outputs
 
 
-def _line_mass(problem: Problem) -> Tensor:
-    """Mass of each line of each row before it is normalised: [P, N, lines]."""
+# Mass of each line of each row before it is normalised: [P, N, lines].
+
+
+def _line_mass(problem: Problem, memory_budget: int | None) -> Tensor:
+    return reduce(*_line_mass_request(problem, memory_budget))["pooled_keys"]
+
+
+def _line_mass_request(problem: Problem, memory_budget: int | None) -> tuple[Problem, Request]:
     index = torch.arange(problem.num_keys)
     rows = problem.normalize == "rows"
     line = index // problem.grid_width if rows else index % problem.grid_width
-    request = Request(("pooled_keys",), cells=line, num_cells=problem.lines)
-    return reduce(problem._replace(normalize="block"), request)["pooled_keys"]
+    if memory_budget is not None:
+        memory_budget -= _line_mass_bytes(problem, index=True)
+    request = Request(
+        ("pooled_keys",), cells=line, num_cells=problem.lines, memory_budget=memory_budget
+    )
+    return problem._replace(normalize="block"), request
+
+
+def _line_mass_bytes(problem: Problem, *, index: bool = False) -> int:
+    """Of the result; and of the line of each key, and what it is made from."""
+    mass = problem.batch * problem.num_queries * problem.lines * problem.itemsize
+    return mass + (3 * 8 * problem.num_keys if index else 0)

@@ -191,6 +191,38 @@ COLUMN_REDUCERS: dict[str, Callable[[Tensor], ColumnReducer]] = {
 }
 
 
+def tile_bytes(request: Request, shape: tuple[int, int, int], s: int, lines: int) -> int:
+    """The most that the reducers take beside a tile [p, r, M] of numbers of ``s`` bytes."""
+    maps, rows, keys = shape
+    rows, columns = maps * rows, maps * keys
+    tile = rows * keys
+    distribution = tile * s if lines > 1 else 0
+    right, left = (0 if x is None else x.shape[2] for x in (request.right, request.left))
+    arg = tile * 9  # a mask and an index for each element
+    bytes_of = {
+        "entropy": distribution + (tile + 2 * rows) * s,
+        "max": rows * s,
+        "argmax": arg + rows * (s + 16) + keys * 8,
+        "expectation": distribution + 2 * rows * s,
+        "product": rows * right * s,
+        "topk_values": tile * (s + 8) + columns * 16,
+        "topk_indices": tile * (s + 8) + columns * 16,
+        "pooled_keys": rows * request.num_cells * s,
+        "column_sum": columns * s,
+        "column_entropy": (tile + 2 * columns) * s,
+        "column_max": 2 * columns * s,
+        "column_argmax": arg + columns * (2 * s + 16),
+        "transposed_product": columns * left * s,
+    }
+    return max((bytes_of.get(name, 0) for name in request.names), default=0)
+
+
+def state_bytes(request: Request, columns: int, s: int) -> tuple[int, int]:
+    """What the column reducers keep, and what finishing them takes besides, for P * M columns."""
+    entropy, argmax = (f"column_{name}" in request.names for name in ("entropy", "argmax"))
+    return columns * s * (2 * entropy + argmax), columns * (5 * s + 1) * entropy
+
+
 class Reduction:
     """All the reducers of one request, fed tile by tile into preallocated outputs."""
 

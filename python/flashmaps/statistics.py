@@ -14,9 +14,17 @@ import torch
 from torch import Tensor
 
 from flashmaps._validation import need_grid
-from flashmaps.attention_map import AttentionMap
-from flashmaps.composition import check_alike, round_trip_fields
+from flashmaps.attention_map import AttentionMap, stand_in
+from flashmaps.budget import budget_in_force
+from flashmaps.composition import (
+    check_alike,
+    compose,
+    lse_bytes,
+    round_trip_fields,
+    with_lse,
+)
 from flashmaps.grids import centres
+from flashmaps.planning import Ceilings, Plan, Step, plan, shares
 
 
 class Nims(NamedTuple):
@@ -99,7 +107,13 @@ def hard_chain(forward: Tensor, backward: Tensor, at: Tensor) -> Tensor:
     return (at - at[backward.gather(1, forward)]).norm(dim=-1)
 
 
-def round_trip(A_st: AttentionMap, A_ts: AttentionMap) -> RoundTrip:
+_BACK = ("argmax", "entropy", "product", "lse")
+_THERE = ("argmax", "column_sum", "product", "return_probability")
+
+
+def round_trip(
+    A_st: AttentionMap, A_ts: AttentionMap, *, memory_budget: int | None = None
+) -> RoundTrip:
     """Every statistic of the trip source -> target -> source in two fused passes.
 
     One pass over A_ts (argmax, entropy, LSE, and its product with [x, y, |x|^2, 1]) and one over
@@ -108,27 +122,32 @@ def round_trip(A_st: AttentionMap, A_ts: AttentionMap) -> RoundTrip:
 
     The spread is sqrt(E|x|^2 - 2 x_i E x + |x_i|^2): in float32 it cannot resolve less than about
     3e-4 of the image's side.
+
+    ``memory_budget``: bytes that it may take beyond the maps and its result; default what
+    `flashmaps.memory_budget` says. `plan_round_trip` says what it takes.
     """
     check_pair(A_st, A_ts)
     at = source_centres(A_st, A_ts)
     batch = A_st.shape[0]
+    budget = budget_in_force(memory_budget)
+    steps = [] if budget is None else _round_trip_steps(A_st, A_ts)
+    of_back, of_there, _ = shares(steps, budget, "round_trip") if steps else (None, None, None)
     moments = torch.cat((at, at.square().sum(-1, keepdim=True), torch.ones_like(at[:, :1])), dim=-1)
-    known = A_ts.problem.lse
+    known = A_ts._lse
     back = A_ts._fields(
-        "argmax",
-        "entropy",
-        "product",
-        *(() if known is not None else ("lse",)),
+        *(_BACK if known is None else _BACK[:-1]),
         right=moments.expand(batch, *moments.shape),
+        memory_budget=of_back,
     )
     there = round_trip_fields(
         A_st,
         A_ts,
-        ("argmax", "column_sum", "product", "return_probability"),
-        right=back["product"] / A_ts.problem.lines,
-        lse=known if known is not None else back["lse"],
+        _THERE,
+        right=back["product"].div_(A_ts.problem.lines),
+        lse=back["lse"] if known is None else known,
+        memory_budget=of_there,
     )
-    ends = there["product"] / A_st.problem.lines  # [batch, N_s, 4]: E x, E y, E |x|^2, mass
+    ends = there["product"].div_(A_st.problem.lines)  # [batch, N_s, 4]: E x, E y, E |x|^2, mass
     mean = ends[..., :2]
     square = ends[..., 2] - 2 * (at * mean).sum(-1) + at.square().sum(-1) * ends[..., 3]
     hard = hard_chain(there["argmax"], back["argmax"], at)
@@ -144,12 +163,52 @@ def round_trip(A_st: AttentionMap, A_ts: AttentionMap) -> RoundTrip:
         backward=back["argmax"],
         inverse_entropy=back["entropy"],
         density=density,
-        soft_density=there["column_sum"] / A_st.problem.lines,
+        soft_density=there["column_sum"].div_(A_st.problem.lines),
         nims=ratios.nims,
         nims_valid=ratios.valid,
         nims_log1p=ratios.log1p,
         hard_ims=hard.mean(1),
         soft_ims=soft.mean(1),
+    )
+
+
+def _round_trip_steps(A_st: AttentionMap, A_ts: AttentionMap) -> list[Step]:
+    """The pass over A_ts, the one over A_st, and the arithmetic on their results."""
+    batch, sources, targets = A_st.shape
+    size = A_st.problem.itemsize
+    moments = stand_in(A_ts.problem, 1, sources, 4).expand(batch, -1, -1)
+    lse = lse_bytes(A_ts)
+    held = 6 * sources * size + 4 * batch * targets * size + lse
+    trip = held + 4 * batch * sources * size  # and where it ends
+    right = stand_in(A_st.problem, batch, targets, 4)
+    # Distances and what they are made from; counts, and ratios of entropies to their logarithms.
+    glue = batch * (sources * (10 * size + 16) + targets * (5 * size + 8))
+    return [
+        A_ts._step(*(_BACK if lse else _BACK[:-1]), held=held, right=moments),
+        A_st._step(*_THERE, held=trip, right=right, partner=with_lse(A_ts)),
+        Step(trip + glue),
+    ]
+
+
+def plan_round_trip(
+    A_st: AttentionMap,
+    A_ts: AttentionMap,
+    *,
+    memory_budget: int | None = None,
+    ceilings: Ceilings | None = None,
+) -> Plan:
+    """What `round_trip` of these maps will take, before it runs, as `AttentionMap.plan`."""
+    check_pair(A_st, A_ts)
+    batch, sources, targets = A_st.shape
+    size = A_st.problem.itemsize
+    per_map = sources * (8 + 4 * size) + targets * (16 + 4 * size + 1) + 2 * size
+    return plan(
+        "round_trip",
+        " and ".join(dict.fromkeys((A_st.backend, A_ts.backend))),
+        _round_trip_steps(A_st, A_ts),
+        outputs=batch * per_map,
+        memory_budget=budget_in_force(memory_budget),
+        ceilings=ceilings,
     )
 
 
@@ -161,10 +220,24 @@ def inverse_mapping_score(A_st: AttentionMap, A_ts: AttentionMap, kind: str = "h
     """
     check_pair(A_st, A_ts)
     at = source_centres(A_st, A_ts)
+    batch, sources, targets = A_st.shape
+    size = A_st.problem.itemsize
+    budget, what = budget_in_force(None), "inverse_mapping_score"
     if kind == "hard":
-        return hard_chain(A_st.argmax(), A_ts.argmax(), at).mean(1)
+        index = 8 * batch * (sources + targets)
+        glue = Step(index + batch * sources * (8 + 6 * size))
+        steps = [A_st._step("argmax", held=index), A_ts._step("argmax", held=index), glue]
+        there, back, _ = shares(steps, budget, what)
+        forward = A_st.reduce("argmax", memory_budget=there).argmax
+        backward = A_ts.reduce("argmax", memory_budget=back).argmax
+        return hard_chain(forward, backward, at).mean(1)
     if kind == "soft":
-        ends = (A_st @ (A_ts @ at)) / (A_st.problem.lines * A_ts.problem.lines)
+        R, x = compose(A_st, A_ts), at.expand(batch, *at.shape)
+        result = x.numel() * size
+        steps = [Step(s.held + result, s.cost) for s in R._product_steps("product", x, own=True)]
+        given = shares([*steps, Step(4 * result)], budget, what)
+        ends = R._two_products("product", x, given)
+        ends /= A_st.problem.lines * A_ts.problem.lines
         return (at - ends).norm(dim=-1).mean(1)
     raise ValueError(f"kind = {kind!r} is unknown; choose 'hard' or 'soft'")
 
@@ -187,9 +260,12 @@ def mapping_density(A_st: AttentionMap, kind: str = "hard") -> Tensor:
     """MD(j): [batch, N_t]. "hard": how many i have argmax A_st[i] = j. "soft": column sums."""
     check_map("A_st", A_st)
     if kind == "hard":
-        return _count(A_st.argmax(), A_st.shape[2])
+        batch, sources, _ = A_st.shape
+        step = A_st._step("argmax", held=16 * batch * sources)
+        (budget,) = shares([step], budget_in_force(None), "mapping_density")
+        return _count(A_st.reduce("argmax", memory_budget=budget).argmax, A_st.shape[2])
     if kind == "soft":
-        return A_st.column_sum() / A_st.problem.lines
+        return A_st.column_sum().div_(A_st.problem.lines)
     raise ValueError(f"kind = {kind!r} is unknown; choose 'hard' or 'soft'")
 
 
