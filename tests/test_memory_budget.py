@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from contract import Subject
-from flashmaps import _problem, reference
+from flashmaps import _problem, reference, strips
 from flashmaps._problem import Request
 from flashmaps.attention_map import REDUCTIONS
 from flashmaps.backends import plan_pass
@@ -671,3 +671,20 @@ def test_every_field_has_its_arithmetic() -> None:
         request = Request((name,), operand, operand, 2, cells, 4, partner)
         cost = reference.plan(A.problem, request)
         assert cost.flops > 0 and cost.exps > 0 and cost.workspace > 0, name
+
+
+@pytest.mark.usefixtures("threads")
+def test_a_composition_is_split_alike_on_any_number_of_threads() -> None:
+    """The order of its sums depends on how it is split."""
+    need_cpu()
+    A, B = Maps((1, 2, 400, 400, 16)).make("cpu")
+    sizes = strips._Sizes(A.problem, B.problem, Request(("entropy",)), ("cpu", "cpu"))
+    budget = 1_500_000
+    found = []
+    for threads in (1, 4):
+        torch.set_num_threads(threads)
+        found.append((sizes.split(budget), sizes.passes(budget // 4)[0].workspace))
+    (alone, takes_less), (together, takes_more) = found
+    assert takes_less < takes_more
+    assert alone.strip < 400
+    assert together._replace(total=0) == alone._replace(total=0)

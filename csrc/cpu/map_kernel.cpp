@@ -205,10 +205,7 @@ struct Plan {
            out.return_probability || out.product || out.dense || out.topk_values ||
            out.topk_indices || out.pooled_keys;
   }
-  bool wants_columns() const {
-    return out.column_sum || out.column_entropy || out.column_max || out.column_argmax ||
-           out.transposed_product;
-  }
+  bool wants_columns() const { return columns().wanted(); }
   bool wants_map() const { return wants_rows() || wants_columns(); }
   bool in_windows() const { return wants_columns() && !known; }
   bool compute_lse() const { return known && problem.lse == 0; }

@@ -104,11 +104,12 @@ class _Sizes:
     def split(self, budget: int) -> _Split:
         """The largest strip that fits beside a block of at least a sixteenth of it.
 
-        Backends get a quarter of the budget, if they know how to use it, or the least they need.
+        Backends may take a quarter of the budget, or the least they need. They seldom do, but what
+        they do take may depend on the number of threads, and the order of sums must not.
         A budget that is too small gives what takes least.
         """
         least = max(cost.workspace for cost in self.passes(1))
-        backend = max(cost.workspace for cost in self.passes(max(least, budget // 4)))
+        backend = max(least, budget // 4)
         if self.held(1, 1, backend) > budget:
             backend = least
 
@@ -122,7 +123,8 @@ class _Sizes:
         block = min(self.keys, -(-low // 16))
         while block < min(self.keys, 512) and fits(low, 2 * block):
             block = min(self.keys, 2 * block)
-        return _Split(low, block, self.step(low), backend, self.held(low, block, backend))
+        taken = max(cost.workspace for cost in self.passes(backend))
+        return _Split(low, block, self.step(low), backend, self.held(low, block, taken))
 
 
 def plan(first: Problem, second: Problem, request: Request, names: Backends) -> Cost:
