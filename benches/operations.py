@@ -107,8 +107,7 @@ def _fused_dense(inputs: Inputs, dense: Tensor) -> Outputs:
     found = (_entropy(dense), *dense.max(-1))
     if inputs.shape.key_grid is None:
         return found
-    at = centres(inputs.shape.key_grid, dtype=dense.dtype, device=dense.device)
-    return (*found, dense @ at)
+    return (*found, dense @ centres(inputs.shape.key_grid, dtype=dense.dtype))
 
 
 _COLUMNS = ("column_sum", "column_entropy", "column_max", "column_argmax")
@@ -142,7 +141,7 @@ def _pool_dense(inputs: Inputs, dense: Tensor) -> Outputs:
 
 
 def _at(inputs: Inputs, like: Tensor) -> Tensor:
-    return centres(inputs.shape.grid, dtype=like.dtype, device=like.device)
+    return centres(inputs.shape.grid, dtype=like.dtype)
 
 
 def _trip(inputs: Inputs, there: fm.AttentionMap, back: fm.AttentionMap) -> Outputs:

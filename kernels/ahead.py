@@ -7,7 +7,6 @@ The launches are those that the backend would make: `launches.dry_run` on tensor
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import subprocess
@@ -71,30 +70,28 @@ class Case:
             words.append(f"C={self.columns}")
         return "+".join(self.names) + " " + " ".join(words)
 
-    def _tokens(self, count: int, device: str) -> Tensor:
+    def _tokens(self, count: int) -> Tensor:
         sizes = (2, self.heads, count, self.dim)
         order = {
             "heads first": (0, 1, 2, 3),
             "tokens first": (0, 2, 1, 3),
             "dims first": (0, 1, 3, 2),
         }[self.layout]
-        made = torch.randn([sizes[i] for i in order], dtype=self.dtype, device=device)
+        made = torch.empty([sizes[i] for i in order], dtype=self.dtype, device="meta")
         return made.permute([order.index(i) for i in range(4)])
 
-    def problem(self, queries: int, keys: int, device: str = "meta") -> Problem:
-        """The map. Its log-sum-exp is not known, but that of noise."""
-
-        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
+    def _problem(self, queries: int, keys: int) -> Problem:
+        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
 
         side = int(keys**0.5)
         return Problem(
-            query=self._tokens(queries, device),
-            key=self._tokens(keys, device),
-            bias=zeros(2, keys) if self.masked else None,
-            head_weights=zeros(self.heads) + 1 / self.heads if self.masked else None,
-            pairs=zeros(2, 2, dtype=torch.int64) if self.masked else None,
-            lse=zeros(2, self.heads, queries) + math.log(keys) + 0.5 if self.known_lse else None,
+            query=self._tokens(queries),
+            key=self._tokens(keys),
+            bias=empty(2, keys) if self.masked else None,
+            head_weights=empty(self.heads) if self.masked else None,
+            pairs=empty(2, 2, dtype=torch.int64) if self.masked else None,
+            lse=empty(2, self.heads, queries) if self.known_lse else None,
             scale=self.dim**-0.5,
             normalize=self.normalize,
             grid_height=side,
@@ -107,22 +104,19 @@ class Case:
 
     def launches_with(self, settings: Settings) -> list[Launch]:
         """What the backend launches for it in other settings."""
-        return dry_run(self.problem(self.queries, self.keys), self.request(), settings)[0]
-
-    def request(self, device: str = "meta") -> Request:
-        """What is wanted of the map."""
         partner = None
         if "return_probability" in self.names:
-            partner = self.problem(self.keys, self.queries, device)
-        return Request(
+            partner = self._problem(self.keys, self.queries)
+        request = Request(
             self.names,
-            right=torch.randn((2, self.keys, self.columns), device=device),
-            left=torch.randn((2, self.queries, self.columns), device=device),
+            right=torch.empty((2, self.keys, self.columns), device="meta"),
+            left=torch.empty((2, self.queries, self.columns), device="meta"),
             k=self.k,
-            cells=torch.arange(self.keys, device=device) % self.columns,
+            cells=torch.empty(self.keys, dtype=torch.int64, device="meta"),
             num_cells=self.columns,
             partner=partner,
         )
+        return dry_run(self._problem(self.queries, self.keys), request, settings)[0]
 
 
 _ROWS = ("entropy", "max", "argmax", "expectation")

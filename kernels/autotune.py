@@ -14,19 +14,16 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from functools import partial
 from multiprocessing import get_context
 
 import torch
-from flashmaps._problem import Problem, Request
 from flashmaps.files import write_text
 from flashmaps.kernels import settings
 from flashmaps.kernels.ahead import SHARED, Case, examine
-from flashmaps.kernels.launches import Run, reduce
-from flashmaps.kernels.settings import KINDS, TABLE, Settings, architecture_of, settings_of
+from flashmaps.kernels.settings import KINDS, TABLE, Settings, settings_of
 
 Tiles = tuple[tuple[int, int, int, int], ...]  # rows, columns, warps, stages
 
@@ -149,56 +146,6 @@ def ahead(architecture: str) -> dict[str, dict[str, list[int]]]:
     return table
 
 
-def fastest(architecture: str, kind: str, bits: int, width: int) -> tuple[int, int, int, int]:
-    """The fastest of the candidates that fit, on the GPU that is here."""
-    case = next(cases(kind, bits, width))
-    problem = case.problem(case.queries, case.keys, "cuda")
-    request = case.request("cuda")
-    times: dict[tuple[int, int, int, int], float] = {}
-    for tiling in candidates(kind, bits):
-        if not fits(architecture, kind, bits, width, tiling):
-            continue
-        changed = with_tiling(settings_of(architecture), kind, f"{bits}/{width}", tiling)
-        times[tiling] = _milliseconds(partial(_run, problem, request, changed))
-    found = min(times, key=times.__getitem__)
-    print(f"{kind} {bits}/{width}: " + ", ".join(f"{t} {ms:.3f} ms" for t, ms in times.items()))
-    return found
-
-
-def _run(problem: Problem, request: Request, changed: Settings) -> None:
-    reduce(problem, request, Run(changed))
-
-
-def _milliseconds(run: Callable[[], object]) -> float:
-    """Median of some calls on the GPU."""
-    times = []
-    for _ in range(13):
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        run()
-        last.record()
-        last.synchronize()
-        times.append(first.elapsed_time(last))
-    return sorted(times[3:])[5]
-
-
-def here() -> None:
-    """Tune for the GPU that is here, and write."""
-    if not torch.cuda.is_available():
-        raise SystemExit(
-            "torch sees no GPU here. The tiles of a card that is elsewhere: "
-            "python -m flashmaps.kernels.autotune --ahead sm_90"
-        )
-    architecture = architecture_of(torch.device("cuda"))
-    table: dict[str, dict[str, list[int]]] = {kind: {} for kind in KINDS}
-    for kind in KINDS:
-        for bits in (16, 32):
-            for width in (64, 128, 256):
-                found = fastest(architecture, kind, bits, width)
-                table[kind][f"{bits}/{width}"] = list(found)
-    write(architecture, table)
-
-
 def write(architecture: str, tiles: dict[str, dict[str, list[int]]]) -> None:
     """Put an architecture's tiles into settings.json, one kind a line."""
     everything = json.loads(TABLE.read_text("utf-8"))
@@ -224,8 +171,8 @@ def main(arguments: list[str]) -> None:
     if arguments[:1] == ["--ahead"]:
         for architecture in arguments[1:] or list(SHARED):
             write(architecture, ahead(architecture))
-    else:
-        here()
+        return
+    raise SystemExit("not yet")
 
 
 if __name__ == "__main__":
