@@ -181,7 +181,6 @@ class Compiled:
     shared: int  # bytes
     matrix: int  # matrix instructions
     exps: int  # exp2 instructions
-    atomics: int
     instructions: int
 
     def problems(self) -> list[str]:
@@ -189,8 +188,6 @@ class Compiled:
         found = []
         if self.spills:
             found.append(f"{self.spills} spills")
-        if self.atomics:
-            found.append(f"{self.atomics} atomic instructions")
         if self.shared > SHARED[self.architecture]:
             found.append(f"{self.shared} bytes of shared memory")
         return found
@@ -259,17 +256,15 @@ def examine(launch: Launch, architecture: str) -> Compiled:
         registers, stack = field("vgpr_count"), field("private_segment_fixed_size")
         spills = field("vgpr_spill_count") + field("sgpr_spill_count")
         exps = sum(n for name, n in operations.items() if name.startswith("v_exp_f32"))
-        atomics = sum(n for name, n in operations.items() if "_atomic_" in name)
     else:
         usage, operations = _disassembled(compiled.asm["cubin"])
         registers, stack = usage
         spills = sum(n for name, n in operations.items() if name[:3] in ("LDL", "STL"))
         exps = operations["MUFU.EX2"]
-        atomics = sum(n for name, n in operations.items() if name.startswith(("ATOM", "RED.")))
     matrix = sum(n for name, n in operations.items() if name.startswith(MATRIX[architecture]))
     return Compiled(
         launch.kernel.__name__, tile, architecture, registers, spills, stack,
-        compiled.metadata.shared, matrix, exps, atomics, operations.total(),
+        compiled.metadata.shared, matrix, exps, operations.total(),
     )  # fmt: skip
 
 

@@ -28,17 +28,24 @@ from flashmaps.kernels.settings import KINDS, TABLE, Settings, settings_of
 Tiles = tuple[tuple[int, int, int, int], ...]  # rows, columns, warps, stages
 
 _HALF: Tiles = (
-    (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2),
-    (64, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 1),
+    (128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 4, 3), (64, 128, 4, 3), (128, 64, 8, 3),
+    (128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 4, 2), (32, 32, 4, 2),
+    (32, 32, 4, 1), (16, 32, 4, 1),
 )  # fmt: skip
-_FULL: Tiles = ((64, 64, 8, 2), (64, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 1))
+_FULL: Tiles = (
+    (64, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1), (16, 32, 4, 1),
+    (16, 16, 4, 1),
+)  # fmt: skip
+# With an operand the tile is also the left side of a product: another copy of it, in three parts.
+_PRODUCT: Tiles = _HALF[4:]
 # All keys in a tile: rows count only.
-_WHOLE: Tiles = ((64, 256, 8, 2), (32, 256, 8, 2), (16, 256, 8, 1))
+_WHOLE: Tiles = (
+    (64, 256, 8, 2), (32, 256, 8, 2), (32, 256, 8, 1), (16, 256, 8, 1), (16, 256, 4, 1),
+)  # fmt: skip
 
 _ROWS = ("entropy", "max", "argmax", "expectation")
 _COLUMNS = ("column_sum", "column_entropy", "column_max", "column_argmax")
 _TOPK = ("topk_values", "topk_indices")
-_ANY: tuple[tuple[str, ...], ...] = (_ROWS, _COLUMNS, ("dense",), _TOPK)
 
 
 def candidates(kind: str, bits: int) -> Tiles:
@@ -47,8 +54,7 @@ def candidates(kind: str, bits: int) -> Tiles:
         return _WHOLE
     if bits == 32:
         return _FULL
-    # With an operand the tile is also the left side of a product: another copy, in three parts.
-    return {"product": _HALF[1:], "rare": _HALF[3:]}.get(kind, _HALF)
+    return {"product": _PRODUCT, "rare": _HALF[6:]}.get(kind, _HALF)
 
 
 def cases(kind: str, bits: int, width: int) -> Iterator[Case]:
@@ -57,7 +63,6 @@ def cases(kind: str, bits: int, width: int) -> Iterator[Case]:
         "lse": Case(("lse",)),
         "rows": Case(_ROWS),
         "columns": Case(_COLUMNS),
-        "even": Case((*_ROWS, "diagonal")),
         "product": Case(("product",)),
         "dense": Case(("dense",)),
         "topk": Case(_TOPK),
@@ -71,9 +76,7 @@ def cases(kind: str, bits: int, width: int) -> Iterator[Case]:
     if kind == "return":
         odd["keys"] = 4001
     demanding = [replace(plain, **odd)]
-    if kind == "even":
-        demanding = [replace(plain, dim=width * 5 // 8), replace(plain, names=_COLUMNS)]
-    elif kind == "rows":
+    if kind == "rows":
         square = {**odd, "queries": 4001, "keys": 4001}
         demanding = [replace(plain, **square, names=(*_ROWS, "diagonal", "max"))]
     elif kind == "product":
@@ -81,12 +84,12 @@ def cases(kind: str, bits: int, width: int) -> Iterator[Case]:
     elif kind == "topk":
         demanding.append(replace(plain, **odd, k=64))
     elif kind == "whole":
-        few = {"queries": 4001, "masked": True, "known_lse": False}
-        few["keys"] = 256 if width <= 128 else 128
-        demanding = [replace(plain, **few, names=each) for each in _ANY]
+        few = {"queries": 4001, "keys": 256, "masked": True, "known_lse": False}
+        names = (_ROWS, _COLUMNS, ("product",), ("transposed_product",), ("dense",), _TOPK)
+        demanding = [replace(plain, **few, names=each) for each in names]
     elif kind == "rare":
         lines = {"normalize": "rows", "queries": 4001, "masked": True, "layout": "heads first"}
-        names = (*_ANY, ("product",), ("transposed_product",))
+        names = (_ROWS, _COLUMNS, ("product",), ("transposed_product",), ("dense",), _TOPK)
         demanding = [replace(plain, **lines, names=each) for each in names]
         lines |= {"keys": 4096, "queries": 4096}
         demanding.append(replace(plain, **lines, names=("return_probability",)))
