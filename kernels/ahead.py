@@ -7,6 +7,7 @@ The launches are those that the backend would make: `launches.dry_run` on tensor
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -70,28 +71,30 @@ class Case:
             words.append(f"C={self.columns}")
         return "+".join(self.names) + " " + " ".join(words)
 
-    def _tokens(self, count: int) -> Tensor:
+    def _tokens(self, count: int, device: str) -> Tensor:
         sizes = (2, self.heads, count, self.dim)
         order = {
             "heads first": (0, 1, 2, 3),
             "tokens first": (0, 2, 1, 3),
             "dims first": (0, 1, 3, 2),
         }[self.layout]
-        made = torch.empty([sizes[i] for i in order], dtype=self.dtype, device="meta")
+        made = torch.randn([sizes[i] for i in order], dtype=self.dtype, device=device)
         return made.permute([order.index(i) for i in range(4)])
 
-    def _problem(self, queries: int, keys: int) -> Problem:
-        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device="meta")
+    def problem(self, queries: int, keys: int, device: str = "meta") -> Problem:
+        """The map. Its log-sum-exp is not known, but that of noise."""
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
 
         side = int(keys**0.5)
         return Problem(
-            query=self._tokens(queries),
-            key=self._tokens(keys),
-            bias=empty(2, keys) if self.masked else None,
-            head_weights=empty(self.heads) if self.masked else None,
-            pairs=empty(2, 2, dtype=torch.int64) if self.masked else None,
-            lse=empty(2, self.heads, queries) if self.known_lse else None,
+            query=self._tokens(queries, device),
+            key=self._tokens(keys, device),
+            bias=zeros(2, keys) if self.masked else None,
+            head_weights=zeros(self.heads) + 1 / self.heads if self.masked else None,
+            pairs=zeros(2, 2, dtype=torch.int64) if self.masked else None,
+            lse=zeros(2, self.heads, queries) + math.log(keys) + 0.5 if self.known_lse else None,
             scale=self.dim**-0.5,
             normalize=self.normalize,
             grid_height=side,
@@ -104,19 +107,22 @@ class Case:
 
     def launches_with(self, settings: Settings) -> list[Launch]:
         """What the backend launches for it in other settings."""
+        return dry_run(self.problem(self.queries, self.keys), self.request(), settings)[0]
+
+    def request(self, device: str = "meta") -> Request:
+        """What is wanted of the map."""
         partner = None
         if "return_probability" in self.names:
-            partner = self._problem(self.keys, self.queries)
-        request = Request(
+            partner = self.problem(self.keys, self.queries, device)
+        return Request(
             self.names,
-            right=torch.empty((2, self.keys, self.columns), device="meta"),
-            left=torch.empty((2, self.queries, self.columns), device="meta"),
+            right=torch.randn((2, self.keys, self.columns), device=device),
+            left=torch.randn((2, self.queries, self.columns), device=device),
             k=self.k,
-            cells=torch.empty(self.keys, dtype=torch.int64, device="meta"),
+            cells=torch.arange(self.keys, device=device) % self.columns,
             num_cells=self.columns,
             partner=partner,
         )
-        return dry_run(self._problem(self.queries, self.keys), request, settings)[0]
 
 
 _ROWS = ("entropy", "max", "argmax", "expectation")
@@ -176,18 +182,21 @@ class Compiled:
     tile: str
     architecture: str
     registers: int
-    spills: int  # instructions that move registers to or from memory; on AMD, registers spilled
+    spills: int  # instructions that move registers to or from memory
     stack: int  # bytes
     shared: int  # bytes
     matrix: int  # matrix instructions
     exps: int  # exp2 instructions
+    atomics: int
     instructions: int
 
     def problems(self) -> list[str]:
         """What is wrong with it."""
         found = []
-        if self.spills:
-            found.append(f"{self.spills} spills")
+        if self.spills or (self.stack and self.architecture == "gfx942"):
+            found.append(f"{self.spills} spills, {self.stack} bytes of stack")
+        if self.atomics:
+            found.append(f"{self.atomics} atomic instructions")
         if self.shared > SHARED[self.architecture]:
             found.append(f"{self.shared} bytes of shared memory")
         return found
@@ -254,17 +263,22 @@ def examine(launch: Launch, architecture: str) -> Compiled:
 
         operations = Counter(re.findall(r"^\s+([a-z]\w+)", text, re.M))
         registers, stack = field("vgpr_count"), field("private_segment_fixed_size")
-        spills = field("vgpr_spill_count") + field("sgpr_spill_count")
+        # Scalar registers spill into lanes of vector registers, which are no memory.
+        spills = sum(n for name, n in operations.items() if name.startswith("scratch_"))
+        spills += field("vgpr_spill_count")
         exps = sum(n for name, n in operations.items() if name.startswith("v_exp_f32"))
+        atomics = sum(n for name, n in operations.items() if "_atomic_" in name)
     else:
         usage, operations = _disassembled(compiled.asm["cubin"])
         registers, stack = usage
         spills = sum(n for name, n in operations.items() if name[:3] in ("LDL", "STL"))
         exps = operations["MUFU.EX2"]
+        # From PTX: Blackwell's machine code takes some to hand out the matrix unit's own memory.
+        atomics = len(re.findall(r"^\s*(?:@\S+\s+)?(?:atom|red)\.", compiled.asm["ptx"], re.M))
     matrix = sum(n for name, n in operations.items() if name.startswith(MATRIX[architecture]))
     return Compiled(
         launch.kernel.__name__, tile, architecture, registers, spills, stack,
-        compiled.metadata.shared, matrix, exps, operations.total(),
+        compiled.metadata.shared, matrix, exps, atomics, operations.total(),
     )  # fmt: skip
 
 

@@ -14,38 +14,34 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 
 import torch
+from flashmaps._problem import Problem, Request
 from flashmaps.files import write_text
 from flashmaps.kernels import settings
 from flashmaps.kernels.ahead import SHARED, Case, examine
-from flashmaps.kernels.settings import KINDS, TABLE, Settings, settings_of
+from flashmaps.kernels.launches import Run, reduce
+from flashmaps.kernels.settings import KINDS, TABLE, Settings, architecture_of, settings_of
 
 Tiles = tuple[tuple[int, int, int, int], ...]  # rows, columns, warps, stages
 
 _HALF: Tiles = (
-    (128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 4, 3), (64, 128, 4, 3), (128, 64, 8, 3),
-    (128, 64, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 4, 2), (32, 32, 4, 2),
-    (32, 32, 4, 1), (16, 32, 4, 1),
+    (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2),
+    (64, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 1),
 )  # fmt: skip
-_FULL: Tiles = (
-    (64, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 1), (16, 32, 4, 1),
-    (16, 16, 4, 1),
-)  # fmt: skip
-# With an operand the tile is also the left side of a product: another copy of it, in three parts.
-_PRODUCT: Tiles = _HALF[4:]
+_FULL: Tiles = ((64, 64, 8, 2), (64, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 1))
 # All keys in a tile: rows count only.
-_WHOLE: Tiles = (
-    (64, 256, 8, 2), (32, 256, 8, 2), (32, 256, 8, 1), (16, 256, 8, 1), (16, 256, 4, 1),
-)  # fmt: skip
+_WHOLE: Tiles = ((64, 256, 8, 2), (32, 256, 8, 2), (16, 256, 8, 1))
 
 _ROWS = ("entropy", "max", "argmax", "expectation")
 _COLUMNS = ("column_sum", "column_entropy", "column_max", "column_argmax")
 _TOPK = ("topk_values", "topk_indices")
+_ANY: tuple[tuple[str, ...], ...] = (_ROWS, _COLUMNS, ("dense",), _TOPK)
 
 
 def candidates(kind: str, bits: int) -> Tiles:
@@ -54,7 +50,8 @@ def candidates(kind: str, bits: int) -> Tiles:
         return _WHOLE
     if bits == 32:
         return _FULL
-    return {"product": _PRODUCT, "rare": _HALF[6:]}.get(kind, _HALF)
+    # With an operand the tile is also the left side of a product: another copy, in three parts.
+    return {"product": _HALF[1:], "rare": _HALF[3:]}.get(kind, _HALF)
 
 
 def cases(kind: str, bits: int, width: int) -> Iterator[Case]:
@@ -63,6 +60,7 @@ def cases(kind: str, bits: int, width: int) -> Iterator[Case]:
         "lse": Case(("lse",)),
         "rows": Case(_ROWS),
         "columns": Case(_COLUMNS),
+        "even": Case((*_ROWS, "diagonal")),
         "product": Case(("product",)),
         "dense": Case(("dense",)),
         "topk": Case(_TOPK),
@@ -76,7 +74,9 @@ def cases(kind: str, bits: int, width: int) -> Iterator[Case]:
     if kind == "return":
         odd["keys"] = 4001
     demanding = [replace(plain, **odd)]
-    if kind == "rows":
+    if kind == "even":
+        demanding = [replace(plain, dim=width * 5 // 8), replace(plain, names=_COLUMNS)]
+    elif kind == "rows":
         square = {**odd, "queries": 4001, "keys": 4001}
         demanding = [replace(plain, **square, names=(*_ROWS, "diagonal", "max"))]
     elif kind == "product":
@@ -84,12 +84,12 @@ def cases(kind: str, bits: int, width: int) -> Iterator[Case]:
     elif kind == "topk":
         demanding.append(replace(plain, **odd, k=64))
     elif kind == "whole":
-        few = {"queries": 4001, "keys": 256, "masked": True, "known_lse": False}
-        names = (_ROWS, _COLUMNS, ("product",), ("transposed_product",), ("dense",), _TOPK)
-        demanding = [replace(plain, **few, names=each) for each in names]
+        few = {"queries": 4001, "masked": True, "known_lse": False}
+        few["keys"] = 256 if width <= 128 else 128
+        demanding = [replace(plain, **few, names=each) for each in _ANY]
     elif kind == "rare":
         lines = {"normalize": "rows", "queries": 4001, "masked": True, "layout": "heads first"}
-        names = (_ROWS, _COLUMNS, ("product",), ("transposed_product",), ("dense",), _TOPK)
+        names = (*_ANY, ("product",), ("transposed_product",))
         demanding = [replace(plain, **lines, names=each) for each in names]
         lines |= {"keys": 4096, "queries": 4096}
         demanding.append(replace(plain, **lines, names=("return_probability",)))
@@ -149,6 +149,56 @@ def ahead(architecture: str) -> dict[str, dict[str, list[int]]]:
     return table
 
 
+def fastest(architecture: str, kind: str, bits: int, width: int) -> tuple[int, int, int, int]:
+    """The fastest of the candidates that fit, on the GPU that is here."""
+    case = next(cases(kind, bits, width))
+    problem = case.problem(case.queries, case.keys, "cuda")
+    request = case.request("cuda")
+    times: dict[tuple[int, int, int, int], float] = {}
+    for tiling in candidates(kind, bits):
+        if not fits(architecture, kind, bits, width, tiling):
+            continue
+        changed = with_tiling(settings_of(architecture), kind, f"{bits}/{width}", tiling)
+        times[tiling] = _milliseconds(partial(_run, problem, request, changed))
+    found = min(times, key=times.__getitem__)
+    print(f"{kind} {bits}/{width}: " + ", ".join(f"{t} {ms:.3f} ms" for t, ms in times.items()))
+    return found
+
+
+def _run(problem: Problem, request: Request, changed: Settings) -> None:
+    reduce(problem, request, Run(changed))
+
+
+def _milliseconds(run: Callable[[], object]) -> float:
+    """Median of some calls on the GPU."""
+    times = []
+    for _ in range(13):
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        run()
+        last.record()
+        last.synchronize()
+        times.append(first.elapsed_time(last))
+    return sorted(times[3:])[5]
+
+
+def here() -> None:
+    """Tune for the GPU that is here, and write."""
+    if not torch.cuda.is_available():
+        raise SystemExit(
+            "torch sees no GPU here. The tiles of a card that is elsewhere: "
+            "python -m flashmaps.kernels.autotune --ahead sm_90"
+        )
+    architecture = architecture_of(torch.device("cuda"))
+    table: dict[str, dict[str, list[int]]] = {kind: {} for kind in KINDS}
+    for kind in KINDS:
+        for bits in (16, 32):
+            for width in (64, 128, 256):
+                found = fastest(architecture, kind, bits, width)
+                table[kind][f"{bits}/{width}"] = list(found)
+    write(architecture, table)
+
+
 def write(architecture: str, tiles: dict[str, dict[str, list[int]]]) -> None:
     """Put an architecture's tiles into settings.json, one kind a line."""
     everything = json.loads(TABLE.read_text("utf-8"))
@@ -174,8 +224,8 @@ def main(arguments: list[str]) -> None:
     if arguments[:1] == ["--ahead"]:
         for architecture in arguments[1:] or list(SHARED):
             write(architecture, ahead(architecture))
-        return
-    raise SystemExit("not yet")
+    else:
+        here()
 
 
 if __name__ == "__main__":

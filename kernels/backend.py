@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 import torch
-from flashmaps._problem import Problem, Request
+from flashmaps._problem import Cost, Problem, Request, cost_of
 from flashmaps.kernels import INTERPRETING, unavailable_reason
 from torch import Tensor
 
@@ -48,12 +48,28 @@ def last_workspace_bytes() -> int:
     return getattr(_last, "workspace", 0)
 
 
+def plan(problem: Problem, request: Request) -> Cost:
+    """What `reduce` takes: its launches, made on "meta" and not run."""
+    from flashmaps.kernels import launches
+    from flashmaps.kernels.settings import settings_here
+
+    device = problem.query.device
+    here = settings_here(torch.device("cuda") if device.type == "meta" else device)
+    found, workspace = launches.dry_run(problem, request, here)
+    scores = sum(launch.scores for launch in found)
+    back = request.partner
+    if back is not None and "return_probability" in request.names:
+        scores -= back.batch * back.heads * back.num_queries * back.num_keys
+    of_map = problem.batch * problem.heads * problem.num_queries * problem.num_keys
+    return cost_of(problem, request, passes=round(scores / of_map), workspace=workspace)
+
+
 def reduce(problem: Problem, request: Request) -> dict[str, Tensor]:
     """Every requested field; see `flashmaps.reference.reduce` for what each one is."""
     from flashmaps.kernels import launches
     from flashmaps.kernels.settings import settings_here
 
-    run = launches.Run(settings_here(problem.query.device))
+    run = launches.run_for(request, settings_here(problem.query.device))
     if problem.query.is_cuda:
         with torch.cuda.device(problem.query.device):
             outputs = launches.reduce(problem, request, run)

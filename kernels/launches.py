@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,9 +18,16 @@ from flashmaps.kernels import passes
 from flashmaps.kernels.settings import Settings, Tiling
 from torch import Tensor
 
-# Bytes beyond inputs and outputs: maps are taken in chunks whose log-sum-exps (and masses of lines)
-# fit, and tokens are not split among more programs than leave partial results of this size.
+# Bytes beyond inputs and outputs, unless the request's budget is less: maps are taken in chunks
+# whose log-sum-exps (and masses of lines) fit, and tokens are not split among more programs than
+# leave partial results of this size.
 WORKSPACE = 4 * 2**20
+
+# The same for rows of the map that are sorted, of which a few hundred at a time keep a GPU busy.
+ROWS_TO_SORT = 64 * 2**20
+
+# What sorting numbers beside their int64 places takes: the results, and as much again meanwhile.
+_SORTED_BYTES = 2 * (4 + 8)
 
 # Top-k up to here keeps its slots in registers; above, rows are written and sorted.
 SLOTS = 64
@@ -28,6 +35,7 @@ SLOTS = 64
 _LOG2_E = math.log2(math.e)
 _ROW_STATISTICS = ("entropy", "max", "argmax", "expectation", "diagonal")
 _COLUMN_STATISTICS = ("column_sum", "column_entropy", "column_max", "column_argmax")
+_PRODUCTS = ("product", "transposed_product", "pooled_keys", "return_probability")
 _COMBINED = 256  # outputs that one program of the combining kernels has
 _COMBINING = Tiling(_COMBINED, 1, warps=4, stages=1)
 
@@ -41,6 +49,7 @@ class Launch:
     arguments: dict[str, Any]
     tiling: Tiling
     kind: str = ""  # which entry of the settings it took
+    scores: int = 0  # how many q k it computes, of all heads
 
     def run(self) -> None:
         self.kernel[(self.programs,)](
@@ -54,20 +63,34 @@ class Run:
 
     settings: Settings
     launch: Callable[[Launch], None] = Launch.run
+    limit: int = WORKSPACE
+    roomy: int = ROWS_TO_SORT  # the limit for what takes whole rows
     workspace: int = 0  # bytes beyond inputs and outputs, at most at once
     _held: int = field(default=0, repr=False)
+
+    def hold(self, size: int) -> None:
+        """Count what torch allocates for us; negative when it is free again."""
+        self._held += size
+        self.workspace = max(self.workspace, self._held)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32, like: Tensor) -> Tensor:
         """Workspace, counted until `release`."""
         made = torch.empty(shape, dtype=dtype, device=like.device)
-        self._held += made.numel() * made.element_size()
-        self.workspace = max(self.workspace, self._held)
+        self.hold(made.numel() * made.element_size())
         return made
 
     def release(self, *tensors: Tensor | None) -> None:
         for tensor in tensors:
             if tensor is not None:
-                self._held -= tensor.numel() * tensor.element_size()
+                self.hold(-tensor.numel() * tensor.element_size())
+
+
+def run_for(request: Request, settings: Settings) -> Run:
+    """A run within the budget of a request. It may take more where it cannot do with less."""
+    budget = request.memory_budget
+    if budget is None:
+        return Run(settings)
+    return Run(settings, limit=min(WORKSPACE, budget), roomy=min(ROWS_TO_SORT, budget))
 
 
 def dry_run(problem: Problem, request: Request, settings: Settings) -> tuple[list[Launch], int]:
@@ -80,11 +103,15 @@ def dry_run(problem: Problem, request: Request, settings: Settings) -> tuple[lis
     def on_meta(of: Problem) -> Problem:
         return Problem._make(meta(x) if isinstance(x, Tensor) else x for x in of)
 
-    request = Request(
-        request.names, meta(request.right), meta(request.left), request.k, meta(request.cells),
-        request.num_cells, None if request.partner is None else on_meta(request.partner),
-    )  # fmt: skip
-    run = Run(settings, found.append)
+    request = replace(
+        request,
+        right=meta(request.right),
+        left=meta(request.left),
+        cells=meta(request.cells),
+        partner=None if request.partner is None else on_meta(request.partner),
+    )
+    run = run_for(request, settings)
+    run.launch = found.append
     reduce(on_meta(problem), request, run)
     return found, run.workspace
 
@@ -96,7 +123,7 @@ def reduce(problem: Problem, request: Request, run: Run) -> dict[str, Tensor]:
     if request.partner is not None:
         partner = request.partner
         per_map += partner.num_queries * 4 * (partner.heads + _lines(partner))
-    step = max(1, WORKSPACE // per_map)
+    step = max(1, run.limit // per_map)
     for start in range(0, problem.batch, step):
         some = slice(start, min(start + step, problem.batch))
         whole = some == slice(0, problem.batch)
@@ -119,15 +146,17 @@ def some_maps(problem: Problem, some: slice) -> Problem:
 
 
 def _some_of_request(request: Request, some: slice) -> Request:
-    return Request(
-        request.names,
-        None if request.right is None else request.right[some],
-        None if request.left is None else request.left[some],
-        request.k,
-        request.cells,
-        request.num_cells,
-        None if request.partner is None else some_maps(request.partner, some),
+    return replace(
+        request,
+        right=None if request.right is None else request.right[some],
+        left=None if request.left is None else request.left[some],
+        partner=None if request.partner is None else some_maps(request.partner, some),
     )
+
+
+def _scores(problem: Problem) -> int:
+    """q k of all heads of one map."""
+    return problem.heads * problem.num_queries * problem.num_keys
 
 
 def _lines(problem: Problem) -> int:
@@ -140,7 +169,9 @@ def _reduce_maps(problem: Problem, request: Request, outputs: dict[str, Tensor],
     if set(outputs) <= {"lse"}:
         return
     made: list[Tensor] = []
-    problem = _with_lse(problem, outputs.get("lse"), run, made, needed=False)
+    # A product's left side is the tile, in parts: beside a whole row of it there is no room.
+    needed = problem.normalize != "block" or any(name in outputs for name in _PRODUCTS)
+    problem = _with_lse(problem, outputs.get("lse"), run, made, needed=needed)
     mass = _line_mass(problem, run, made)
     view = _View(problem, mass)
 
@@ -191,16 +222,22 @@ class _View:
     def whole(self) -> bool:
         return self.problem.lse is None
 
-    def kind(self, kind: str) -> str:
-        """The kind of the pass in the settings."""
+    def kind(self, kind: str, settings: Settings) -> str:
+        """The kind of the pass in the settings, which may be a special one of it."""
         if self.whole:
             return "whole"
-        return "rare" if self.mass is not None or _is_rare(self.problem) else kind
+        if self.mass is not None or _is_rare(self.problem):
+            return "rare"
+        if kind in ("rows", "columns") and self.problem.bias is None:
+            rows, columns, *_ = settings.tiling("even", self.kept.dtype, self.kept.shape[3])
+            if self.num_kept % rows == 0 and self.num_streamed % columns == 0:
+                return "even"
+        return kind
 
     def tiling(self, kind: str, settings: Settings) -> Tiling:
         """Rows and columns of a tile; all keys in it where no log-sum-exp is known."""
         dtype, dim = self.problem.query.dtype, self.problem.query.shape[3]
-        found = settings.tiling(self.kind(kind), dtype, dim)
+        found = settings.tiling(self.kind(kind, settings), dtype, dim)
         if not self.whole:
             return found
         keys = max(16, _power_of_two(self.problem.num_keys))
@@ -218,6 +255,25 @@ def head_parts(dim: int) -> tuple[int, int]:
     first = whole // 2
     rest = max(16, _power_of_two(dim - first)) if first >= 16 and dim > first else whole
     return (first, rest) if first + rest < whole else (whole, 0)
+
+
+def _unit(*tensors: Tensor) -> int:
+    """8 where all strides of Q and K are multiples of that, so that 16 bytes load at once; else 1.
+
+    Of its arguments triton notes whether they are multiples of 16, which 40 and 72 are not.
+    """
+    strides = [s for tensor in tensors for s in tensor.stride()[:3]]
+    return 8 if all(stride % 8 == 0 for stride in strides) else 1
+
+
+def _strides(name: str, tokens: Tensor, unit: int) -> dict[str, int]:
+    batch, head, token, dim = tokens.stride()
+    return {
+        f"{name}_batch": batch // unit,
+        f"{name}_head": head // unit,
+        f"{name}_token": token // unit,
+        f"{name}_dim": dim,
+    }
 
 
 def _is_rare(problem: Problem) -> bool:
@@ -248,7 +304,7 @@ def _splits(run: Run, programs: int, tiles: int, bytes_each: int) -> int:
     From shapes and settings alone, so that the same call adds up in the same order.
     """
     wanted = run.settings.programs // max(1, programs)
-    fitting = WORKSPACE // max(1, bytes_each)
+    fitting = run.limit // max(1, bytes_each)
     splits = max(1, min(wanted, tiles, fitting))
     # No empty ones: 10 tiles in 4 splits of 3 would do, 10 tiles in 6 of 2 leave one without.
     return -(-tiles // -(-tiles // splits))
@@ -256,11 +312,9 @@ def _splits(run: Run, programs: int, tiles: int, bytes_each: int) -> int:
 
 def _map_arguments(view: _View) -> dict[str, Any]:
     problem = view.problem
-    arguments: dict[str, Any] = {}
-    for name, tokens in (("kept", view.kept), ("streamed", view.streamed)):
-        arguments[name] = tokens
-        for what, stride in zip(("batch", "head", "token", "dim"), tokens.stride(), strict=True):
-            arguments[f"{name}_{what}"] = stride
+    unit = _unit(problem.query, problem.key)
+    arguments: dict[str, Any] = {"kept": view.kept, "streamed": view.streamed, "UNIT": unit}
+    arguments |= _strides("kept", view.kept, unit) | _strides("streamed", view.streamed, unit)
     return arguments | {
         "num_kept": view.num_kept,
         "num_streamed": view.num_streamed,
@@ -289,9 +343,8 @@ def _tile_constants(
         "D": width,
         "D_REST": rest,
         "DIM": tokens.shape[3],
-        "CHUNK": min(width, run.settings.chunk(tokens.dtype)),
-        "EVEN_KEPT": kept % tiling.rows == 0,
-        "EVEN_STREAMED": streamed % tiling.columns == 0,
+        "CHUNK": run.settings.chunk(tokens.dtype),
+        "EVEN": kept % tiling.rows == 0 and streamed % tiling.columns == 0,
         "PRECISION": run.settings.precision(tokens.dtype),
     }
 
@@ -302,7 +355,8 @@ def _with_lse(
     """The problem with its log-sum-exp, contiguous; without one where rows are kept whole."""
     lse = problem.lse
     if lse is None:
-        if problem.num_keys <= run.settings.whole_row and not needed:
+        keeps = run.settings.keeps_rows(problem.num_keys, problem.query.shape[3])
+        if keeps and not needed:
             return problem
         lse = known
     if lse is None:
@@ -322,11 +376,7 @@ def _lse(problem: Problem, out: Tensor, run: Run) -> None:
     count = out.numel()
     splits = _splits(run, programs, -(-problem.num_keys // tiling.columns), 4 * count)
     target = out if splits == 1 else run.empty(splits, count, like=query)
-    strides = {
-        f"{name}_{what}": stride
-        for name, tensor in (("query", query), ("key", key))
-        for what, stride in zip(("batch", "head", "token", "dim"), tensor.stride(), strict=True)
-    }
+    unit = _unit(query, key)
     constants = _tile_constants(tiling, query, problem.num_queries, problem.num_keys, run)
     run.launch(
         Launch(
@@ -335,7 +385,9 @@ def _lse(problem: Problem, out: Tensor, run: Run) -> None:
             {
                 "query": query,
                 "key": key,
-                **strides,
+                **_strides("query", query, unit),
+                **_strides("key", key, unit),
+                "UNIT": unit,
                 "bias": problem.bias,
                 "pairs": problem.pairs,
                 "out": target,
@@ -350,6 +402,7 @@ def _lse(problem: Problem, out: Tensor, run: Run) -> None:
             },
             tiling,
             kind,
+            scores=problem.batch * _scores(problem),
         )
     )
     if splits > 1:
@@ -372,10 +425,12 @@ def _line_mass(problem: Problem, run: Run, made: list[Tensor]) -> Tensor | None:
     lines = problem.lines
     mass = run.empty(problem.batch, problem.num_queries, lines, like=problem.query)
     made.append(mass)
+    run.hold(2 * 8 * problem.num_keys)
     key = torch.arange(problem.num_keys, device=problem.query.device)
     line = key // problem.grid_width if problem.normalize == "rows" else key % problem.grid_width
     plain = problem._replace(normalize="block")
     _pooled(_View(plain, None), line, lines, mass, run)
+    run.hold(-2 * 8 * problem.num_keys)
     return mass
 
 
@@ -499,7 +554,7 @@ def _launch_reduce(
     constants = _tile_constants(tiling, tokens, view.num_kept, view.num_streamed, run)
     more = more or {}
     if more.get("order") is not None:
-        constants["EVEN_STREAMED"] = False
+        constants["EVEN"] = False
     arguments: dict[str, Any] = dict.fromkeys(_OPTIONAL)
     strides = (0, 0, 0) if operand is None else operand.stride()
     arguments |= _map_arguments(view)
@@ -529,7 +584,8 @@ def _launch_reduce(
             programs * splits * parts,
             arguments,
             tiling,
-            view.kind(kind),
+            view.kind(kind, run.settings),
+            scores=view.problem.batch * _scores(view.problem) * (1 if "order" in more else parts),
         )
     )
 
@@ -542,12 +598,11 @@ def _pooled(view: _View, cells: Tensor | None, count: int, out: Tensor, run: Run
     assert cells is not None
     width = _operand_width(count, run)
     parts = -(-count // width)
-    if view.whole:  # the tile holds all keys: nothing to sort, and each part makes all of it
-        order, sorted_cells, bounds = None, cells.contiguous(), None
-    else:
-        sorted_cells, order = cells.sort(stable=True)
-        firsts = torch.arange(parts + 1, device=cells.device) * width
-        bounds = torch.searchsorted(sorted_cells, firsts)
+    sorting = 4 * 8 * cells.numel()  # int64 cells and places, and as much again meanwhile
+    run.hold(sorting)
+    sorted_cells, order = cells.sort(stable=True)
+    firsts = torch.arange(parts + 1, device=cells.device) * width
+    bounds = torch.searchsorted(sorted_cells, firsts)
     _launch_reduce(
         view,
         {"product": out},
@@ -557,6 +612,7 @@ def _pooled(view: _View, cells: Tensor | None, count: int, out: Tensor, run: Run
         parts=parts,
         more={"order": order, "bounds": bounds, "cells": sorted_cells},
     )
+    run.hold(-sorting)
 
 
 def _topk(view: _View, k: int, outputs: dict[str, Tensor], run: Run) -> None:
@@ -585,9 +641,11 @@ def _topk(view: _View, k: int, outputs: dict[str, Tensor], run: Run) -> None:
         _launch_reduce(view, found, "topk", run, splits=splits, k=k)
         # Splits are in the keys' order and a stable sort keeps it, so ties go to the lowest index.
         # A split of fewer than k keys fills its places with -1: none is among the k largest.
+        run.hold(_SORTED_BYTES * largest.numel())
         every = largest.movedim(0, 2).flatten(2).sort(dim=2, descending=True, stable=True)
         values.copy_(every.values[..., :k])
         indices.copy_(where.movedim(0, 2).flatten(2).gather(2, every.indices[..., :k]))
+        run.hold(-_SORTED_BYTES * largest.numel())
         run.release(largest, where)
     run.release(*made)
 
@@ -598,7 +656,7 @@ def _topk_by_sorting(view: _View, k: int, values: Tensor, indices: Tensor, run: 
     for one in range(problem.batch):
         single = some_maps(problem, slice(one, one + 1))
         mass = None if view.mass is None else view.mass[one : one + 1]
-        step = max(1, WORKSPACE // (4 * 4 * view.num_streamed))  # the rows, and what sorting takes
+        step = max(1, run.roomy // ((4 + _SORTED_BYTES) * view.num_streamed))
         for start in range(0, view.num_kept, step):
             rows = slice(start, min(start + step, view.num_kept))
             part = single.query_rows(rows.start, rows.stop)
@@ -607,9 +665,11 @@ def _topk_by_sorting(view: _View, k: int, values: Tensor, indices: Tensor, run: 
             of_rows = _View(part, None if mass is None else mass[:, rows].contiguous())
             dense = run.empty(1, rows.stop - rows.start, view.num_streamed, like=view.kept)
             _launch_reduce(of_rows, {"dense": dense}, "dense", run)
+            run.hold(_SORTED_BYTES * dense.numel())
             found = dense.sort(dim=2, descending=True, stable=True)
             values[one : one + 1, rows] = found.values[..., :k]
             indices[one : one + 1, rows] = found.indices[..., :k]
+            run.hold(-_SORTED_BYTES * dense.numel())
             run.release(dense)
 
 
@@ -629,12 +689,12 @@ def _return_probability(
     programs = problem.batch * -(-sources // tiling.rows)
     splits = _splits(run, programs, -(-targets // tiling.columns), 4 * out.numel())
     target = out if splits == 1 else run.empty(splits, *out.shape, like=query)
-    arguments: dict[str, Any] = {}
+    unit = _unit(problem.query, problem.key, partner.query, partner.key)
+    arguments: dict[str, Any] = {"UNIT": unit}
     for prefix, of, of_mass in (("", problem, mass), ("back_", partner, back_mass)):
         for name, tokens in (("query", of.query), ("key", of.key)):
             arguments[prefix + name] = tokens
-            strides = zip(("batch", "head", "token", "dim"), tokens.stride(), strict=True)
-            arguments |= {f"{prefix}{name}_{what}": stride for what, stride in strides}
+            arguments |= _strides(prefix + name, tokens, unit)
         arguments |= {
             f"{prefix}bias": of.bias,
             f"{prefix}pairs": of.pairs,
@@ -661,7 +721,10 @@ def _return_probability(
         "WIDE": _wide(tiling, problem) or _wide(tiling, partner),
         **_tile_constants(tiling, query, sources, targets, run),
     }
-    run.launch(Launch(passes.return_kernel, programs * splits, arguments, tiling, kind))
+    scores = problem.batch * (_scores(problem) + _scores(partner))
+    run.launch(
+        Launch(passes.return_kernel, programs * splits, arguments, tiling, kind, scores=scores)
+    )
     if splits > 1:
         torch.sum(target, 0, out=out)
         run.release(target)

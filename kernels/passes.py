@@ -2,7 +2,8 @@
 
 No atomics anywhere: one program writes an output, or a part of one where the streamed tokens are
 split among programs, and parts are added up in order. The same call gives the same bits. Offsets
-that can exceed 2^31 are in 64 bits; those within a tile are where they need to be (WIDE).
+that can exceed 2^31 are in 64 bits; those within a tile are where they need to be (WIDE). Strides
+of Q and K are counted in UNITs, which tells the compiler how well they are aligned.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
@@ -28,6 +29,7 @@ from flashmaps.kernels.tile import (
     dot_products,
     mean_tile,
     normalized,
+    up_to,
 )
 
 
@@ -58,8 +60,8 @@ def lse_kernel(
     D_REST: tl.constexpr,
     DIM: tl.constexpr,
     CHUNK: tl.constexpr,
-    EVEN_KEPT: tl.constexpr,
-    EVEN_STREAMED: tl.constexpr,
+    UNIT: tl.constexpr,
+    EVEN: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -67,6 +69,8 @@ def lse_kernel(
 
     A program keeps a block of one head's queries and streams the keys of its split.
     """
+    query_batch, query_head, query_token = query_batch * UNIT, query_head * UNIT, query_token * UNIT
+    key_batch, key_head, key_token = key_batch * UNIT, key_head * UNIT, key_token * UNIT
     pid = tl.program_id(0)
     blocks = tl.cdiv(num_queries, R)
     block = pid % blocks
@@ -86,8 +90,8 @@ def lse_kernel(
     first = block * R
     row = tl.arange(0, R)
     query += tl.cast(first, tl.int64) * query_token
-    of_rows = first + row
-    rows_there = of_rows < num_queries
+    rows_there = first + row < num_queries
+    of_rows = up_to(first + row, num_queries, EVEN)
     column = tl.arange(0, C)
     tiles = tl.cdiv(tl.cdiv(num_keys, C), splits)
     low = split * tiles * C
@@ -96,18 +100,17 @@ def lse_kernel(
     top = tl.full((R,), float("-inf"), tl.float32)
     total = tl.zeros((R,), tl.float32)
     for start in range(low, high, C):
-        columns = start + column
-        columns_there = columns < num_keys
+        columns = up_to(start + column, num_keys, EVEN)
         scores = dot_products(
-            query, row, rows_there, query_token, query_dim,
-            key + tl.cast(start, tl.int64) * key_token, column, columns_there, key_token, key_dim,
-            D, D_REST, DIM, CHUNK, EVEN_KEPT, EVEN_STREAMED, WIDE, PRECISION,
+            query, of_rows - first, query_token, query_dim,
+            key + tl.cast(start, tl.int64) * key_token, columns - start, key_token, key_dim,
+            D, D_REST, DIM, CHUNK, WIDE, PRECISION,
         )  # fmt: skip
         scores *= scale
         if bias is not None:
-            scores = add_bias(scores, bias, of_rows, rows_there, columns, columns_there, False)
-        elif not EVEN_STREAMED:
-            scores = tl.where(columns_there[None, :], scores, float("-inf"))
+            scores = add_bias(scores, bias, of_rows, columns, False)
+        if not EVEN:
+            scores = tl.where((start + column < num_keys)[None, :], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         against = tl.where(new_top == float("-inf"), 0.0, new_top)
         total = total * tl.exp2(top - against) + tl.sum(tl.exp2(scores - against[:, None]), 1)
@@ -196,8 +199,8 @@ def reduce_kernel(
     D_REST: tl.constexpr,
     DIM: tl.constexpr,
     CHUNK: tl.constexpr,
-    EVEN_KEPT: tl.constexpr,
-    EVEN_STREAMED: tl.constexpr,
+    UNIT: tl.constexpr,
+    EVEN: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     OPERAND_PRECISION: tl.constexpr,
@@ -209,6 +212,9 @@ def reduce_kernel(
     Which outputs there are decides what is compiled. A program makes the tiles of its R kept
     tokens beside the streamed tokens of its split, and hands each to the reducers.
     """
+    kept_batch, kept_head, kept_token = kept_batch * UNIT, kept_head * UNIT, kept_token * UNIT
+    streamed_batch, streamed_head = streamed_batch * UNIT, streamed_head * UNIT
+    streamed_token *= UNIT
     pid = tl.program_id(0)
     blocks = tl.cdiv(num_kept, R)
     part = pid % parts
@@ -234,8 +240,8 @@ def reduce_kernel(
 
     first = block * R
     row = tl.arange(0, R)
-    rows = first + row
-    rows_there = rows < num_kept
+    rows_there = first + row < num_kept
+    rows = up_to(first + row, num_kept, EVEN)
     kept += of_kept * kept_batch + tl.cast(first, tl.int64) * kept_token
     streamed += of_streamed * streamed_batch
     column = tl.arange(0, C)
@@ -271,23 +277,24 @@ def reduce_kernel(
 
     for start in tl.range(low, high, C, flatten=FLATTEN):
         there = start + column < high
+        place = up_to(start + column, high, EVEN)
         if order is not None:
-            index = tl.load(order + start + column, mask=there, other=0)
+            index = tl.load(order + place)
             offset = index
             from_token = streamed
         else:
-            index = start + column
-            offset = column
+            index = place
+            offset = place - start
             from_token = streamed + tl.cast(start, tl.int64) * streamed_token
         tile = mean_tile(
-            kept, kept_head, kept_token, kept_dim, row, rows, rows_there,
+            kept, kept_head, kept_token, kept_dim, rows - first, rows, rows_there,
             from_token, streamed_head, streamed_token, streamed_dim, offset, index, there,
             bias, weights, lse, heads, num_queries, scale,
-            KEYS_KEPT, WHOLE, D, D_REST, DIM, CHUNK, EVEN_KEPT, EVEN_STREAMED, WIDE, PRECISION,
+            KEYS_KEPT, WHOLE, D, D_REST, DIM, CHUNK, EVEN, WIDE, PRECISION,
         )  # fmt: skip
         if line_mass is not None:
             tile = normalized(
-                tile, line_mass, rows, rows_there, index, there, grid_width, lines,
+                tile, line_mass, rows, index, grid_width, lines,
                 LINES, KEYS_KEPT, WIDE,
             )  # fmt: skip
         if total is not None or (entropy is not None and KEYS_KEPT):
@@ -295,7 +302,7 @@ def reduce_kernel(
         if plogp is not None or entropy is not None:
             b_plogp = add_xlogx(b_plogp, tile * share, FAST_LOG)
         if top is not None or argtop is not None:
-            best, where = best_of(tile, index, there, EVEN_STREAMED)
+            best, where = best_of(tile, index, there, EVEN)
             b_top, b_argtop = better(b_top, b_argtop, best, where)
         if expectation is not None:
             at_x, at_y = positions(start, grid_width, grid_height, C)
@@ -305,7 +312,7 @@ def reduce_kernel(
             b_diagonal = pick_diagonal(b_diagonal, tile, rows, index)
         if product is not None:
             if cells is not None:
-                cell = tl.load(cells + start + column, mask=there, other=-1)
+                cell = tl.load(cells + place)
                 wanted = part * X + tl.arange(0, X)
                 b_operand = (cell[:, None] == wanted[None, :]).to(tl.float32)
             else:
@@ -329,7 +336,7 @@ def reduce_kernel(
                 at = row[:, None].to(tl.int64) * num_streamed + column[None, :]
             else:
                 at = row[:, None] * num_streamed + column[None, :]
-            if EVEN_KEPT and EVEN_STREAMED:
+            if EVEN:
                 tl.store(corner + at, tile)
             else:
                 tl.store(corner + at, tile, mask=rows_there[:, None] & there[None, :])
@@ -494,8 +501,8 @@ def return_kernel(
     BACK_D_REST: tl.constexpr,
     BACK_DIM: tl.constexpr,
     CHUNK: tl.constexpr,
-    EVEN_KEPT: tl.constexpr,
-    EVEN_STREAMED: tl.constexpr,
+    UNIT: tl.constexpr,
+    EVEN: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -504,6 +511,11 @@ def return_kernel(
     The program keeps source tokens: as queries of the one map, and as keys of the other, whose
     tiles so come out transposed.
     """
+    query_batch, query_head, query_token = query_batch * UNIT, query_head * UNIT, query_token * UNIT
+    key_batch, key_head, key_token = key_batch * UNIT, key_head * UNIT, key_token * UNIT
+    back_query_batch, back_query_head = back_query_batch * UNIT, back_query_head * UNIT
+    back_key_batch, back_key_head = back_key_batch * UNIT, back_key_head * UNIT
+    back_query_token, back_key_token = back_query_token * UNIT, back_key_token * UNIT
     pid = tl.program_id(0)
     blocks = tl.cdiv(num_sources, R)
     block = pid % blocks
@@ -519,8 +531,8 @@ def return_kernel(
         of_back_key = tl.load(back_pairs + 2 * map + 1)
     first = block * R
     row = tl.arange(0, R)
-    rows = first + row
-    rows_there = rows < num_sources
+    rows_there = first + row < num_sources
+    rows = up_to(first + row, num_sources, EVEN)
     query += of_query * query_batch + tl.cast(first, tl.int64) * query_token
     back_key += of_back_key * back_key_batch + tl.cast(first, tl.int64) * back_key_token
     key += of_key * key_batch
@@ -542,40 +554,30 @@ def return_kernel(
 
     total = tl.zeros((R,), tl.float32)
     for start in range(low, high, C):
-        index = start + column
-        there = index < num_targets
+        there = start + column < num_targets
+        index = up_to(start + column, num_targets, EVEN)
         skipped = tl.cast(start, tl.int64)
         tile = mean_tile(
-            query, query_head, query_token, query_dim, row, rows, rows_there,
-            key + skipped * key_token, key_head, key_token, key_dim, column, index, there,
+            query, query_head, query_token, query_dim, rows - first, rows, rows_there,
+            key + skipped * key_token, key_head, key_token, key_dim, index - start, index, there,
             bias, weights, lse, heads, num_sources, scale,
-            False, False, D, D_REST, DIM, CHUNK, EVEN_KEPT, EVEN_STREAMED, WIDE, PRECISION,
+            False, False, D, D_REST, DIM, CHUNK, EVEN, WIDE, PRECISION,
         )  # fmt: skip
         if line_mass is not None:
             tile = normalized(
-                tile,
-                line_mass,
-                rows,
-                rows_there,
-                index,
-                there,
-                grid_width,
-                lines,
-                LINES,
-                False,
-                WIDE,
-            )
+                tile, line_mass, rows, index, grid_width, lines, LINES, False, WIDE
+            )  # fmt: skip
         back = mean_tile(
-            back_key, back_key_head, back_key_token, back_key_dim, row, rows, rows_there,
+            back_key, back_key_head, back_key_token, back_key_dim, rows - first, rows, rows_there,
             back_query + skipped * back_query_token, back_query_head, back_query_token,
-            back_query_dim, column, index, there,
+            back_query_dim, index - start, index, there,
             back_bias, back_weights, back_lse, back_heads, num_targets, back_scale,
-            True, False, BACK_D, BACK_D_REST, BACK_DIM, CHUNK, EVEN_KEPT, EVEN_STREAMED, WIDE,
+            True, False, BACK_D, BACK_D_REST, BACK_DIM, CHUNK, EVEN, WIDE,
             PRECISION,
         )  # fmt: skip
         if back_line_mass is not None:
             back = normalized(
-                back, back_line_mass, rows, rows_there, index, there, back_grid_width, back_lines,
+                back, back_line_mass, rows, index, back_grid_width, back_lines,
                 BACK_LINES, True, WIDE,
             )  # fmt: skip
         total += tl.sum(tile * back, 1)

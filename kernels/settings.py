@@ -17,12 +17,12 @@ import torch
 
 TABLE = Path(__file__).with_name("settings.json")
 
-# Kinds of passes, in the order of the table: log-sum-exp; statistics of rows, of columns; with an
-# operand; writing the map; the k largest; tiles of two maps; all but the first and the last of them
-# where a tile has all keys (up to `whole_row`; the columns of that entry do not count); and what is
-# rare and takes more registers: normalised lines, numbers of a head that are not neighbours in
-# memory, offsets of 64 bits.
-KINDS = ("lse", "rows", "columns", "product", "dense", "topk", "return", "whole", "rare")
+# Kinds of passes, in the order of the table: log-sum-exp; statistics of rows, of columns; either of
+# them without a mask and at sizes that the tiles divide; with an operand; writing the map; the k
+# largest; tiles of two maps; all but the first and the last of them where a tile has all keys (up
+# to `whole_row`; the columns of that entry do not count); and what is rare and takes registers:
+# normalised lines, numbers of a head that are not neighbours in memory, offsets of 64 bits.
+KINDS = ("lse", "rows", "columns", "even", "product", "dense", "topk", "return", "whole", "rare")
 
 
 class Tiling(NamedTuple):
@@ -42,7 +42,7 @@ class Settings:
     table: dict[str, dict[str, list[int]]]  # kind -> "bits/width" -> tiling
     programs: int  # how many programs keep the whole card busy
     operand_columns: int  # columns of an operand that a program takes at once
-    whole_row: int  # rows of up to this many keys are kept on chip: no log-sum-exp, one pass
+    whole_row: int  # see `keeps_rows`
     matmul_precision: str  # torch.get_float32_matmul_precision()
 
     @property
@@ -62,6 +62,10 @@ class Settings:
         """
         return self.architecture in ("sm_80", "sm_90")
 
+    def keeps_rows(self, keys: int, dim: int) -> bool:
+        """Whether a tile takes a whole row of so many keys: no log-sum-exp, one pass."""
+        return keys <= (self.whole_row if dim <= 128 else self.whole_row // 2)
+
     def tiling(self, kind: str, dtype: torch.dtype, dim: int) -> Tiling:
         """The tiles of one kind of pass."""
         bits = 32 if dtype == torch.float32 else 16
@@ -79,13 +83,10 @@ class Settings:
         return "ieee" if exact or self.architecture == "interpreter" else "bf16x6"
 
     def chunk(self, dtype: torch.dtype) -> int:
-        """Numbers of a head that are multiplied at once, at most.
-
-        Where the matrix units multiply, all of them; where threads do, as many as fit registers.
-        """
+        """How many numbers of a head are multiplied at once, at most: as many as registers hold."""
         if self.architecture == "interpreter":
             return 32
-        return 16 if self.precision(dtype) == "ieee" and dtype == torch.float32 else 256
+        return 16 if dtype == torch.float32 else 128
 
     def operand_precision(self, dtype: torch.dtype) -> str:
         """How the map (float32) is multiplied with an operand (float32)."""

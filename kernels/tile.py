@@ -2,8 +2,10 @@
 
 Every kernel asks for the map here and nowhere else. A program keeps one side's tokens (`kept`, the
 rows of its tiles) and streams the other's (`streamed`, the columns): queries are kept for what is
-reduced over keys, keys for what is reduced over queries. Names: b_ is none, all are tiles;
-``R`` rows, ``C`` columns, ``D`` (and ``D_REST``) numbers of a head, in powers of two.
+reduced over keys, keys for what is reduced over queries. Where a tile reaches beyond the last
+token, that one stands in for those that are not there, so that loads need no masks.
+
+Names: ``R`` rows, ``C`` columns, ``D`` (and ``D_REST``) numbers of a head, all powers of two.
 """
 
 # Triton's functions have no annotations but constexpr.
@@ -35,16 +37,23 @@ def xlog2x(x, FAST_LOG: tl.constexpr):
 
 
 @triton.jit
+def up_to(index, count, EVEN: tl.constexpr):
+    """Token numbers, those beyond the last replaced by it; EVEN: there are none."""
+    if EVEN:
+        return index
+    else:
+        return tl.minimum(index, count - 1)
+
+
+@triton.jit
 def load_tokens(
     tokens,  # pointer to the first number of a head
     offset,  # [B], of each token, counted in tokens
-    there,  # [B], whether there is such a token
     token_stride,
     dim_stride,
     START: tl.constexpr,
     WIDTH: tl.constexpr,
     DIM: tl.constexpr,
-    EVEN: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """Numbers START to START + WIDTH of some tokens of a head, [B, WIDTH]; 0 beyond DIM."""
@@ -54,31 +63,25 @@ def load_tokens(
     else:
         at = offset[:, None] * token_stride + dims[None, :] * dim_stride
     if START + WIDTH > DIM:
-        return tl.load(tokens + at, mask=there[:, None] & (dims[None, :] < DIM), other=0.0)
-    elif EVEN:
-        return tl.load(tokens + at)
+        return tl.load(tokens + at, mask=dims[None, :] < DIM, other=0.0)
     else:
-        return tl.load(tokens + at, mask=there[:, None], other=0.0)
+        return tl.load(tokens + at)
 
 
 @triton.jit
 def dot_products(
     kept,
     kept_offset,
-    kept_there,
     kept_token,
     kept_dim,
     streamed,
     streamed_offset,
-    streamed_there,
     streamed_token,
     streamed_dim,
     D: tl.constexpr,
     D_REST: tl.constexpr,
     DIM: tl.constexpr,
     CHUNK: tl.constexpr,
-    EVEN_KEPT: tl.constexpr,
-    EVEN_STREAMED: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -88,41 +91,40 @@ def dot_products(
     would cost 60 % more. Parts come CHUNK numbers at a time.
     """
     product = tl.zeros((kept_offset.shape[0], streamed_offset.shape[0]), tl.float32)
-    for chunk in tl.static_range(D // CHUNK):
+    FIRST: tl.constexpr = min(CHUNK, D)
+    for chunk in tl.static_range(D // FIRST):
         rows = load_tokens(
-            kept, kept_offset, kept_there, kept_token, kept_dim,
-            chunk * CHUNK, CHUNK, DIM, EVEN_KEPT, WIDE,
+            kept, kept_offset, kept_token, kept_dim,
+            chunk * FIRST, FIRST, DIM, WIDE,
         )  # fmt: skip
         columns = load_tokens(
-            streamed, streamed_offset, streamed_there, streamed_token, streamed_dim,
-            chunk * CHUNK, CHUNK, DIM, EVEN_STREAMED, WIDE,
+            streamed, streamed_offset, streamed_token, streamed_dim,
+            chunk * FIRST, FIRST, DIM, WIDE,
         )  # fmt: skip
         product = tl.dot(rows, tl.trans(columns), product, input_precision=PRECISION)
     REST: tl.constexpr = min(CHUNK, D_REST)
     if REST > 0:
         for chunk in tl.static_range(D_REST // REST):
             rows = load_tokens(
-                kept, kept_offset, kept_there, kept_token, kept_dim,
-                D + chunk * REST, REST, DIM, EVEN_KEPT, WIDE,
+                kept, kept_offset, kept_token, kept_dim,
+                D + chunk * REST, REST, DIM, WIDE,
             )  # fmt: skip
             columns = load_tokens(
-                streamed, streamed_offset, streamed_there, streamed_token, streamed_dim,
-                D + chunk * REST, REST, DIM, EVEN_STREAMED, WIDE,
+                streamed, streamed_offset, streamed_token, streamed_dim,
+                D + chunk * REST, REST, DIM, WIDE,
             )  # fmt: skip
             product = tl.dot(rows, tl.trans(columns), product, input_precision=PRECISION)
     return product
 
 
 @triton.jit
-def add_bias(
-    scores, bias, kept_index, kept_there, streamed_index, streamed_there, KEYS_KEPT: tl.constexpr
-):
+def add_bias(scores, bias, kept_index, streamed_index, KEYS_KEPT: tl.constexpr):
     """Scores in units of log2, plus the keys' bias; -inf hides a key."""
     if KEYS_KEPT:
-        of_key = tl.load(bias + kept_index, mask=kept_there, other=float("-inf"))
+        of_key = tl.load(bias + kept_index)
         return scores + (of_key * LOG2_E)[:, None]
     else:
-        of_key = tl.load(bias + streamed_index, mask=streamed_there, other=float("-inf"))
+        of_key = tl.load(bias + streamed_index)
         return scores + (of_key * LOG2_E)[None, :]
 
 
@@ -152,13 +154,13 @@ def softmax_of_tile(
 
 @triton.jit
 def mean_tile(
-    kept,  # pointer to the kept side's first token that `kept_offset` counts from, head 0
+    kept,  # pointer to the token of the kept side that `kept_offset` counts from, head 0
     kept_head,
     kept_token,
     kept_dim,
     kept_offset,  # [R]
     kept_index,  # [R], the tokens' numbers
-    kept_there,  # [R]
+    kept_there,  # [R], whether there is such a token; where not, another stands in for it
     streamed,  # the same of the streamed side, [C]
     streamed_head,
     streamed_token,
@@ -178,8 +180,7 @@ def mean_tile(
     D_REST: tl.constexpr,
     DIM: tl.constexpr,
     CHUNK: tl.constexpr,
-    EVEN_KEPT: tl.constexpr,
-    EVEN_STREAMED: tl.constexpr,
+    EVEN: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -192,37 +193,32 @@ def mean_tile(
     for head in range(heads):
         at = tl.cast(head, tl.int64)
         scores = dot_products(
-            kept + at * kept_head, kept_offset, kept_there, kept_token, kept_dim,
-            streamed + at * streamed_head, streamed_offset, streamed_there, streamed_token,
-            streamed_dim, D, D_REST, DIM, CHUNK, EVEN_KEPT, EVEN_STREAMED, WIDE, PRECISION,
+            kept + at * kept_head, kept_offset, kept_token, kept_dim,
+            streamed + at * streamed_head, streamed_offset, streamed_token, streamed_dim,
+            D, D_REST, DIM, CHUNK, WIDE, PRECISION,
         )  # fmt: skip
         scores *= scale
         if bias is not None:
-            scores = add_bias(
-                scores, bias, kept_index, kept_there, streamed_index, streamed_there, KEYS_KEPT
-            )
+            scores = add_bias(scores, bias, kept_index, streamed_index, KEYS_KEPT)
         if weights is not None:
             weight = tl.load(weights + head)
         else:
             weight = 1.0 / heads
         if WHOLE:
-            whole = softmax_of_tile(
-                scores, kept_there, streamed_there, KEYS_KEPT,
-                EVEN_KEPT if KEYS_KEPT else EVEN_STREAMED,
-            )  # fmt: skip
+            whole = softmax_of_tile(scores, kept_there, streamed_there, KEYS_KEPT, EVEN)
             tile += weight * whole
         else:
             # A query without keys has lse -inf: +inf makes zeros of it.
             known = lse + at * num_queries
             if KEYS_KEPT:
-                of_query = tl.load(known + streamed_index, mask=streamed_there, other=0.0)
+                of_query = tl.load(known + streamed_index)
                 of_query = tl.where(of_query == float("-inf"), float("inf"), of_query)
                 tile += weight * tl.exp2(scores - (of_query * LOG2_E)[None, :])
             else:
-                of_query = tl.load(known + kept_index, mask=kept_there, other=0.0)
+                of_query = tl.load(known + kept_index)
                 of_query = tl.where(of_query == float("-inf"), float("inf"), of_query)
                 tile += weight * tl.exp2(scores - (of_query * LOG2_E)[:, None])
-    if EVEN_STREAMED:
+    if EVEN:
         return tile
     else:
         return tl.where(streamed_there[None, :], tile, 0.0)
@@ -230,7 +226,7 @@ def mean_tile(
 
 @triton.jit
 def normalized(
-    tile, mass, kept_index, kept_there, streamed_index, streamed_there, grid_width, lines,
+    tile, mass, kept_index, streamed_index, grid_width, lines,
     LINES: tl.constexpr, KEYS_KEPT: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Note eq. 2.3: each element divided by the mass of its line; 0 where that has underflowed.
@@ -246,7 +242,6 @@ def normalized(
     if WIDE:
         query = query.to(tl.int64)
     line = key // grid_width if LINES == "rows" else key % grid_width
-    there = kept_there[:, None] & streamed_there[None, :]
-    of_line = tl.load(mass + (query * lines + line), mask=there, other=0.0)
+    of_line = tl.load(mass + (query * lines + line))
     some = of_line >= TINY
     return tl.where(some, tile / tl.where(some, of_line, 1.0), 0.0)
