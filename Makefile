@@ -13,7 +13,7 @@ CSRC := $(shell find csrc -type f 2>/dev/null)
 FORMATTED := $(filter %.cpp %.h %.cu %.cuh,$(CSRC))
 FAILURE_NOTE := python/flashmaps/_native_build_failed.txt
 
-.PHONY: help setup build demo test test-all lint format bench wheel clean
+.PHONY: help setup build demo test test-all lint format bench gpu-check wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -49,6 +49,9 @@ format: setup  ## put Python and C++ sources into the project's style
 
 bench: setup  ## run the benchmarks
 	$(BIN)/python -m pytest benches -m "" $(ARGS)
+
+gpu-check: setup  ## on a machine with a GPU: check its kernels, time them, write benches/results
+	$(BIN)/python benches/gpu/check.py $(ARGS)
 
 wheel: setup  ## build dist/: the sdist, and a wheel from it
 	$(BIN)/python -m build --no-isolation

@@ -107,7 +107,8 @@ def _fused_dense(inputs: Inputs, dense: Tensor) -> Outputs:
     found = (_entropy(dense), *dense.max(-1))
     if inputs.shape.key_grid is None:
         return found
-    return (*found, dense @ centres(inputs.shape.key_grid, dtype=dense.dtype))
+    at = centres(inputs.shape.key_grid, dtype=dense.dtype, device=dense.device)
+    return (*found, dense @ at)
 
 
 _COLUMNS = ("column_sum", "column_entropy", "column_max", "column_argmax")
@@ -141,7 +142,7 @@ def _pool_dense(inputs: Inputs, dense: Tensor) -> Outputs:
 
 
 def _at(inputs: Inputs, like: Tensor) -> Tensor:
-    return centres(inputs.shape.grid, dtype=like.dtype)
+    return centres(inputs.shape.grid, dtype=like.dtype, device=like.device)
 
 
 def _trip(inputs: Inputs, there: fm.AttentionMap, back: fm.AttentionMap) -> Outputs:
