@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/types.h"
+
 #define FLASHMAPS_KERNEL(threads, blocks) __global__ __launch_bounds__(threads, blocks)
 #define FLASHMAPS_PARAMETER const __grid_constant__
 #define FLASHMAPS_DEVICE __device__ __forceinline__
