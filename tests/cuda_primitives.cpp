@@ -6,11 +6,17 @@
 #include <string>
 #include <vector>
 
-#include "cuda/emulation/controls.h"
-#include "cuda/emulation/races.h"
 #include "cuda/primitives.h"
 
+#if !defined(__CUDACC__)
+#include "cuda/emulation/controls.h"
+#include "cuda/emulation/races.h"
+#endif
+
 #define EXPORTED extern "C" [[gnu::visibility("default")]]
+
+// nvcc compiles this file as well, to see that both implementations have all that is used here.
+#define KERNEL FLASHMAPS_KERNEL(1024, 1) void
 
 namespace flashmaps::cuda {
 namespace {
@@ -23,25 +29,25 @@ struct Arguments {
   int n;
 };
 template <class T>
-T input(const void* from, int i) {
+FLASHMAPS_DEVICE T input(const void* from, int i) {
   return load_global(static_cast<const T*>(from) + i);
 }
 template <class T>
-void output(const Arguments& x, int i, T value) {
+FLASHMAPS_DEVICE void output(const Arguments& x, int i, T value) {
   store_global(static_cast<T*>(x.out) + i, value);
 }
 
-Shared<int> ints() {
+FLASHMAPS_DEVICE Shared<int> ints() {
   return shared_memory().as<int>();
 }
-Shared<Half> halves() {
+FLASHMAPS_DEVICE Shared<Half> halves() {
   return shared_memory().as<Half>();
 }
 
 // ---- Primitives. Registers in, registers out: which element a lane holds is up to the test.
 
 template <class Multiply>
-void multiply(const Arguments& x, Multiply mma) {
+FLASHMAPS_DEVICE void multiply(const Arguments& x, Multiply mma) {
   std::uint32_t a[4], b[2];
   float c[4];
   for (int i = 0; i < 4; ++i) a[i] = input<std::uint32_t>(x.a, lane_index() * 4 + i);
@@ -51,16 +57,16 @@ void multiply(const Arguments& x, Multiply mma) {
   for (int i = 0; i < 4; ++i) output(x, lane_index() * 4 + i, c[i]);
 }
 template <class T>
-void mma(const Arguments x) {
+KERNEL mma(FLASHMAPS_PARAMETER Arguments x) {
   multiply(x, [](auto& c, auto& a, auto b0, auto b1) { mma_16816<T>(c, a, b0, b1); });
 }
-void mma_tf32(const Arguments x) {
+KERNEL mma_tf32(FLASHMAPS_PARAMETER Arguments x) {
   multiply(x, [](auto& c, auto& a, auto b0, auto b1) { mma_1688_tf32(c, a, b0, b1); });
 }
 
 // a: 1024 halves; b: which of them begins the row of each lane.
 template <bool Transposed>
-void ldmatrix(const Arguments x) {
+KERNEL ldmatrix(FLASHMAPS_PARAMETER Arguments x) {
   for (int i = lane_index(); i < 1024; i += kWarp) halves().store(i, input<Half>(x.a, i));
   sync_warp();
   std::uint32_t r[4];
@@ -76,7 +82,7 @@ void ldmatrix(const Arguments x) {
 // out[16x16] = a[16xn] b, by the addresses that cuda/primitives.h recommends. b lies [16][n], or
 // `RowMajor`, [n][16]. n is a multiple of 8; up to one of 16, zeros are filled in.
 template <class T, bool RowMajor>
-void tile(const Arguments x) {
+KERNEL tile(FLASHMAPS_PARAMETER Arguments x) {
   const int l = lane_index();
   const int padded = (x.n + 15) / 16 * 16;
   const Shared<T> a = shared_memory().as<T>(), b = a + 16 * padded;
@@ -115,7 +121,7 @@ void tile(const Arguments x) {
   }
 }
 
-void shuffles(const Arguments x) {
+KERNEL shuffles(FLASHMAPS_PARAMETER Arguments x) {
   const int own = input<int>(x.a, lane_index());
   const int neighbour = shuffle_xor(own, x.n);
   const int one = shuffle(own, x.n);
@@ -128,43 +134,43 @@ void shuffles(const Arguments x) {
 
 // out[i] = f(a[i]) for n elements.
 template <class From, class Function>
-void elements(const Arguments& x, Function f) {
+FLASHMAPS_DEVICE void elements(const Arguments& x, Function f) {
   for (int i = thread_index(); i < x.n; i += block_size()) output(x, i, f(input<From>(x.a, i)));
 }
-void exp2_fast_of(const Arguments x) {
+KERNEL exp2_fast_of(FLASHMAPS_PARAMETER Arguments x) {
   elements<float>(x, [](float t) { return exp2_fast(t); });
 }
-void exp2_polynomial_of(const Arguments x) {
+KERNEL exp2_polynomial_of(FLASHMAPS_PARAMETER Arguments x) {
   elements<float>(x, [](float t) { return exp2_polynomial(t); });
 }
-void log2_fast_of(const Arguments x) {
+KERNEL log2_fast_of(FLASHMAPS_PARAMETER Arguments x) {
   elements<float>(x, [](float t) { return log2_fast(t); });
 }
-void round_tf32_of(const Arguments x) {
+KERNEL round_tf32_of(FLASHMAPS_PARAMETER Arguments x) {
   elements<float>(x, [](float t) { return from_bits(round_tf32(t)); });
 }
 template <class T>
-void unpack_low(const Arguments x) {
+KERNEL unpack_low(FLASHMAPS_PARAMETER Arguments x) {
   elements<std::uint32_t>(x, [](std::uint32_t bits) { return unpack<T>(bits).x; });
 }
 template <class T>
-void unpack_high(const Arguments x) {
+KERNEL unpack_high(FLASHMAPS_PARAMETER Arguments x) {
   elements<std::uint32_t>(x, [](std::uint32_t bits) { return unpack<T>(bits).y; });
 }
 template <class T>
-void pack_both(const Arguments x) {
+KERNEL pack_both(FLASHMAPS_PARAMETER Arguments x) {
   elements<Float2>(x, [](Float2 pair) { return pack<T>(pair.x, pair.y); });
 }
 
 // Where each thread thinks that it is.
-void indices(const Arguments x) {
+KERNEL indices(FLASHMAPS_PARAMETER Arguments x) {
   const Index3 block = block_index(), grid = grid_size();
   const int number = (block.z * grid.y + block.y) * grid.x + block.x;
   const int thread = warp_index() * 32 + lane_index();
   output(x, number * block_size() + thread_index(),
          block.z * 1000000 + block.y * 100000 + block.x * 10000 + thread);
 }
-void uninitialised(const Arguments x) {
+KERNEL uninitialised(FLASHMAPS_PARAMETER Arguments x) {
   const Shared<float> floats = shared_memory().as<float>();
   output(x, block_index().x * block_size() + thread_index(), floats.load(thread_index()));
   sync_threads();
@@ -172,7 +178,7 @@ void uninitialised(const Arguments x) {
 }
 
 // Two stages of copies; out[thread] = what was in a[3 thread], after some partial copies.
-void copies(const Arguments x) {
+KERNEL copies(FLASHMAPS_PARAMETER Arguments x) {
   const int t = thread_index();
   const int* const from = static_cast<const int*>(x.a);
   copy_async_4(ints() + t, from + t);
@@ -189,18 +195,18 @@ void copies(const Arguments x) {
 
 // ---- Lawful uses of shared memory, in blocks of 64 threads: nobody may find fault with them.
 
-int neighbour(int step) {
+FLASHMAPS_DEVICE int neighbour(int step) {
   return (thread_index() + step) % block_size();
 }
 
-void barrier(const Arguments) {
+KERNEL barrier(FLASHMAPS_PARAMETER Arguments) {
   ints().store(thread_index(), 1);
   sync_threads();
   ints().load(neighbour(33));
   sync_threads();
   ints().store(neighbour(5), 1);
 }
-void warp_barrier(const Arguments) {
+KERNEL warp_barrier(FLASHMAPS_PARAMETER Arguments) {
   const int first = warp_index() * 32;
   ints().store(thread_index(), 1);
   sync_warp();
@@ -208,26 +214,26 @@ void warp_barrier(const Arguments) {
   sync_warp();
   ints().store(first + (lane_index() + 3) % 32, 1);
 }
-void own_data(const Arguments) {
+KERNEL own_data(FLASHMAPS_PARAMETER Arguments) {
   ints().store(thread_index(), 1);
   ints().load(thread_index());
   ints().store(thread_index(), 2);
 }
-void bytes_of_a_word(const Arguments) {
+KERNEL bytes_of_a_word(FLASHMAPS_PARAMETER Arguments) {
   const Shared<char> chars = shared_memory().as<char>();
   chars.store(thread_index(), 1);
   chars.load(thread_index());
   sync_threads();
   ints().load(thread_index() / 4);
 }
-void many_readers(const Arguments) {
+KERNEL many_readers(FLASHMAPS_PARAMETER Arguments) {
   if (thread_index() == 0) ints().store(0, 1);
   sync_threads();
   ints().load(0);
   sync_threads();
   if (thread_index() == 40) ints().store(0, 1);
 }
-void two_buffers(const Arguments x) {
+KERNEL two_buffers(FLASHMAPS_PARAMETER Arguments x) {
   for (int i = 0; i < 5; ++i) {
     const int at = i % 2 * 64;
     copy_async_4(ints() + at + thread_index(), static_cast<const int*>(x.a) + thread_index());
@@ -237,13 +243,13 @@ void two_buffers(const Arguments x) {
     ints().load(at + neighbour(7));
   }
 }
-void own_copy(const Arguments x) {
+KERNEL own_copy(FLASHMAPS_PARAMETER Arguments x) {
   copy_async_4(ints() + thread_index(), static_cast<const int*>(x.a) + thread_index());
   commit_copies();
   wait_copies<0>();
   ints().load(thread_index());
 }
-void matrix_after_warp_barrier(const Arguments) {
+KERNEL matrix_after_warp_barrier(FLASHMAPS_PARAMETER Arguments) {
   const Shared<Half> own = halves() + 8 * thread_index();
   std::uint32_t r[4];
   own.as<Bits4>().store(0, Bits4{});
@@ -255,43 +261,43 @@ void matrix_after_warp_barrier(const Arguments) {
 
 // ---- Races.
 
-void no_barrier_in_the_warp(const Arguments) {
+KERNEL no_barrier_in_the_warp(FLASHMAPS_PARAMETER Arguments) {
   ints().store(thread_index(), 1);
   ints().load(thread_index() ^ 1);
 }
-void no_barrier_between_warps(const Arguments) {
+KERNEL no_barrier_between_warps(FLASHMAPS_PARAMETER Arguments) {
   ints().store(thread_index(), 1);
   ints().load(thread_index() ^ 32);
 }
-void warp_barrier_between_warps(const Arguments) {
+KERNEL warp_barrier_between_warps(FLASHMAPS_PARAMETER Arguments) {
   ints().store(thread_index(), 1);
   sync_warp();
   ints().load(thread_index() ^ 32);
 }
-void shuffle_for_a_barrier(const Arguments) {
+KERNEL shuffle_for_a_barrier(FLASHMAPS_PARAMETER Arguments) {
   ints().store(thread_index(), 1);
   shuffle_xor(1, 1);  // brings lanes together, but promises nothing about memory
   ints().load(thread_index() ^ 1);
 }
-void buffer_used_again(const Arguments) {
+KERNEL buffer_used_again(FLASHMAPS_PARAMETER Arguments) {
   for (int i = 0; i < 2; ++i) {
     ints().store(thread_index(), i);
     sync_threads();
     ints().load(neighbour(1));
   }
 }
-void two_writers(const Arguments) {
+KERNEL two_writers(FLASHMAPS_PARAMETER Arguments) {
   ints().store(thread_index() / 2, 1);
 }
-void part_of_a_word(const Arguments) {
+KERNEL part_of_a_word(FLASHMAPS_PARAMETER Arguments) {
   if (thread_index() == 1) shared_memory().as<char>().store(6, 1);
   if (thread_index() == 2) ints().load(1);
 }
-void first_of_many_readers(const Arguments) {
+KERNEL first_of_many_readers(FLASHMAPS_PARAMETER Arguments) {
   if (thread_index() != 63) ints().load(0);
   if (thread_index() == 63) ints().store(0, 1);
 }
-void reader_of_another_warp(const Arguments) {
+KERNEL reader_of_another_warp(FLASHMAPS_PARAMETER Arguments) {
   if (thread_index() == 40) ints().load(0);
   if (warp_index() == 0) {
     ints().load(0);
@@ -299,44 +305,44 @@ void reader_of_another_warp(const Arguments) {
     if (thread_index() == 31) ints().store(0, 1);
   }
 }
-void matrix_without_barrier(const Arguments) {
+KERNEL matrix_without_barrier(FLASHMAPS_PARAMETER Arguments) {
   std::uint32_t r[4];
   const Shared<Half> own = halves() + 8 * thread_index();
   own.as<Bits4>().store(0, Bits4{});
   ldmatrix_x4(r, own);
 }
-void store_after_matrix(const Arguments) {
+KERNEL store_after_matrix(FLASHMAPS_PARAMETER Arguments) {
   std::uint32_t r[4];
   const Shared<Half> own = halves() + 8 * thread_index();
   ldmatrix_x4(r, own);
   own.as<Bits4>().store(0, Bits4{});
 }
-void copy_not_waited_for(const Arguments x) {
+KERNEL copy_not_waited_for(FLASHMAPS_PARAMETER Arguments x) {
   copy_async_4(ints() + thread_index(), static_cast<const int*>(x.a) + thread_index());
   commit_copies();
   ints().load(thread_index());
   wait_copies<0>();
 }
-void barrier_without_wait(const Arguments x) {
+KERNEL barrier_without_wait(FLASHMAPS_PARAMETER Arguments x) {
   copy_async_4(ints() + thread_index(), static_cast<const int*>(x.a) + thread_index());
   commit_copies();
   sync_threads();
   ints().load(neighbour(1));
   wait_copies<0>();
 }
-void copy_not_committed(const Arguments x) {
+KERNEL copy_not_committed(FLASHMAPS_PARAMETER Arguments x) {
   copy_async_4(ints() + thread_index(), static_cast<const int*>(x.a) + thread_index());
   wait_copies<0>();
   sync_threads();
   ints().load(thread_index());
 }
-void wait_without_barrier(const Arguments x) {
+KERNEL wait_without_barrier(FLASHMAPS_PARAMETER Arguments x) {
   copy_async_4(ints() + thread_index(), static_cast<const int*>(x.a) + thread_index());
   commit_copies();
   wait_copies<0>();
   ints().load(neighbour(1));
 }
-void waits_for_the_group_before(const Arguments x) {
+KERNEL waits_for_the_group_before(FLASHMAPS_PARAMETER Arguments x) {
   const int* const from = static_cast<const int*>(x.a) + thread_index();
   copy_async_4(ints() + thread_index(), from);
   commit_copies();
@@ -348,7 +354,7 @@ void waits_for_the_group_before(const Arguments x) {
   ints().load(64 + neighbour(1));
   wait_copies<0>();
 }
-void copy_over_what_is_read(const Arguments x) {
+KERNEL copy_over_what_is_read(FLASHMAPS_PARAMETER Arguments x) {
   const int* const from = static_cast<const int*>(x.a) + thread_index();
   for (int i = 0; i < 2; ++i) {
     copy_async_4(ints() + thread_index(), from);
@@ -358,7 +364,7 @@ void copy_over_what_is_read(const Arguments x) {
     ints().load(neighbour(1));
   }
 }
-void two_copies_to_one_place(const Arguments x) {
+KERNEL two_copies_to_one_place(FLASHMAPS_PARAMETER Arguments x) {
   const int* const from = static_cast<const int*>(x.a) + thread_index();
   copy_async_4(ints() + thread_index(), from);
   copy_async_4(ints() + thread_index(), from);
@@ -368,26 +374,26 @@ void two_copies_to_one_place(const Arguments x) {
 
 // ---- Other mistakes.
 
-void some_leave_before_the_barrier(const Arguments) {
+KERNEL some_leave_before_the_barrier(FLASHMAPS_PARAMETER Arguments) {
   if (thread_index() >= 40) return;
   sync_threads();
 }
-void two_barriers(const Arguments) {
+KERNEL two_barriers(FLASHMAPS_PARAMETER Arguments) {
   if (warp_index() == 0) {
     sync_threads();
   } else {
     sync_threads();
   }
 }
-void barrier_in_a_branch(const Arguments) {
+KERNEL barrier_in_a_branch(FLASHMAPS_PARAMETER Arguments) {
   if (lane_index() < 16) sync_threads();
   shuffle_xor(1, 1);
 }
-void lanes_leave_before_a_shuffle(const Arguments) {
+KERNEL lanes_leave_before_a_shuffle(FLASHMAPS_PARAMETER Arguments) {
   if (lane_index() == 7) return;
   shuffle_xor(1, 1);
 }
-void lanes_at_two_instructions(const Arguments) {
+KERNEL lanes_at_two_instructions(FLASHMAPS_PARAMETER Arguments) {
   std::uint32_t r[4];
   if (lane_index() < 31) {
     ldmatrix_x4(r, halves());
@@ -395,45 +401,56 @@ void lanes_at_two_instructions(const Arguments) {
     shuffle(1, 0);
   }
 }
-void copies_left_behind(const Arguments x) {
+KERNEL copies_left_behind(FLASHMAPS_PARAMETER Arguments x) {
   copy_async_4(ints() + thread_index(), static_cast<const int*>(x.a) + thread_index());
   commit_copies();
 }
-void beyond_shared_memory(const Arguments) {
+KERNEL beyond_shared_memory(FLASHMAPS_PARAMETER Arguments) {
   ints().store(4096 + thread_index(), 1);
 }
-void before_shared_memory(const Arguments) {
+KERNEL before_shared_memory(FLASHMAPS_PARAMETER Arguments) {
   ints().load(thread_index() - 3);
 }
-void unaligned_shared_memory(const Arguments) {
+KERNEL unaligned_shared_memory(FLASHMAPS_PARAMETER Arguments) {
   shared_memory().from_byte<int>(2).load(thread_index());
 }
-void unaligned_row(const Arguments) {
+KERNEL unaligned_row(FLASHMAPS_PARAMETER Arguments) {
   std::uint32_t r[4];
   ldmatrix_x4(r, halves() + 4 * thread_index());
 }
-void unaligned_copy(const Arguments x) {
+KERNEL unaligned_copy(FLASHMAPS_PARAMETER Arguments x) {
   copy_async_16(ints() + 4 * thread_index(), static_cast<const int*>(x.a) + thread_index());
   commit_copies();
   wait_copies<0>();
   sync_threads();
 }
-void beyond_global_memory(const Arguments x) {
+KERNEL beyond_global_memory(FLASHMAPS_PARAMETER Arguments x) {
   output(x, 64 + thread_index(), 1);
 }
-void copy_from_beyond_global_memory(const Arguments x) {
+KERNEL copy_from_beyond_global_memory(FLASHMAPS_PARAMETER Arguments x) {
   copy_async_16(ints() + 4 * thread_index(), static_cast<const int*>(x.a) + 4 * thread_index(), 12);
   commit_copies();
   wait_copies<0>();
   sync_threads();
 }
-void lane_that_is_not_there(const Arguments) {
+KERNEL two_threads_write_a_number(FLASHMAPS_PARAMETER Arguments x) {
+  output(x, thread_index() % 63, 1);
+}
+KERNEL two_blocks_write_a_number(FLASHMAPS_PARAMETER Arguments x) {
+  output(x, (thread_index() + 63 * block_index().x) % 64, 1);
+}
+KERNEL what_another_thread_wrote(FLASHMAPS_PARAMETER Arguments x) {
+  output(x, thread_index(), 1);
+  sync_threads();
+  input<int>(x.out, thread_index() ^ 1);
+}
+KERNEL lane_that_is_not_there(FLASHMAPS_PARAMETER Arguments) {
   shuffle(1, 32 + lane_index());
 }
 
 // ---- What the planted errors are planted in: each of its lines matters.
 
-void victim(const Arguments x) {
+KERNEL victim(FLASHMAPS_PARAMETER Arguments x) {
   const int* const from = static_cast<const int*>(x.a) + thread_index();
   copy_async_4(ints() + thread_index(), from, thread_index() % 2 * 4);
   commit_copies();
@@ -447,72 +464,75 @@ void victim(const Arguments x) {
 }
 
 const std::map<std::string, void (*)(Arguments)> kKernels = {
-#define KERNEL(name) {#name, name}
-    KERNEL(mma<Half>),
-    KERNEL(mma<BFloat>),
-    KERNEL(mma_tf32),
-    KERNEL(ldmatrix<false>),
-    KERNEL(ldmatrix<true>),
+#define NAMED(name) {#name, name}
+    NAMED(mma<Half>),
+    NAMED(mma<BFloat>),
+    NAMED(mma_tf32),
+    NAMED(ldmatrix<false>),
+    NAMED(ldmatrix<true>),
     {"tile<Half, false>", tile<Half, false>},
     {"tile<Half, true>", tile<Half, true>},
     {"tile<BFloat, false>", tile<BFloat, false>},
     {"tile<BFloat, true>", tile<BFloat, true>},
-    KERNEL(shuffles),
-    KERNEL(exp2_fast_of),
-    KERNEL(exp2_polynomial_of),
-    KERNEL(log2_fast_of),
-    KERNEL(round_tf32_of),
-    KERNEL(unpack_low<Half>),
-    KERNEL(unpack_low<BFloat>),
-    KERNEL(unpack_high<Half>),
-    KERNEL(unpack_high<BFloat>),
-    KERNEL(pack_both<Half>),
-    KERNEL(pack_both<BFloat>),
-    KERNEL(indices),
-    KERNEL(uninitialised),
-    KERNEL(copies),
-    KERNEL(barrier),
-    KERNEL(warp_barrier),
-    KERNEL(own_data),
-    KERNEL(bytes_of_a_word),
-    KERNEL(many_readers),
-    KERNEL(two_buffers),
-    KERNEL(own_copy),
-    KERNEL(matrix_after_warp_barrier),
-    KERNEL(no_barrier_in_the_warp),
-    KERNEL(no_barrier_between_warps),
-    KERNEL(warp_barrier_between_warps),
-    KERNEL(shuffle_for_a_barrier),
-    KERNEL(buffer_used_again),
-    KERNEL(two_writers),
-    KERNEL(part_of_a_word),
-    KERNEL(first_of_many_readers),
-    KERNEL(reader_of_another_warp),
-    KERNEL(matrix_without_barrier),
-    KERNEL(store_after_matrix),
-    KERNEL(copy_not_waited_for),
-    KERNEL(barrier_without_wait),
-    KERNEL(copy_not_committed),
-    KERNEL(wait_without_barrier),
-    KERNEL(waits_for_the_group_before),
-    KERNEL(copy_over_what_is_read),
-    KERNEL(two_copies_to_one_place),
-    KERNEL(some_leave_before_the_barrier),
-    KERNEL(two_barriers),
-    KERNEL(barrier_in_a_branch),
-    KERNEL(lanes_leave_before_a_shuffle),
-    KERNEL(lanes_at_two_instructions),
-    KERNEL(copies_left_behind),
-    KERNEL(beyond_shared_memory),
-    KERNEL(before_shared_memory),
-    KERNEL(unaligned_shared_memory),
-    KERNEL(unaligned_row),
-    KERNEL(unaligned_copy),
-    KERNEL(beyond_global_memory),
-    KERNEL(copy_from_beyond_global_memory),
-    KERNEL(lane_that_is_not_there),
-    KERNEL(victim),
-#undef KERNEL
+    NAMED(shuffles),
+    NAMED(exp2_fast_of),
+    NAMED(exp2_polynomial_of),
+    NAMED(log2_fast_of),
+    NAMED(round_tf32_of),
+    NAMED(unpack_low<Half>),
+    NAMED(unpack_low<BFloat>),
+    NAMED(unpack_high<Half>),
+    NAMED(unpack_high<BFloat>),
+    NAMED(pack_both<Half>),
+    NAMED(pack_both<BFloat>),
+    NAMED(indices),
+    NAMED(uninitialised),
+    NAMED(copies),
+    NAMED(barrier),
+    NAMED(warp_barrier),
+    NAMED(own_data),
+    NAMED(bytes_of_a_word),
+    NAMED(many_readers),
+    NAMED(two_buffers),
+    NAMED(own_copy),
+    NAMED(matrix_after_warp_barrier),
+    NAMED(no_barrier_in_the_warp),
+    NAMED(no_barrier_between_warps),
+    NAMED(warp_barrier_between_warps),
+    NAMED(shuffle_for_a_barrier),
+    NAMED(buffer_used_again),
+    NAMED(two_writers),
+    NAMED(part_of_a_word),
+    NAMED(first_of_many_readers),
+    NAMED(reader_of_another_warp),
+    NAMED(matrix_without_barrier),
+    NAMED(store_after_matrix),
+    NAMED(copy_not_waited_for),
+    NAMED(barrier_without_wait),
+    NAMED(copy_not_committed),
+    NAMED(wait_without_barrier),
+    NAMED(waits_for_the_group_before),
+    NAMED(copy_over_what_is_read),
+    NAMED(two_copies_to_one_place),
+    NAMED(some_leave_before_the_barrier),
+    NAMED(two_barriers),
+    NAMED(barrier_in_a_branch),
+    NAMED(lanes_leave_before_a_shuffle),
+    NAMED(lanes_at_two_instructions),
+    NAMED(copies_left_behind),
+    NAMED(beyond_shared_memory),
+    NAMED(before_shared_memory),
+    NAMED(unaligned_shared_memory),
+    NAMED(unaligned_row),
+    NAMED(unaligned_copy),
+    NAMED(beyond_global_memory),
+    NAMED(copy_from_beyond_global_memory),
+    NAMED(two_threads_write_a_number),
+    NAMED(two_blocks_write_a_number),
+    NAMED(what_another_thread_wrote),
+    NAMED(lane_that_is_not_there),
+    NAMED(victim),
+#undef NAMED
 };
 
 // The text of what `run` throws, or an empty one.
@@ -541,6 +561,8 @@ EXPORTED const char* run_kernel(const char* name, const int* grid, int threads, 
   });
 }
 
+#if !defined(__CUDACC__)
+
 EXPORTED void set_memory(int count, const std::uintptr_t* addresses, const std::int64_t* bytes) {
   std::vector<emulation::Memory> memory;
   for (int i = 0; i < count; ++i) {
@@ -553,13 +575,13 @@ EXPORTED const char* plant(const char* primitive, const char* file, int line) {
   return caught([&] { emulation::plant(primitive, file, line); });
 }
 
-// The sites called since the last time, one a line: primitive, file, line, calls.
+// The sites called since the last time, one a line: primitive, file, line, calls, conflicts.
 EXPORTED const char* take_sites() {
   static std::string text;
   text.clear();
   for (const emulation::Site& site : emulation::take_sites()) {
     text += site.primitive + " " + site.file + " " + std::to_string(site.line) + " " +
-            std::to_string(site.calls) + "\n";
+            std::to_string(site.calls) + " " + std::to_string(site.conflicts) + "\n";
   }
   return text.c_str();
 }
@@ -583,3 +605,5 @@ EXPORTED int first_race(int count, const int* events, int shared_bytes) {
   }
   return -1;
 }
+
+#endif

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import native
 import numpy as np
@@ -22,6 +24,16 @@ import torch
 SOURCE = Path(__file__).parent / "cuda_primitives.cpp"
 LANES = range(32)
 Array = npt.NDArray[Any]
+
+
+class Site(NamedTuple):
+    """A line of a kernel with a primitive."""
+
+    primitive: str
+    file: str
+    line: int
+    calls: int
+    conflicts: int
 
 
 class Emulation:
@@ -66,10 +78,10 @@ class Emulation:
         if text:
             raise ValueError(text.decode())
 
-    def take_sites(self) -> list[tuple[str, str, int, int]]:
-        """Primitive, file, line, calls."""
-        lines = [line.split(" ") for line in self._library.take_sites().decode().splitlines()]
-        return [(primitive, file, int(line), int(calls)) for primitive, file, line, calls in lines]
+    def take_sites(self) -> list[Site]:
+        """What was called since the last time."""
+        rows = [row.split(" ") for row in self._library.take_sites().decode().splitlines()]
+        return [Site(name, file, *map(int, numbers)) for name, file, *numbers in rows]
 
     def first_race(self, events: Array, shared: int) -> int:
         """Which event is the first that races, or -1."""
@@ -340,6 +352,17 @@ def test_log2_takes_numbers_below_the_smallest_normal_one_for_zero(emulation: Em
     np.testing.assert_array_equal(out, np.array([3, -np.inf, -np.inf, np.nan, -126], np.float32))
 
 
+def test_rows_that_want_the_same_banks_are_counted(emulation: Emulation) -> None:
+    memory, out = np.zeros(1024, np.uint16), np.zeros((32, 4), np.uint32)
+    lanes = np.arange(32)
+    # Rows of 16 bytes one after the other; of 32; of 128, all in the same banks; one and the same.
+    for rows, turns in ((8 * lanes, 0), (16 * lanes, 4), (64 * (lanes % 8), 28), (0 * lanes, 0)):
+        emulation.take_sites()
+        emulation.run("ldmatrix<false>", memory, rows.astype(np.int32), out=out, threads=32)
+        (site,) = (s for s in emulation.take_sites() if s.primitive == "ldmatrix_x4")
+        assert site.conflicts == turns
+
+
 # Races -----------------------------------------------------------------------------------------
 
 
@@ -396,6 +419,12 @@ MISTAKES = {
     "1, which has 256",
     "copy_from_beyond_global_memory": "thread 16 reads 12 bytes of global memory at @1, at byte "
     "256 of memory 0, which has 256",
+    "two_threads_write_a_number": "thread 63 writes 4 bytes of global memory at .*, which thread 0 "
+    "of block 0 has written; this is block 0",
+    "two_blocks_write_a_number": "thread 0 writes .*, which thread 63 of block 0 has written; this "
+    "is block 1",
+    "what_another_thread_wrote": "thread 63 reads .* of global memory at .*, which thread 62 of "
+    "block 0 has written",
     "lane_that_is_not_there": "lane 0 asks for the value of lane 32 at @1",
 }
 
@@ -403,13 +432,13 @@ MISTAKES = {
 @pytest.mark.parametrize("kernel", [*RACES, *MISTAKES])
 def test_a_mistake_is_an_error_that_says_where(emulation: Emulation, kernel: str) -> None:
     lines = SOURCE.read_text().splitlines()
-    first = 1 + next(i for i, line in enumerate(lines) if line.startswith(f"void {kernel}("))
+    first = 1 + next(i for i, line in enumerate(lines) if f"KERNEL {kernel}(" in line)
     message = (RACES | MISTAKES)[kernel]
     message = re.sub("@([0-9])", lambda m: f"{SOURCE.name}:{first + int(m[1])}", message)
     source, out = np.zeros(64, np.int32), np.zeros(64, np.int32)
     emulation.set_memory(source, out)
     error = emulation.error(kernel, source, out=out, grid=(2, 1, 1))
-    assert re.search(f"block .0, 0, 0.: .*{message}", error), error
+    assert re.search(rf"block \([01], 0, 0\): .*{message}", error), error
     assert error.startswith(f"emulated kernel {kernel}, ")
     # An error leaves nothing behind.
     assert emulation.error("barrier", grid=(2, 1, 1)) == ""
@@ -477,11 +506,11 @@ def test_what_can_be_spoiled_is_found_when_it_is(emulation: Emulation) -> None:
     emulation.take_sites()
     expected = emulation.run("victim", source, out=out).copy()
     sites = emulation.take_sites()
-    assert {(site[0], site[3]) for site in sites} == {
+    assert {(site.primitive, site.calls) for site in sites} == {
         ("copy_async_4", 64), ("wait_copies", 64), ("sync_threads", 64), ("sync_warp", 2),
         ("shuffle_xor", 2),
     }  # fmt: skip
-    for primitive, file, line, _ in sites:
+    for primitive, file, line, *_ in sites:
         emulation.plant(primitive, file, line)
         error = emulation.error("victim", source, out=out)
         races = primitive.startswith("sync") or primitive == "wait_copies"
@@ -491,3 +520,15 @@ def test_what_can_be_spoiled_is_found_when_it_is(emulation: Emulation) -> None:
         np.testing.assert_array_equal(emulation.run("victim", source, out=out), expected)
     with pytest.raises(ValueError, match="no primitive is called barrier"):
         emulation.plant("barrier", "a.h", 1)
+
+
+def test_the_same_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc was not found")
+    subprocess.run(
+        [nvcc, "-x", "cu", "-std=c++20", "-I", str(native.ROOT / "csrc"), "-arch=sm_80", "-cubin",
+         "-Xcompiler", "-Wall,-Wextra", "--Werror", "all-warnings", "-o", str(tmp_path / "all"),
+         str(SOURCE)],
+        check=True,
+    )  # fmt: skip

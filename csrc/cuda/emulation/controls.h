@@ -26,7 +26,8 @@ struct Site {
   std::string primitive;  // a key of the table below
   std::string file;       // without folders
   int line = 0;
-  std::int64_t calls = 0;  // of warps, or of threads where a primitive is not a warp's
+  std::int64_t calls = 0;      // of warps, or of threads where a primitive is not a warp's
+  std::int64_t conflicts = 0;  // for how many turns ldmatrix had to wait for a bank
 };
 // Those called since the last time that they were asked for.
 std::vector<Site> take_sites();

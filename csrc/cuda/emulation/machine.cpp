@@ -6,7 +6,7 @@
 #include <map>
 #include <mutex>
 #include <stdexcept>
-#include <tuple>
+#include <unordered_map>
 #include <utility>
 
 #include "cuda/emulation/controls.h"
@@ -67,6 +67,8 @@ struct Machine {
   Stacks stacks;
   std::vector<std::byte> shared;
   Races races;
+  // By which thread of which block each four bytes of global memory have been written.
+  std::unordered_map<std::uintptr_t, std::pair<std::int64_t, int>> writers;
 };
 Machine machine;
 std::mutex one_launch;
@@ -80,12 +82,15 @@ struct Line {
   unsigned line;
   auto operator<=>(const Line&) const = default;
 };
-std::map<Line, std::int64_t> calls;
+struct Count {
+  std::int64_t calls = 0, conflicts = 0;
+};
+std::map<Line, Count> counts;
 Site planted;
 
 // Notes the call; is an error planted here?
 bool is_spoiled(Primitive primitive, Here here) {
-  ++calls[{primitive, here.file_name(), here.line()}];
+  ++counts[{primitive, here.file_name(), here.line()}].calls;
   return !planted.primitive.empty() && planted.line == int(here.line()) &&
          planted.primitive == name_of(primitive) &&
          place(here) == planted.file + ":" + std::to_string(planted.line);
@@ -214,6 +219,25 @@ std::byte* check_shared(int offset, int bytes, const char* does, Here here) {
                                 : "; there are " + std::to_string(machine.shared.size())));
 }
 
+// Calls `complain` with where it is if some byte is not within the memory that was declared.
+template <class Complain>
+void check_bounds(std::uintptr_t begin, int bytes, Complain complain) {
+  const Memory* nearest = nullptr;
+  std::int64_t distance = 0;
+  for (const Memory& memory : the_memory) {
+    const std::int64_t offset = std::int64_t(begin - memory.address);
+    if (offset >= 0 && offset + bytes <= memory.bytes) return;
+    const std::int64_t beyond = offset < 0 ? -offset : offset + bytes - memory.bytes;
+    if (nearest == nullptr || beyond < distance) {
+      nearest = &memory;
+      distance = beyond;
+    }
+  }
+  if (nearest == nullptr) return;
+  complain("at byte " + std::to_string(std::int64_t(begin - nearest->address)) + " of " +
+           nearest->name + ", which has " + std::to_string(nearest->bytes));
+}
+
 }  // namespace
 
 void set_limits(const Limits& limits) {
@@ -229,10 +253,10 @@ void set_memory(std::vector<Memory> memory) {
 
 std::vector<Site> take_sites() {
   std::vector<Site> sites;
-  for (const auto& [line, count] : std::exchange(calls, {})) {
+  for (const auto& [line, count] : std::exchange(counts, {})) {
     const std::string where = place(line.file, line.line);
-    sites.push_back(
-        {name_of(line.primitive), where.substr(0, where.rfind(':')), int(line.line), count});
+    sites.push_back({name_of(line.primitive), where.substr(0, where.rfind(':')), int(line.line),
+                     count.calls, count.conflicts});
   }
   return sites;
 }
@@ -241,7 +265,7 @@ void plant(const std::string& primitive, const std::string& file, int line) {
   bool known = primitive.empty();
   for (const char* name : kNames) known = known || primitive == name;
   if (!known) throw std::invalid_argument("plant: no primitive is called " + primitive);
-  planted = {primitive, file, line, 0};
+  planted = {primitive, file, line, 0, 0};
 }
 
 void run(const char* name, Index3 grid, int threads, int shared_bytes,
@@ -265,6 +289,7 @@ void run(const char* name, Index3 grid, int threads, int shared_bytes,
   machine.stacks.reserve(threads);
   machine.shared.resize(std::size_t(shared_bytes));
   machine.races.begin(shared_bytes);
+  machine.writers.clear();
   running.threads = threads;
   running.grid = grid;
   for (int z = 0; z < grid.z; ++z) {
@@ -322,6 +347,10 @@ void meet(Primitive primitive, Here here, void* argument,
   warp.arrived = 0;
   warp.ready = ~0u;
   execute(warp.arguments, is_spoiled(primitive, here), here);
+}
+
+void note_conflicts(Primitive primitive, Here here, int turns) {
+  counts[{primitive, here.file_name(), here.line()}].conflicts += turns;
 }
 
 void sync_warp_here() {
@@ -384,21 +413,20 @@ void check_global(const void* address, int bytes, bool writes, Here here) {
   if (std::has_single_bit(unsigned(bytes)) && begin % std::uintptr_t(bytes) != 0) {
     complain("which must be aligned to their number");
   }
-  if (the_memory.empty()) return;
-  const Memory* nearest = nullptr;
-  std::int64_t distance = 0;
-  for (const Memory& memory : the_memory) {
-    const std::int64_t offset = std::int64_t(begin - memory.address);
-    if (offset >= 0 && offset + bytes <= memory.bytes) return;
-    const std::int64_t beyond = offset < 0 ? -offset : offset + bytes - memory.bytes;
-    if (nearest == nullptr || beyond < distance) {
-      nearest = &memory;
-      distance = beyond;
+  check_bounds(begin, bytes, complain);
+  if (!writes && machine.writers.empty()) return;
+  const auto [x, y, z] = running.block;
+  const std::int64_t block = (std::int64_t(z) * running.grid.y + y) * running.grid.x + x;
+  const std::pair<std::int64_t, int> own{block, running.thread};
+  for (std::uintptr_t word = begin / 4; word <= (begin + std::uintptr_t(bytes) - 1) / 4; ++word) {
+    const auto found = machine.writers.find(word);
+    if (found != machine.writers.end() && found->second != own) {
+      complain("which thread " + std::to_string(found->second.second) + " of block " +
+               std::to_string(found->second.first) + " has written; this is block " +
+               std::to_string(block));
     }
+    if (writes && bytes >= 4) machine.writers.emplace(word, own);
   }
-  const std::int64_t offset = std::int64_t(begin - nearest->address);
-  complain("at byte " + std::to_string(offset) + " of " + nearest->name + ", which has " +
-           std::to_string(nearest->bytes));
 }
 
 }  // namespace flashmaps::cuda::emulation

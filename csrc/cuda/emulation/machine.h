@@ -55,12 +55,14 @@ const std::byte* read_shared(int offset, int bytes, Here here);
 std::byte* write_shared(int offset, int bytes, Here here);
 const std::byte* read_shared_as_warp(int offset, int bytes, Here here);  // within a meeting
 void sync_warp_here();                                                   // within a meeting
+void note_conflicts(Primitive primitive, Here here, int turns);
 
 void copy_async(int to, const void* from, int size, int bytes, Here here);
 void commit_copies();
 void wait_copies(int groups, Here here);
 
-// Global memory.
+// Global memory: aligned to `bytes`, within bounds, and, in one launch, written and then read by
+// one thread only, as nothing orders what others do.
 void check_global(const void* address, int bytes, bool writes, Here here);
 
 }  // namespace flashmaps::cuda::emulation

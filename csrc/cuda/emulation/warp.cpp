@@ -1,5 +1,6 @@
 #include "cuda/emulation/warp.h"
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 
@@ -57,12 +58,17 @@ void any(Lanes lanes, bool, Here) {
 // address.
 template <bool Transposed>
 void ldmatrix(Lanes lanes, bool spoiled, Here here) {
+  int turns = 0;  // more than the four that it takes
   for (int m = 0; m < 4; ++m) {
     std::uint16_t matrix[8][8];
+    int from[8];
+    int of_banks[8] = {};  // how many rows want each group of four banks
     for (int row = 0; row < 8; ++row) {
-      const int from = of_lane<Matrices>(lanes, 8 * m + row).row;
-      std::memcpy(matrix[row], read_shared_as_warp(from, 16, here), 16);
+      from[row] = of_lane<Matrices>(lanes, 8 * m + row).row;
+      std::memcpy(matrix[row], read_shared_as_warp(from[row], 16, here), 16);
+      if (std::find(from, from + row, from[row]) == from + row) ++of_banks[from[row] / 16 % 8];
     }
+    turns += *std::max_element(of_banks, of_banks + 8) - 1;
     const int to = spoiled && (m == 1 || m == 2) ? 3 - m : m;
     for (int lane = 0; lane < kWarp; ++lane) {
       const int g = lane / 4, t = lane % 4;
@@ -71,6 +77,7 @@ void ldmatrix(Lanes lanes, bool spoiled, Here here) {
       of_lane<Matrices>(lanes, lane).r[to] = low | high << 16;
     }
   }
+  note_conflicts(Transposed ? Primitive::LdmatrixTrans : Primitive::Ldmatrix, here, turns);
 }
 template void ldmatrix<false>(Lanes, bool, Here);
 template void ldmatrix<true>(Lanes, bool, Here);
