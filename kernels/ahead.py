@@ -2,7 +2,7 @@
 
     python -m flashmaps.kernels.ahead sm_90        # a table: registers, spills, shared memory
 
-The launches are those that the backend would make: `launches.dry_run` on tensors without memory.
+The launches are those that the backend would make, on tensors without memory.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from flashmaps._problem import Problem, Request
-from flashmaps.kernels.launches import Launch, dry_run
+from flashmaps.kernels.launches import Launch, Run, compose, reduce
 from flashmaps.kernels.settings import Settings, settings_of
 from torch import Tensor
 
@@ -59,6 +59,7 @@ class Case:
     columns: int = 64  # of operands, or cells
     k: int = 8
     layout: str = "heads first"  # or "tokens first", or "dims first"
+    composed: bool = False  # of A A', where A' is the same map the other way
 
     def __str__(self) -> str:
         of = f"{self.heads}x{self.queries}" + (f"x{self.keys}" if self.keys != self.queries else "")
@@ -66,7 +67,7 @@ class Case:
         if self.dtype == torch.float32 and self.precision != "highest":
             words.append(self.precision)
         words += [self.normalize] * (self.normalize != "block") + ["masked"] * self.masked
-        words += [self.layout] * (self.layout != "heads first")
+        words += [self.layout] * (self.layout != "heads first") + ["composed"] * self.composed
         if set(self.names) & {"product", "transposed_product", "pooled_keys"}:
             words.append(f"C={self.columns}")
         return "+".join(self.names) + " " + " ".join(words)
@@ -107,7 +108,19 @@ class Case:
 
     def launches_with(self, settings: Settings) -> list[Launch]:
         """What the backend launches for it in other settings."""
-        return dry_run(self.problem(self.queries, self.keys), self.request(), settings)[0]
+        found: list[Launch] = []
+        self.runner(settings, "meta", found.append)()
+        return found
+
+    def runner(
+        self, settings: Settings, device: str, launch: Callable[[Launch], None] = Launch.run
+    ) -> Callable[[], object]:
+        """A call of the backend with this problem."""
+        problem, request = self.problem(self.queries, self.keys, device), self.request(device)
+        if self.composed:
+            back = self.problem(self.keys, self.queries, device)
+            return lambda: compose(problem, back, request, Run(settings, launch))
+        return lambda: reduce(problem, request, Run(settings, launch))
 
     def request(self, device: str = "meta") -> Request:
         """What is wanted of the map."""
@@ -139,6 +152,7 @@ REPRESENTATIVE = (
     Case(("return_probability",)),
     Case(_ROWS, keys=77, known_lse=False),
     Case(_ROWS, dtype=torch.float32, known_lse=False),
+    Case((*_ROWS, "diagonal"), composed=True),
 )
 
 
@@ -167,6 +181,9 @@ def every_case() -> Iterator[Case]:
             yield replace(plain, normalize=lines)
         for layout in ("tokens first", "dims first"):
             yield replace(plain, layout=layout, queries=4095, keys=4095)
+    for precision in ("highest", "high", "medium"):
+        for queries in (4096, 4001):
+            yield replace(_SQUARE, composed=True, precision=precision, queries=queries)
     for name in ("product", "transposed_product", "pooled_keys"):
         for columns in (1, 3, 17, 200, 256):
             yield Case((name,), columns=columns)
@@ -195,6 +212,8 @@ class Compiled:
         found = []
         if self.spills or (self.stack and self.architecture == "gfx942"):
             found.append(f"{self.spills} spills, {self.stack} bytes of stack")
+        if self.instructions < 32:  # seen where the matrix unit's memory is too small
+            found.append("compiled to next to nothing")
         if self.atomics:
             found.append(f"{self.atomics} atomic instructions")
         if self.shared > SHARED[self.architecture]:

@@ -17,15 +17,12 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from functools import partial
 from multiprocessing import get_context
 
 import torch
-from flashmaps._problem import Problem, Request
 from flashmaps.files import write_text
 from flashmaps.kernels import settings
 from flashmaps.kernels.ahead import SHARED, Case, examine
-from flashmaps.kernels.launches import Run, reduce
 from flashmaps.kernels.settings import KINDS, TABLE, Settings, architecture_of, settings_of
 
 Tiles = tuple[tuple[int, int, int, int], ...]  # rows, columns, warps, stages
@@ -34,9 +31,16 @@ _HALF: Tiles = (
     (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2),
     (64, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 1),
 )  # fmt: skip
+_COMPOSED: Tiles = (
+    (128, 64, 8, 2),
+    (128, 32, 8, 3),
+    (64, 64, 8, 2),
+    (64, 64, 4, 2),
+    (32, 32, 4, 2),
+)
 _FULL: Tiles = ((64, 64, 8, 2), (64, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 1))
 # All keys in a tile: rows count only.
-_WHOLE: Tiles = ((64, 256, 8, 2), (32, 256, 8, 2), (16, 256, 8, 1))
+_WHOLE: Tiles = ((64, 256, 8, 2), (64, 256, 8, 1), (32, 256, 8, 2), (16, 256, 8, 1))
 
 _ROWS = ("entropy", "max", "argmax", "expectation")
 _COLUMNS = ("column_sum", "column_entropy", "column_max", "column_argmax")
@@ -48,10 +52,10 @@ def candidates(kind: str, bits: int) -> Tiles:
     """The tiles to try, the most promising first."""
     if kind == "whole":
         return _WHOLE
-    if bits == 32:
+    if bits == 32 and kind != "composed":
         return _FULL
     # With an operand the tile is also the left side of a product: another copy, in three parts.
-    return {"product": _HALF[1:], "rare": _HALF[3:]}.get(kind, _HALF)
+    return {"product": _HALF[1:], "rare": _HALF[3:], "composed": _COMPOSED}.get(kind, _HALF)
 
 
 def cases(kind: str, bits: int, width: int) -> Iterator[Case]:
@@ -67,6 +71,7 @@ def cases(kind: str, bits: int, width: int) -> Iterator[Case]:
         "return": Case(("return_probability",)),
         "whole": Case(_ROWS, keys=77, known_lse=False),
         "rare": Case(_ROWS, layout="dims first"),
+        "composed": Case((*_ROWS, "diagonal"), composed=True),
     }[kind]
     plain = replace(plain, dim=width, dtype=torch.float32 if bits == 32 else torch.float16)
     yield plain
@@ -83,6 +88,9 @@ def cases(kind: str, bits: int, width: int) -> Iterator[Case]:
         demanding.append(replace(plain, **odd, names=("transposed_product",), columns=17))
     elif kind == "topk":
         demanding.append(replace(plain, **odd, k=64))
+    elif kind == "composed":
+        demanding = [replace(plain, **odd, precision=each) for each in ("highest", "high")]
+        demanding += [replace(each, queries=4096, keys=4096) for each in demanding]
     elif kind == "whole":
         few = {"queries": 4001, "masked": True, "known_lse": False}
         few["keys"] = 256 if width <= 128 else 128
@@ -121,7 +129,7 @@ def fits(architecture: str, kind: str, bits: int, width: int, tiling: tuple[int,
                 return False
             # Four warps alone leave half of the units idle: two programs must find room.
             room = SHARED[architecture] // (2 if launch.tiling.warps == 4 else 1)
-            if found.spills or found.shared > room:
+            if found.problems() or found.shared > room:
                 return False
     return True
 
@@ -152,21 +160,15 @@ def ahead(architecture: str) -> dict[str, dict[str, list[int]]]:
 def fastest(architecture: str, kind: str, bits: int, width: int) -> tuple[int, int, int, int]:
     """The fastest of the candidates that fit, on the GPU that is here."""
     case = next(cases(kind, bits, width))
-    problem = case.problem(case.queries, case.keys, "cuda")
-    request = case.request("cuda")
     times: dict[tuple[int, int, int, int], float] = {}
     for tiling in candidates(kind, bits):
         if not fits(architecture, kind, bits, width, tiling):
             continue
         changed = with_tiling(settings_of(architecture), kind, f"{bits}/{width}", tiling)
-        times[tiling] = _milliseconds(partial(_run, problem, request, changed))
+        times[tiling] = _milliseconds(case.runner(changed, "cuda"))
     found = min(times, key=times.__getitem__)
     print(f"{kind} {bits}/{width}: " + ", ".join(f"{t} {ms:.3f} ms" for t, ms in times.items()))
     return found
-
-
-def _run(problem: Problem, request: Request, changed: Settings) -> None:
-    reduce(problem, request, Run(changed))
 
 
 def _milliseconds(run: Callable[[], object]) -> float:

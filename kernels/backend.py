@@ -77,3 +77,44 @@ def reduce(problem: Problem, request: Request) -> dict[str, Tensor]:
         outputs = launches.reduce(problem, request, run)
     _last.workspace = run.workspace
     return outputs
+
+
+def composes(first: Problem, second: Problem, request: Request) -> bool:
+    """Whether `compose` does this; if not, `flashmaps.strips` does with dense pieces of maps."""
+    from flashmaps.kernels import launches
+
+    return launches.composes(first, second, request.names)
+
+
+def plan_compose(first: Problem, second: Problem, request: Request) -> Cost:
+    """What `compose` takes."""
+    from flashmaps.kernels import launches
+    from flashmaps.kernels.settings import settings_here
+
+    device = first.query.device
+    here = settings_here(torch.device("cuda") if device.type == "meta" else device)
+    strips, workspace = launches.strips_for(first, second, request, here)
+    dense = Request(("dense",))
+    again = 1 if strips.blocks == 1 else -(-first.num_queries // strips.rows)
+    passes = [1 + (first.lse is None), again + (second.lse is None)]
+    costs = [
+        cost_of(each, dense, passes=count, workspace=workspace)
+        for each, count in zip((first, second), passes, strict=True)
+    ]
+    product = 2.0 * first.batch * first.num_queries * first.num_keys * second.num_keys
+    return costs[0].then(costs[1]).then(Cost(flops=product))
+
+
+def compose(first: Problem, second: Problem, request: Request) -> dict[str, Tensor]:
+    """Statistics of the rows of A A', whose entries go from the product to the reducers."""
+    from flashmaps.kernels import launches
+    from flashmaps.kernels.settings import settings_here
+
+    run = launches.run_to_compose(request, settings_here(first.query.device))
+    if first.query.is_cuda:
+        with torch.cuda.device(first.query.device):
+            outputs = launches.compose(first, second, request, run)
+    else:
+        outputs = launches.compose(first, second, request, run)
+    _last.workspace = run.workspace
+    return outputs

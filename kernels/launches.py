@@ -93,6 +93,14 @@ def run_for(request: Request, settings: Settings) -> Run:
     return Run(settings, limit=min(WORKSPACE, budget), roomy=min(ROWS_TO_SORT, budget))
 
 
+def run_to_compose(request: Request, settings: Settings) -> Run:
+    """The same for a composition, which makes use of all of a larger budget."""
+    run = run_for(request, settings)
+    if request.memory_budget is not None:
+        run.roomy = request.memory_budget
+    return run
+
+
 def dry_run(problem: Problem, request: Request, settings: Settings) -> tuple[list[Launch], int]:
     """(launches, workspace in bytes) of a request: nothing runs, and tensors may be on "meta"."""
     found: list[Launch] = []
@@ -100,20 +108,22 @@ def dry_run(problem: Problem, request: Request, settings: Settings) -> tuple[lis
     def meta(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to("meta")
 
-    def on_meta(of: Problem) -> Problem:
-        return Problem._make(meta(x) if isinstance(x, Tensor) else x for x in of)
-
     request = replace(
         request,
         right=meta(request.right),
         left=meta(request.left),
         cells=meta(request.cells),
-        partner=None if request.partner is None else on_meta(request.partner),
+        partner=None if request.partner is None else _on_meta(request.partner),
     )
     run = run_for(request, settings)
     run.launch = found.append
-    reduce(on_meta(problem), request, run)
+    reduce(_on_meta(problem), request, run)
     return found, run.workspace
+
+
+def _on_meta(of: Problem) -> Problem:
+    """Without memory."""
+    return Problem._make(x.to("meta") if isinstance(x, Tensor) else x for x in of)
 
 
 def reduce(problem: Problem, request: Request, run: Run) -> dict[str, Tensor]:
@@ -454,6 +464,8 @@ _PARTS = _FINISHED | {
     "column_argmax": ("top", "argtop"),
 }
 _SHAPES: dict[str, tuple[int, ...]] = {"expectation": (2,)}
+# Bytes of such a part.
+_PART_BYTES = {"argtop": 8, "expectation": 8}
 _OPTIONAL = (
     "order", "cells", "bounds", "total", "plogp", "entropy", "top", "argtop", "expectation",
     "diagonal", "product", "dense", "largest", "where_largest",
@@ -472,8 +484,7 @@ def _statistics(
     maps, kept = view.problem.batch, view.num_kept
     names = sorted({part for name in fields for part in _PARTS[name]})
     columns = 0 if product is None else product.shape[2]
-    part_bytes = {"argtop": 8, "expectation": 8}
-    each = maps * kept * (sum(part_bytes.get(name, 4) for name in names) + 4 * columns)
+    each = maps * kept * (sum(_PART_BYTES.get(name, 4) for name in names) + 4 * columns)
     splits = _count_splits(view, kind, columns, each, run)
     outputs: dict[str, Tensor] = {}
     if splits == 1:
@@ -483,30 +494,48 @@ def _statistics(
             outputs["product"] = product
         _launch_reduce(view, outputs, kind, run, operand=operand)
         return
-    for name in names:
-        dtype = torch.int64 if name == "argtop" else torch.float32
-        shape = (splits, maps, kept, *_SHAPES.get(name, ()))
-        outputs[name] = run.empty(*shape, dtype=dtype, like=view.kept)
+    outputs |= _empty_parts(names, (splits, maps, kept), view.kept, run)
     if product is not None:
         outputs["product"] = run.empty(splits, *product.shape, like=view.kept)
     _launch_reduce(view, outputs, kind, run, operand=operand, splits=splits)
     if names:
-        finished = {_FINISHED[name][0]: out for name, out in fields.items()}
-        arguments: dict[str, Any] = {
-            name: outputs.get(name)
-            for name in ("total", "plogp", "top", "argtop", "expectation", "diagonal")
-        }
-        arguments |= {
-            f"out_{name}": finished.get(name)
-            for name in ("total", "entropy", "top", "argtop", "expectation", "diagonal")
-        }
-        count = maps * kept
-        arguments |= {"count": count, "splits": splits}
-        arguments |= {"OF_COLUMNS": view.keys_kept, "BLOCK": _COMBINED}
-        run.launch(Launch(passes.combine_kernel, -(-count // _COMBINED), arguments, _COMBINING))
+        _combine(outputs, fields, maps * kept, splits, run, of_columns=view.keys_kept)
     if product is not None:
         torch.sum(outputs["product"], 0, out=product)
     run.release(*outputs.values())
+
+
+def _empty_parts(
+    names: list[str], shape: tuple[int, int, int], like: Tensor, run: Run
+) -> dict[str, Tensor]:
+    """Room for the parts that [splits, maps, kept] programs leave."""
+    return {
+        name: run.empty(
+            *shape,
+            *_SHAPES.get(name, ()),
+            dtype=torch.int64 if name == "argtop" else torch.float32,
+            like=like,
+        )
+        for name in names
+    }
+
+
+def _combine(
+    parts: dict[str, Tensor], fields: dict[str, Tensor], count: int, splits: int, run: Run,
+    *, of_columns: bool = False,
+) -> None:  # fmt: skip
+    """Fields of ``count`` rows or columns from the parts of their splits, in order."""
+    finished = {_FINISHED[name][0]: out for name, out in fields.items()}
+    arguments: dict[str, Any] = {
+        name: parts.get(name)
+        for name in ("total", "plogp", "top", "argtop", "expectation", "diagonal")
+    }
+    arguments |= {
+        f"out_{name}": finished.get(name)
+        for name in ("total", "entropy", "top", "argtop", "expectation", "diagonal")
+    }
+    arguments |= {"count": count, "splits": splits, "OF_COLUMNS": of_columns, "BLOCK": _COMBINED}
+    run.launch(Launch(passes.combine_kernel, -(-count // _COMBINED), arguments, _COMBINING))
 
 
 def _blocks(view: _View, kind: str, run: Run) -> tuple[int, int]:
@@ -565,6 +594,7 @@ def _launch_reduce(
         **dict(zip(("operand_map", "operand_token", "operand_column"), strides, strict=True)),
         "columns": columns,
         "k": k,
+        **_NOT_COMPOSED,
         **more,
         **outputs,
         "KEYS_KEPT": view.keys_kept,
@@ -588,6 +618,16 @@ def _launch_reduce(
             scores=view.problem.batch * _scores(view.problem) * (1 if "order" in more else parts),
         )
     )
+
+
+# What `reduce_kernel` takes for a composition only.
+_NOT_COMPOSED = {
+    "inner": 0,
+    "kept_first": 0,
+    "streamed_first": 0,
+    "COMPOSED": False,
+    "INNER": 16,
+}
 
 
 def _pooled(view: _View, cells: Tensor | None, count: int, out: Tensor, run: Run) -> None:
@@ -729,3 +769,194 @@ def _return_probability(
         torch.sum(target, 0, out=out)
         run.release(target)
     run.release(*made)
+
+
+# A composition R = A A': rows of A and columns of A' are made in memory, as large as the budget
+# allows; their product is a tile of R, which goes to the reducers and nowhere else.
+
+_INNER = 32  # numbers between A and A' that are multiplied at once
+
+
+@dataclass(frozen=True)
+class Strips:
+    """How a composition is cut: rows of A and columns of A' that are in memory at a time."""
+
+    rows: int
+    columns: int
+    splits: int  # programs that share the columns of a block
+    blocks: int
+    workspace: int  # bytes
+
+    @classmethod
+    def of(cls, first: Problem, second: Problem, names: tuple[str, ...], run: Run) -> Strips:
+        """The fewest strips of rows whose blocks of columns keep a card busy within the budget.
+
+        A is computed once and A' once for each strip. What does not fit is cut to one row and one
+        column, which is the least there is.
+        """
+        rows, inner, ends = first.num_queries, first.num_keys, second.num_keys
+        tiling = _composed_tiling(second, run)
+        parts = {part for name in names for part in _PARTS[name]}
+        each = sum(_PART_BYTES.get(name, 4) for name in parts)
+        # Copies of what is sliced: a strip's log-sum-exp, a block's bias.
+        bias = 0 if second.bias is None else 4 * second.bias.shape[0]
+
+        def cut(strip: int, block: int) -> Strips:
+            blocks, tiles = -(-ends // block), -(-block // tiling.columns)
+            splits = _splits(run, -(-strip // tiling.rows), tiles, 0)
+            held = 4 * inner * (strip + block) + blocks * splits * strip * each
+            return cls(strip, block, splits, blocks, held + 4 * first.heads * strip + bias * block)
+
+        def fits(strip: int, block: int) -> bool:
+            return cut(strip, block).workspace <= run.roomy
+
+        for least in (8 * tiling.columns, tiling.columns, 16, 1):
+            least = min(ends, least)
+            strips = 1
+            while True:
+                strip = -(-rows // strips)
+                if strip > tiling.rows:
+                    strip = min(rows, -(-strip // tiling.rows) * tiling.rows)
+                if fits(strip, least):
+                    widths = [
+                        ends,
+                        *range(ends // tiling.columns * tiling.columns, least, -tiling.columns),
+                    ]
+                    block = next((width for width in widths if fits(strip, width)), least)
+                    return cut(strip, block)
+                if strip == 1:
+                    break
+                strips = min(rows, strips + max(1, strips // 4))
+        return cut(1, 1)
+
+
+def _composed_tiling(problem: Problem, run: Run) -> Tiling:
+    return run.settings.tiling("composed", problem.query.dtype, problem.query.shape[3])
+
+
+def composes(first: Problem, second: Problem, names: tuple[str, ...]) -> bool:
+    """Whether `compose` does this."""
+    plain = first.normalize == "block" and second.normalize == "block"
+    return plain and set(names) <= set(_ROW_STATISTICS)
+
+
+def strips_for(
+    first: Problem, second: Problem, request: Request, settings: Settings
+) -> tuple[Strips, int]:
+    """How one map of a composition is cut, and the bytes that it takes in all."""
+    run = run_to_compose(request, settings)
+    run.launch = lambda launch: None
+    one = slice(0, 1)
+    first, second = (_on_meta(some_maps(each, one)) for each in (first, second))
+    made: list[Tensor] = []
+    first, second = (_with_lse(each, None, run, made, needed=True) for each in (first, second))
+    run.roomy -= run._held
+    strips = Strips.of(first, second, request.names, run)
+    return strips, max(run.workspace, run._held + strips.workspace)
+
+
+def compose(first: Problem, second: Problem, request: Request, run: Run) -> dict[str, Tensor]:
+    """Statistics of the rows of R, one map and one strip at a time."""
+    outputs = empty_outputs(first, request)
+    room = run.roomy
+    for index in range(first.batch):
+        of_map = slice(index, index + 1)
+        made: list[Tensor] = []
+        one, other = (
+            _with_lse(some_maps(each, of_map), None, run, made, needed=True)
+            for each in (first, second)
+        )
+        run.roomy = room - run._held
+        _compose_map(one, other, {name: out[index] for name, out in outputs.items()}, run)
+        run.release(*made)
+    run.roomy = room
+    return outputs
+
+
+def _compose_map(first: Problem, second: Problem, outputs: dict[str, Tensor], run: Run) -> None:
+    strips = Strips.of(first, second, tuple(outputs), run)
+    rows, inner, ends = first.num_queries, first.num_keys, second.num_keys
+    like = first.query
+    strip, block = (run.empty(n * inner, like=like) for n in (strips.rows, strips.columns))
+    names = sorted({part for name in outputs for part in _PARTS[name]})
+    parts = _empty_parts(names, (strips.blocks * strips.splits, 1, strips.rows), like, run)
+    for start in range(0, rows, strips.rows):
+        stop = min(start + strips.rows, rows)
+        of_strip = first.query_rows(start, stop)
+        assert of_strip.lse is not None
+        known = of_strip.lse.contiguous()
+        copied = 0 if known is of_strip.lse else 4 * known.numel()
+        run.hold(copied)
+        a = strip[: (stop - start) * inner].view(1, stop - start, inner)
+        _launch_reduce(_View(of_strip._replace(lse=known), None), {"dense": a}, "dense", run)
+        left = 0
+        for low in range(0, ends, strips.columns):
+            high = min(low + strips.columns, ends)
+            b = block[: inner * (high - low)].view(1, inner, high - low)
+            if start == 0 or strips.blocks > 1:
+                bias = None if second.bias is None else second.bias[:, low:high].contiguous()
+                keys = second._replace(key=second.key[:, :, low:high], bias=bias)
+                _launch_reduce(_View(keys, None), {"dense": b}, "dense", run)
+            left += _launch_composed(a, b, (start, low), second, parts, left, strips.splits, run)
+        run.hold(-copied)
+        fields = {name: out[start:stop] for name, out in outputs.items()}
+        _combine(parts, fields, stop - start, left, run)
+    run.release(strip, block, *parts.values())
+
+
+def _launch_composed(
+    a: Tensor, b: Tensor, first: tuple[int, int], second: Problem, parts: dict[str, Tensor],
+    left: int, most: int, run: Run,
+) -> int:  # fmt: skip
+    """The reducers on ``a @ b``, from split number ``left`` of the parts on; how many it takes."""
+    tiling = _composed_tiling(second, run)
+    rows, inner, columns = a.shape[1], a.shape[2], b.shape[2]
+    tiles = -(-columns // tiling.columns)
+    splits = min(most, tiles)
+    splits = -(-tiles // -(-tiles // splits))
+    whole = (rows % tiling.rows, columns % tiling.columns, inner % _INNER)
+    arguments: dict[str, Any] = dict.fromkeys(
+        (*_OPTIONAL, "bias", "pairs", "weights", "lse", "line_mass", "operand")
+    )
+    arguments |= dict.fromkeys(
+        ("kept_batch", "kept_head", "kept_dim", "streamed_batch", "streamed_head", "columns", "k",
+         "operand_map", "operand_token", "operand_column"), 0,
+    )  # fmt: skip
+    arguments |= {
+        "kept": a,
+        "kept_token": inner,
+        "num_kept": rows,
+        "streamed": b,
+        "streamed_token": 1,
+        "streamed_dim": columns,
+        "num_streamed": columns,
+        "grid_width": max(1, second.grid_width),
+        "grid_height": max(1, second.grid_height),
+        "inner": inner,
+        "kept_first": first[0],
+        "streamed_first": first[1],
+        # Parts of a shorter strip lie closer together.
+        **{
+            name: part.flatten()[left * part[0, 0, :rows].numel() :] for name, part in parts.items()
+        },
+        **dict.fromkeys(("lines", "maps", "heads", "parts"), 1),
+        "splits": splits,
+        "scale": 1.0,
+        **dict.fromkeys(("KEYS_KEPT", "WHOLE", "WIDE", "FLATTEN"), False),
+        **dict.fromkeys(("X", "D", "DIM", "CHUNK"), 16),
+        "LINES": "",
+        "K": 1,
+        "D_REST": 0,
+        "UNIT": 1,
+        "PRECISION": "ieee",
+        "COMPOSED": True,
+        "INNER": _INNER,
+        "R": tiling.rows,
+        "C": tiling.columns,
+        "EVEN": not any(whole),
+        "OPERAND_PRECISION": run.settings.composition_precision(),
+        "FAST_LOG": run.settings.fast_log,
+    }
+    programs = -(-rows // tiling.rows) * splits
+    run.launch(Launch(passes.reduce_kernel, programs, arguments, tiling, "composed"))
+    return splits

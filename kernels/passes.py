@@ -26,6 +26,7 @@ from flashmaps.kernels.tile import (
     LN_2,
     LOG2_E,
     add_bias,
+    composed_tile,
     dot_products,
     mean_tile,
     normalized,
@@ -164,6 +165,11 @@ def reduce_kernel(
     heads,
     splits,
     scale,  # times log2 e
+    # For strips of a composition, whose tile is a product: A's columns, and where the strip and
+    # the block of columns begin in the whole.
+    inner,
+    kept_first,
+    streamed_first,
     # For sums over the keys of a cell: the keys sorted by cell, each one's cell, and where each
     # block of X cells begins among them.
     order,  # [M] int64 or None
@@ -188,6 +194,8 @@ def reduce_kernel(
     dense,  # [P, kept, streamed]
     largest,  # [..., k]
     where_largest,  # [..., k] int64
+    COMPOSED: tl.constexpr,  # kept: rows of A; streamed: columns of A'
+    INNER: tl.constexpr,
     KEYS_KEPT: tl.constexpr,
     WHOLE: tl.constexpr,
     LINES: tl.constexpr,  # "", "rows" or "columns"
@@ -286,12 +294,19 @@ def reduce_kernel(
             index = place
             offset = place - start
             from_token = streamed + tl.cast(start, tl.int64) * streamed_token
-        tile = mean_tile(
-            kept, kept_head, kept_token, kept_dim, rows - first, rows, rows_there,
-            from_token, streamed_head, streamed_token, streamed_dim, offset, index, there,
-            bias, weights, lse, heads, num_queries, scale,
-            KEYS_KEPT, WHOLE, D, D_REST, DIM, CHUNK, EVEN, WIDE, PRECISION,
-        )  # fmt: skip
+        if COMPOSED:
+            tile = composed_tile(
+                kept, kept_token, rows - first, from_token, streamed_dim, offset, there,
+                inner, INNER, EVEN, OPERAND_PRECISION,
+            )  # fmt: skip
+            index += streamed_first
+        else:
+            tile = mean_tile(
+                kept, kept_head, kept_token, kept_dim, rows - first, rows, rows_there,
+                from_token, streamed_head, streamed_token, streamed_dim, offset, index, there,
+                bias, weights, lse, heads, num_queries, scale,
+                KEYS_KEPT, WHOLE, D, D_REST, DIM, CHUNK, EVEN, WIDE, PRECISION,
+            )  # fmt: skip
         if line_mass is not None:
             tile = normalized(
                 tile, line_mass, rows, index, grid_width, lines,
@@ -305,11 +320,11 @@ def reduce_kernel(
             best, where = best_of(tile, index, there, EVEN)
             b_top, b_argtop = better(b_top, b_argtop, best, where)
         if expectation is not None:
-            at_x, at_y = positions(start, grid_width, grid_height, C)
+            at_x, at_y = positions(start + streamed_first, grid_width, grid_height, C)
             b_x += tl.sum(tile * at_x[None, :], 1)
             b_y += tl.sum(tile * at_y[None, :], 1)
         if diagonal is not None:
-            b_diagonal = pick_diagonal(b_diagonal, tile, rows, index)
+            b_diagonal = pick_diagonal(b_diagonal, tile, rows + kept_first, index)
         if product is not None:
             if cells is not None:
                 cell = tl.load(cells + place)
@@ -355,7 +370,7 @@ def reduce_kernel(
         tl.store(top + at, b_top, mask=rows_there)
     if argtop is not None:
         # NaN has no maximum; its index must still be one.
-        b_argtop = tl.minimum(b_argtop, num_streamed - 1)
+        b_argtop = tl.minimum(b_argtop, streamed_first + num_streamed - 1)
         tl.store(argtop + at, b_argtop.to(tl.int64), mask=rows_there)
     if expectation is not None:
         tl.store(expectation + 2 * at, b_x * share, mask=rows_there)

@@ -20,9 +20,13 @@ TABLE = Path(__file__).with_name("settings.json")
 # Kinds of passes, in the order of the table: log-sum-exp; statistics of rows, of columns; either of
 # them without a mask and at sizes that the tiles divide; with an operand; writing the map; the k
 # largest; tiles of two maps; all but the first and the last of them where a tile has all keys (up
-# to `whole_row`; the columns of that entry do not count); and what is rare and takes registers:
-# normalised lines, numbers of a head that are not neighbours in memory, offsets of 64 bits.
-KINDS = ("lse", "rows", "columns", "even", "product", "dense", "topk", "return", "whole", "rare")
+# to `whole_row`; the columns of that entry do not count); what is rare and takes registers:
+# normalised lines, numbers of a head that are not neighbours in memory, offsets of 64 bits; and
+# products of two maps, which are float32 whatever they are made of.
+KINDS = (
+    "lse", "rows", "columns", "even", "product", "dense", "topk", "return", "whole", "rare",
+    "composed",
+)  # fmt: skip
 
 
 class Tiling(NamedTuple):
@@ -87,6 +91,16 @@ class Settings:
         if self.architecture == "interpreter":
             return 32
         return 16 if dtype == torch.float32 else 128
+
+    def composition_precision(self) -> str:
+        """How two maps (float32) are multiplied: the parts of bfloat16 that torch's switch means.
+
+        "highest": about as exact as float32. "high": three products of parts, about 2^-16.
+        "medium": one product of numbers rounded to bfloat16.
+        """
+        if self.architecture == "interpreter":
+            return "ieee"
+        return {"highest": "bf16x6", "high": "bf16x3", "medium": "bf16"}[self.matmul_precision]
 
     def operand_precision(self, dtype: torch.dtype) -> str:
         """How the map (float32) is multiplied with an operand (float32)."""

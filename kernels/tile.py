@@ -1,9 +1,10 @@
 """The tile: what one head, and the mean over heads, have at a block of queries and keys.
 
-Every kernel asks for the map here and nowhere else. A program keeps one side's tokens (`kept`, the
-rows of its tiles) and streams the other's (`streamed`, the columns): queries are kept for what is
-reduced over keys, keys for what is reduced over queries. Where a tile reaches beyond the last
-token, that one stands in for those that are not there, so that loads need no masks.
+Every kernel asks for the map here and nowhere else, be it a mean over heads or a product of two
+maps. A program keeps one side's tokens (`kept`, the rows of its tiles) and streams the other's
+(`streamed`, the columns): queries are kept for what is reduced over keys, keys for what is reduced
+over queries. Where a tile reaches beyond the last token, that one stands in for those that are not
+there, so that loads need no masks.
 
 Names: ``R`` rows, ``C`` columns, ``D`` (and ``D_REST``) numbers of a head, all powers of two.
 """
@@ -218,6 +219,48 @@ def mean_tile(
                 of_query = tl.load(known + kept_index)
                 of_query = tl.where(of_query == float("-inf"), float("inf"), of_query)
                 tile += weight * tl.exp2(scores - (of_query * LOG2_E)[:, None])
+    if EVEN:
+        return tile
+    else:
+        return tl.where(streamed_there[None, :], tile, 0.0)
+
+
+@triton.jit
+def composed_tile(
+    kept,  # pointer to the first kept row of A, float32
+    kept_row,
+    kept_offset,  # [R]
+    streamed,  # pointer to the first streamed column of A', float32
+    streamed_row,
+    streamed_offset,  # [C]
+    streamed_there,
+    inner,  # what lies between: columns of A, rows of A'
+    INNER: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A A', [R, C] in float32, of pieces that lie in memory; 0 for columns that are not there.
+
+    PRECISION is one of `tl.dot`'s, or "bf16": both rounded to bfloat16.
+    """
+    tile = tl.zeros((kept_offset.shape[0], streamed_offset.shape[0]), tl.float32)
+    between = tl.arange(0, INNER)
+    rows = kept_offset[:, None] * kept_row + between[None, :]
+    columns = between[:, None] * streamed_row + streamed_offset[None, :]
+    for start in range(0, inner, INNER):
+        if EVEN:
+            of_rows = tl.load(kept + rows)
+            of_columns = tl.load(streamed + columns)
+        else:
+            there = start + between < inner
+            of_rows = tl.load(kept + rows, mask=there[None, :], other=0.0)
+            of_columns = tl.load(streamed + columns, mask=there[:, None], other=0.0)
+        if PRECISION == "bf16":
+            tile = tl.dot(of_rows.to(tl.bfloat16), of_columns.to(tl.bfloat16), tile)
+        else:
+            tile = tl.dot(of_rows, of_columns, tile, input_precision=PRECISION)
+        kept += INNER
+        streamed += tl.cast(INNER, tl.int64) * streamed_row
     if EVEN:
         return tile
     else:

@@ -156,6 +156,34 @@ def check_return_probability(of: Checked) -> None:
     both.check("diagonal", (of.lazy @ back).diagonal().cpu())
 
 
+def _smallest_budget(first: fm.AttentionMap, second: fm.AttentionMap) -> int:
+    """For a composition, as the error message names it."""
+    try:
+        fm.compose(first, second, memory_budget=1)
+    except ValueError as error:
+        return int(str(error).rsplit(" ", 1)[1])
+    raise AssertionError("one byte was enough")
+
+
+def check_composition(of: Checked) -> None:
+    """Rows of A A', in as few strips as there are and in as many as a small budget allows."""
+    batch, sources, targets = of.lazy.shape
+    query, there_query = (x.to(of.dtype) for x in of.random(batch, 2, targets, 11))
+    key, there_key = (x.to(of.dtype) for x in of.random(batch, 2, sources, 11))
+    options = {"head_weights": [0.25, 0.75], "key_grid": (1, sources)}
+    back = fm.AttentionMap(there_query, there_key, **options, backend=of.backend)
+    wanted = (torch.float64, oracle.compute_dtype(of.dtype))
+    maps = [oracle.attention(query, key, dtype=dtype, **options)[0] for dtype in wanted]
+    mine = (of.subject.truth, of.subject.plain)
+    composed = [a @ b for a, b in zip(mine, maps, strict=True)]
+    both = Subject(None, composed[0], composed[1], of.dtype)  # type: ignore[arg-type]
+    names = ("entropy", "max", "argmax", "expectation", "diagonal")
+    for budget in (None, 6 * _smallest_budget(of.lazy, back)):
+        fields = fm.compose(of.lazy, back, memory_budget=budget).reduce(*names)
+        for name in names:
+            both.check_reduction(name, getattr(fields, name).cpu())
+
+
 def check_again(of: Checked) -> None:
     """The same call gives the same bits."""
     names = of.subject.reductions

@@ -109,7 +109,7 @@ def check_compiled(case: ahead.Case, architecture: str) -> None:
         assert not compiled.problems(), compiled
         if "combine" in compiled.kernel or compiled.kernel == "add_lse_kernel":
             continue
-        assert compiled.exps > 0, compiled
+        assert compiled.exps > 0 or case.composed, compiled
         strict = case.dtype == torch.float32 and case.precision == "highest"
         if strict and architecture.startswith("sm_"):
             assert compiled.matrix == 0, f"strict float32 is multiplied by threads: {compiled}"
@@ -128,7 +128,7 @@ def test_an_atomic_would_be_seen(architecture: str, cache: None) -> None:
     launch = launches.Launch(
         counting_kernel, 1, {"out": torch.empty(1, device="meta"), "BLOCK": 16}, tiling
     )
-    assert ahead.examine(launch, architecture).problems() == ["1 atomic instructions"]
+    assert "1 atomic instructions" in ahead.examine(launch, architecture).problems()
 
 
 @pytest.mark.slow
@@ -191,6 +191,39 @@ def test_a_known_log_sum_exp_spares_a_pass() -> None:
     problem = problem._replace(lse=torch.empty(1, 5, 4096, device="meta"))
     found, _ = launches.dry_run(problem, Request(ROWS), settings.settings_of("sm_90"))
     assert "lse_kernel" not in [launch.kernel.__name__ for launch in found]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("tokens", "budget", "strips"),
+    [(1024, None, 1), (4096, None, 2), (4096, 16, 11), (9216, None, 9), (65536, 1000, 24)],
+)
+def test_strips_of_a_composition_fill_the_budget(
+    tokens: int, budget: int | None, strips: int, architecture: str
+) -> None:
+    problem = meta_problem(5, tokens, tokens, 64)
+    request = Request(ROWS, memory_budget=None if budget is None else budget * 2**20)
+    cut, workspace = launches.strips_for(
+        problem, problem, request, settings.settings_of(architecture)
+    )
+    assert workspace <= (budget or 64) * 2**20
+    assert -(-tokens // cut.rows) <= strips
+    assert cut.blocks == -(-tokens // cut.columns)
+
+
+def test_the_smallest_budget_of_a_composition_is_enough_for_it() -> None:
+    problem = meta_problem(2, 300, 300, 64)
+    here = settings.settings_of("sm_90")
+    least = launches.strips_for(problem, problem, Request(ROWS, memory_budget=1), here)[1]
+    again = launches.strips_for(problem, problem, Request(ROWS, memory_budget=least), here)[1]
+    assert 0 < again == least
+
+
+def test_compositions_of_row_statistics_have_a_kernel() -> None:
+    plain = meta_problem(5, 64, 64, 64)
+    assert launches.composes(plain, plain, ROWS)
+    assert not launches.composes(plain, plain, (*ROWS, "column_max"))
+    assert not launches.composes(plain, plain._replace(normalize="rows"), ROWS)
 
 
 def test_many_maps_are_taken_in_chunks() -> None:

@@ -1,7 +1,7 @@
 """R = A A' a strip of rows at a time, from dense pieces of both maps, under a memory budget.
 
 What stands below the operator `flashmaps::compose`. A backend with kernels of its own for this
-offers ``compose`` and ``plan_compose`` (ARCHITECTURE.md, "How a backend joins").
+offers ``composes``, ``compose`` and ``plan_compose`` (ARCHITECTURE.md, "How a backend joins").
 """
 
 from __future__ import annotations
@@ -49,10 +49,12 @@ def one_map(problem: Problem, index: int) -> Problem:
     return problem._replace(query=problem.query[one], key=problem.key[one], bias=bias, lse=lse)
 
 
-def _own(names: Backends) -> ModuleType | None:
+def _own(first: Problem, second: Problem, request: Request, names: Backends) -> ModuleType | None:
     """The backend of both maps, where it composes by itself."""
     module = get(names[0])
-    return module if names[0] == names[1] and hasattr(module, "compose") else None
+    if names[0] != names[1] or not hasattr(module, "compose"):
+        return None
+    return module if module.composes(first, second, request) else None
 
 
 class _Split(NamedTuple):
@@ -129,7 +131,7 @@ class _Sizes:
 
 def plan(first: Problem, second: Problem, request: Request, names: Backends) -> Cost:
     """What `reduce` takes; a budget that is too small gives the least there is."""
-    module = _own(names)
+    module = _own(first, second, request, names)
     if module is not None:
         cost: Cost = module.plan_compose(first, second, request)
         return cost
@@ -156,7 +158,7 @@ def reduce(first: Problem, second: Problem, request: Request, names: Backends) -
     """
     budget = DEFAULT_MEMORY_BUDGET if request.memory_budget is None else request.memory_budget
     what = f"{', '.join(request.names)} of one row of this composition"
-    module = _own(names)
+    module = _own(first, second, request, names)
     if module is not None:
         least = plan(first, second, request, names).workspace
         if least > budget:
