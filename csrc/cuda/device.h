@@ -245,15 +245,17 @@ inline void check(cudaError_t status, const std::string& what) {
                            ", " + cudaGetErrorString(status));
 }
 
+inline int ask(int device, cudaDeviceAttr attribute) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, attribute, device),
+        "asking device " + std::to_string(device) + " what it has");
+  return value;
+}
 inline Limits limits(int device) {
-  const auto ask = [device](cudaDeviceAttr attribute) {
-    int value = 0;
-    check(cudaDeviceGetAttribute(&value, attribute, device),
-          "asking device " + std::to_string(device) + " what it has");
-    return value;
-  };
-  return {ask(cudaDevAttrMultiProcessorCount), ask(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-          10 * ask(cudaDevAttrComputeCapabilityMajor) + ask(cudaDevAttrComputeCapabilityMinor)};
+  return {ask(device, cudaDevAttrMultiProcessorCount),
+          ask(device, cudaDevAttrMaxSharedMemoryPerBlockOptin),
+          10 * ask(device, cudaDevAttrComputeCapabilityMajor) +
+              ask(device, cudaDevAttrComputeCapabilityMinor)};
 }
 
 // Runs the kernel after what is already on the stream; does not wait for it. `name` is for errors.
@@ -263,8 +265,11 @@ void launch(const char* name, void (*kernel)(Arguments), Index3 grid, int thread
   const std::string what = std::string("launching ") + name;
   const void* function = reinterpret_cast<const void*>(kernel);
   check(cudaSetDevice(stream.device), what);
-  if (shared_bytes > 48 * 1024) {  // more must be asked for
-    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+  if (shared_bytes > 48 * 1024) {
+    // More than that must be allowed first. As much as there is, always: another thread may be
+    // about to launch the same kernel with another number.
+    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               ask(stream.device, cudaDevAttrMaxSharedMemoryPerBlockOptin)),
           what);
   }
   Arguments copy = arguments;
