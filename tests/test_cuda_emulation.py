@@ -8,6 +8,7 @@ the emulation's.
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import shutil
 import subprocess
@@ -520,6 +521,23 @@ def test_what_can_be_spoiled_is_found_when_it_is(emulation: Emulation) -> None:
         np.testing.assert_array_equal(emulation.run("victim", source, out=out), expected)
     with pytest.raises(ValueError, match="no primitive is called barrier"):
         emulation.plant("barrier", "a.h", 1)
+
+
+@pytest.mark.slow
+def test_fibers_of_posix_do_the_same(tmp_path: Path) -> None:
+    # What is used where a processor's registers are not known.
+    made = tmp_path / "cuda_primitives.so"
+    sources = sorted((native.ROOT / "csrc/cuda/emulation").glob("*.cpp"))
+    subprocess.run(
+        [os.environ.get("CXX", "c++"), "-std=c++20", "-O1", "-fPIC", "-shared", "-o", str(made),
+         "-DFLASHMAPS_UCONTEXT", "-I", str(native.ROOT / "csrc"), str(SOURCE), *map(str, sources)],
+        check=True,
+    )  # fmt: skip
+    posix = Emulation(made)
+    test_a_matrix_product_has_the_documented_fragments(posix, "mma<Half>", torch.float16)
+    test_copies_fill_in_zeros(posix)
+    for kernel in (*RACES, *MISTAKES):
+        test_a_mistake_is_an_error_that_says_where(posix, kernel)
 
 
 def test_the_same_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
