@@ -169,11 +169,23 @@ def _trip_dense(inputs: Inputs, there: Tensor, back: Tensor) -> Outputs:
     )
 
 
+def _entropy_and_argmax(dense: Tensor) -> Outputs:
+    return _entropy(dense), dense.argmax(-1)
+
+
 def _product_flops(columns: int) -> Callable[[Shape], float]:
     return lambda shape: 2.0 * shape.queries * shape.keys * columns
 
 
 FUSED = Operation("entropy+max+argmax+expectation", _fused, _fused_dense)
+
+COMPOSED = Operation(
+    "entropy+argmax of A_st A_ts",
+    lambda i, there, back: tuple((there @ back).reduce("entropy", "argmax")._asdict().values()),
+    lambda i, there, back: _entropy_and_argmax(there @ back),
+    maps=2,
+    more_flops=lambda shape: 2.0 * shape.queries**2 * shape.keys,
+)
 
 OPERATIONS = [
     FUSED,
@@ -208,11 +220,5 @@ OPERATIONS = [
         lambda i, there, back: ((there * back.mT).sum(2),),
         maps=2,
     ),
-    Operation(
-        "entropy of A_st A_ts",
-        lambda i, there, back: ((there @ back).reduce("entropy").entropy,),
-        lambda i, there, back: (_entropy(there @ back),),
-        maps=2,
-        more_flops=lambda shape: 2.0 * shape.queries**2 * shape.keys,
-    ),
+    COMPOSED,
 ]

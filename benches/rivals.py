@@ -37,7 +37,7 @@ def contestants(operation: Operation, inputs: Inputs, *, compiled: bool) -> list
     itemsize = 8 if inputs.pairs[0][0].dtype == torch.float64 else 4
     one = shape.queries * shape.keys * itemsize
     # Scores and probabilities of every head beside the mean maps there are; three of these for one
-    # head at a time; and for "entropy of A_st A_ts" the product and its logarithm.
+    # head at a time; and for "entropy+argmax of A_st A_ts" the product and its logarithm.
     eager_bytes = (2 * shape.heads + 2 * operation.maps) * one
     found.append(_if_fits(EAGER, lambda: _eager(operation, inputs), eager_bytes))
     if compiled:

@@ -14,27 +14,11 @@ from __future__ import annotations
 import datetime
 import platform
 import re
-import time
-from collections.abc import Callable
 
 import flashmaps as fm
 import flashmaps.cpu
 import torch
 from flashmaps.doctor import _processor
-
-_SIDE = 1536
-_EXPS = 2**18  # for each thread
-
-
-def _best(run: Callable[[], object], seconds: float) -> float:
-    run()
-    best = float("inf")
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - start)
-    return best
 
 
 class Roofline:
@@ -46,14 +30,9 @@ class Roofline:
 
     def sample(self, dtype: torch.dtype) -> None:
         """Measure once more."""
-        a, b = torch.randn(2, _SIDE, _SIDE, dtype=dtype).unbind()
-        product = torch.empty_like(a)
-        rate = 2 * _SIDE**3 / _best(lambda: torch.mm(a, b, out=product), 0.25)
-        self.flops[dtype] = max(rate, self.flops.get(dtype, 0.0))
-        x = -torch.rand(_EXPS * torch.get_num_threads(), dtype=dtype)
-        y = torch.empty_like(x)
-        rate = x.numel() / _best(lambda: torch.exp(x, out=y), 0.2)
-        self.exps[dtype] = max(rate, self.exps.get(dtype, 0.0))
+        found = fm.Ceilings.measure("cpu", dtype)
+        self.flops[dtype] = max(found.flops, self.flops.get(dtype, 0.0))
+        self.exps[dtype] = max(found.exps, self.exps.get(dtype, 0.0))
 
     def limit(self, flops: float, exps: float, dtype: torch.dtype) -> float:
         """Seconds."""

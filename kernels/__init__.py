@@ -12,6 +12,7 @@ Importing this package never imports triton: `backend` does, when something runs
 | `backend` | `supports` and `reduce`, what all backends have |
 | `ahead` | compiles kernels without a GPU and reads what came of it |
 | `autotune` | rewrites the settings on a machine with a GPU |
+| `rates` | how many exp2 a GPU does in a second |
 """
 
 import importlib.util

@@ -20,7 +20,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from operations import FUSED, OPERATIONS, Inputs, Operation
+from flashmaps.kernels.rates import exp2_per_second
+from operations import COMPOSED, FUSED, OPERATIONS, Inputs, Operation
 from shapes import SHAPES, Shape
 
 SDPA = {
@@ -125,30 +126,10 @@ def ceilings(clock: Clock, quick: bool) -> dict[str, float]:
     x = torch.zeros(many, dtype=torch.uint8, device=device)
     y = torch.empty_like(x)
     moved = 2 * many / clock.median(lambda: y.copy_(x))
-    return {"exp": _exp_rate(clock), "matrix": matrix, "memory": moved}
-
-
-def _exp_rate(clock: Clock) -> float:
-    """exp2 of registers, over and over."""
-    import triton
-    import triton.language as tl
-
-    if clock.device != "cuda":
-        return 1e9
-
-    @triton.jit
-    def exps(out, ROUNDS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        x = -tl.arange(0, BLOCK).to(tl.float32) / BLOCK
-        for _ in range(ROUNDS):
-            x = tl.exp2(x) - 1.5
-        tl.store(out + at, x)
-
-    programs = 32 * torch.cuda.get_device_properties(0).multi_processor_count
-    rounds, block = 1024, 1024
-    out = torch.empty(programs * block, device="cuda")
-    seconds = clock.median(lambda: exps[(programs,)](out, rounds, block, num_warps=8))
-    return programs * block * rounds / seconds
+    exps = 1e9  # some number, for a test of this file
+    if device == "cuda":
+        exps = exp2_per_second(torch.device("cuda"), clock.median)
+    return {"exp": exps, "matrix": matrix, "memory": moved}
 
 
 # The contestants.
@@ -178,6 +159,16 @@ def known_maps(inputs: Inputs, backend: str) -> list[fm.AttentionMap]:
         )
         for pair, a in zip(inputs.pairs, lazy_maps(inputs, backend), strict=True)
     ]
+
+
+def in_bfloat16(run: Callable[[], Any]) -> Any:
+    """With torch's switch for products of float32 at "medium", which compositions follow."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        return run()
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def eager_map(query: Tensor, key: Tensor) -> Tensor:
@@ -221,6 +212,13 @@ def contestants(
             f"flashmaps, {backend}",
             lambda backend=backend: operation.lazy(inputs, *lazy_maps(inputs, backend)),
         )
+        if operation is COMPOSED:
+            yield (
+                f"flashmaps, {backend}, products in bfloat16",
+                lambda backend=backend: in_bfloat16(
+                    lambda: operation.lazy(inputs, *lazy_maps(inputs, backend))
+                ),
+            )
         if operation is FUSED:
             known = known_maps(inputs, backend)
             yield f"flashmaps, {backend}, lse given", lambda known=known: FUSED.lazy(inputs, *known)

@@ -93,8 +93,8 @@ class Ceilings:
         """With all of torch's threads, or on a GPU; each rate the best of so many ``seconds``.
 
         Multiply-adds by torch.mm in ``dtype`` (half precision is computed in float32 on a CPU),
-        exponentials by torch.exp of a tensor that stays in the cache, bandwidth by a copy. On an
-        NVIDIA GPU the exponentials are those of its special-function units, 16 a clock and SM.
+        exponentials by torch.exp of a tensor that stays in the cache, on a GPU by exp2 of numbers
+        that stay in registers (which takes triton), bandwidth by a copy.
         """
         device = torch.device(device)
         cpu = device.type == "cpu"
@@ -105,8 +105,9 @@ class Ceilings:
         product = torch.empty_like(a)
         flops = 2 * side**3 / _best(lambda: torch.mm(a, b, out=product), device, seconds)
         if device.type == "cuda":
-            card = torch.cuda.get_device_properties(device)
-            exps = 16.0 * card.multi_processor_count * card.clock_rate * 1e3
+            from flashmaps.kernels.rates import exp2_per_second
+
+            exps = exp2_per_second(device, lambda run: _best(run, device, seconds))
         else:
             x = -torch.rand(2**16 * (torch.get_num_threads() if cpu else 2**9), device=device)
             x, y = x.to(dtype), torch.empty_like(x, dtype=dtype)
