@@ -14,6 +14,7 @@ import flashmaps as fm
 import oracle
 import torch
 from contract import Subject
+from flashmaps.backends import get
 from problems import Problem, grids, inputs, plain, truth
 from torch import Tensor
 
@@ -182,6 +183,22 @@ def check_composition(of: Checked) -> None:
         fields = fm.compose(of.lazy, back, memory_budget=budget).reduce(*names)
         for name in names:
             both.check_reduction(name, getattr(fields, name).cpu())
+
+
+def check_plan(of: Checked) -> None:
+    """What was planned is what was taken, by the backend's own account, and fits a budget."""
+    module = get(of.backend)
+    # The log-sum-exp is computed by a call of its own, once; after that it is known.
+    for names in (of.subject.reductions, ("column_entropy",), ("argmax",)):
+        of.lazy.reduce(*names)
+        planned = of.lazy.plan(*names)
+        of.lazy.reduce(*names)
+        assert module.last_workspace_bytes() <= planned.workspace, names
+        assert planned.workspace <= 4 * 2**20
+        budget = max(planned.workspace // 2, of.lazy.plan(*names, memory_budget=2**40).workspace)
+        with fm.memory_budget(budget):
+            of.lazy.reduce(*names)
+        assert module.last_workspace_bytes() <= budget, names
 
 
 def check_again(of: Checked) -> None:

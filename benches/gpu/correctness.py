@@ -211,6 +211,40 @@ def check_graph(backend: str, device: str) -> None:
         assert torch.equal(got, want)
 
 
+def check_memory(backend: str, device: str) -> None:
+    """What torch has allocated at most is what was planned, within the blocks it allocates."""
+    query, key = (torch.randn(1, 5, 4096, 64, device=device).half() for _ in range(2))
+    lazy = fm.AttentionMap(query, key, backend=backend)
+    known = fm.AttentionMap(query, key, lse=lazy.lse, backend=backend)
+    x = torch.randn(1, 4096, 3, device=device)
+    there_and_back = fm.compose(known, known)
+    calls: list[tuple[fm.Plan, Callable[[], object]]] = [
+        (a.plan(*names), functools.partial(a.reduce, *names))
+        for a in (fm.AttentionMap(query, key, backend=backend), known)
+        for names in (("entropy", "argmax"), ("column_entropy", "column_argmax"))
+    ]
+    calls += [
+        (known.plan("product", columns=3), lambda: known @ x),
+        (known.plan("topk", k=8), lambda: known.topk(8)),
+        (known.plan("topk", k=100), lambda: known.topk(100)),
+        (
+            there_and_back.plan("entropy", "argmax"),
+            lambda: there_and_back.reduce("entropy", "argmax"),
+        ),
+    ]
+    for plan, run in calls:
+        run()  # compiles
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        kept = run()
+        torch.cuda.synchronize()
+        held = torch.cuda.memory_allocated() - before  # the result
+        taken = torch.cuda.max_memory_allocated() - before - held
+        del kept
+        assert taken <= plan.workspace + 32 * 512, f"{plan}\ntook {taken} bytes of workspace"
+
+
 def check_sanitized(backend: str, device: str) -> None:
     """compute-sanitizer sees no access out of bounds in any kernel."""
     tool = shutil.which("compute-sanitizer")
@@ -230,7 +264,7 @@ def check_sanitized(backend: str, device: str) -> None:
 
 
 def check_around(name: str, run: Callable[[str, str], None], backend: str, device: str) -> Result:
-    """One of the three above."""
+    """One of those above."""
     start = time.perf_counter()
     try:
         run(backend, device)
@@ -242,7 +276,11 @@ def check_around(name: str, run: Callable[[str, str], None], backend: str, devic
 
 def around() -> dict[str, Callable[[str, str], None]]:
     """The checks of what surrounds the kernels that can run here."""
-    found = {"torch.compile": check_compiled, "CUDA graph": check_graph}
+    found = {
+        "torch.compile": check_compiled,
+        "CUDA graph": check_graph,
+        "planned memory": check_memory,
+    }
     if shutil.which("compute-sanitizer") is not None:
         found["compute-sanitizer"] = check_sanitized
     return found
