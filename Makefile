@@ -57,7 +57,8 @@ wheel: setup  ## build dist/: the sdist, and a wheel from it
 	$(BIN)/python -m build --no-isolation
 
 clean:  ## delete what was built; .venv stays, as does what is in it
-	rm -rf build dist python/flashmaps.egg-info python/flashmaps/_C.*.so $(FAILURE_NOTE) $(VENV)/.native
+	rm -rf build dist python/flashmaps.egg-info python/flashmaps/_C.*.so python/flashmaps/_cuda.*.so
+	rm -rf python/flashmaps/_*_build_failed.txt $(VENV)/.native
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find csrc kernels python benches tests -name __pycache__ -prune -exec rm -rf {} +
 

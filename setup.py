@@ -1,8 +1,18 @@
-"""Builds flashmaps._C with CMake and Ninja; everything static stands in pyproject.toml.
+"""Builds flashmaps._C, and flashmaps._cuda where there is nvcc, with CMake and Ninja.
 
-The extension is optional. If it cannot be built, the install goes on with the pure Python backend,
-says so, and leaves the reason in flashmaps/_native_build_failed.txt for `flashmaps doctor` and
-`flashmaps.backends()`. FLASHMAPS_REQUIRE_NATIVE=1 makes a failed build an error.
+Everything static stands in pyproject.toml.
+
+Both extensions are optional. If _C cannot be built, the install goes on with the pure Python
+backend, says so, and leaves the reason in flashmaps/_native_build_failed.txt for `flashmaps doctor`
+and `flashmaps.backends()`. FLASHMAPS_REQUIRE_NATIVE=1 makes a failed build an error.
+
+_cuda (csrc/cuda/, backend "cuda") is built apart from it, and leaves its reason in
+flashmaps/_cuda_build_failed.txt. It takes CUDA 12 or later and about a minute:
+  CUDACXX                       the nvcc to use; default: on PATH, in CUDA_HOME, /usr/local/cuda
+  FLASHMAPS_CUDA_ARCHITECTURES  as CMake's CMAKE_CUDA_ARCHITECTURES; default: "80-real;90", machine
+                                code for sm_80 (which sm_86 and sm_89 run) and sm_90, and PTX for
+                                what comes after
+  FLASHMAPS_CUDA=0              leaves it out
 """
 
 import importlib.util
@@ -11,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -19,12 +30,18 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 REQUIRE_NATIVE = os.environ.get("FLASHMAPS_REQUIRE_NATIVE", "0") not in ("", "0")
-FAILURE_NOTE = "_native_build_failed.txt"
+FAILURE_NOTES = {
+    "flashmaps._C": "_native_build_failed.txt",
+    "flashmaps._cuda": "_cuda_build_failed.txt",
+}
 GET_A_COMPILER = (
     "Install a C++20 compiler, GCC or Clang, and Python's headers (Debian, Ubuntu: apt install g++ "
     "python3-dev; Fedora: dnf install gcc-c++ python3-devel; macOS: xcode-select --install), then "
     "flashmaps again. If they are there, `pip install -v` shows what else went wrong."
 )
+
+
+GET_NVCC = "Install CUDA's compiler, version 12 or later, put it on PATH, then flashmaps again."
 
 
 class BuildFailed(Exception):
@@ -46,6 +63,18 @@ def find_tool(name: str) -> str:
     if (found := shutil.which(name)) is not None:
         return found
     raise BuildFailed(f"{name} was not found.", f"pip install {name}, then flashmaps again.")
+
+
+def find_nvcc() -> str:
+    """The path of CUDA's compiler."""
+    if os.environ.get("FLASHMAPS_CUDA", "1") in ("", "0"):
+        raise BuildFailed("FLASHMAPS_CUDA=0 asked for none.", "unset it, then flashmaps again.")
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
+    places = [os.environ.get("CUDACXX"), "nvcc", *(f"{home}/bin/nvcc" for home in homes if home)]
+    for place in places:
+        if place and (found := shutil.which(place)) is not None:
+            return found
+    raise BuildFailed("nvcc was not found.", GET_NVCC)
 
 
 def first_error(log: list[str]) -> str:
@@ -81,23 +110,29 @@ class CMakeBuild(build_ext):
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
-        """Build flashmaps._C and put it where setuptools expects it."""
+        """Build an extension and put it where setuptools expects it."""
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         # An editable install imports from the source tree, so the note has to stand there.
         package = ROOT / "python/flashmaps" if self.in_source_tree else target.parent
-        note = package / FAILURE_NOTE
+        note = package / FAILURE_NOTES[ext.name]
         try:
-            self.run_cmake(target.parent)
+            if ext.name == "flashmaps._cuda":
+                self.build_cuda(target.parent)
+            else:
+                self.build_native(target.parent)
         except BuildFailed as failure:
             for stale in (target, package / target.name):
                 stale.unlink(missing_ok=True)  # an extension of older sources must not be found
-            if REQUIRE_NATIVE:
+            if REQUIRE_NATIVE and ext.name == "flashmaps._C":
                 raise CompileError(
                     f"flashmaps._C was not built.\n{failure}\n"
                     "(FLASHMAPS_REQUIRE_NATIVE is set; without it the install goes on.)"
                 ) from None
             note.write_text(f"{failure}\n", encoding="utf-8")
+            if ext.name == "flashmaps._cuda":
+                print(f'\nflashmaps: backend "cuda" was not built.\n{failure}\n', file=sys.stderr)
+                return
             print(
                 f"\n{'!' * 80}\n"
                 "flashmaps: THE C++ EXTENSION WAS NOT BUILT. The package works, but slowly:\n"
@@ -110,8 +145,31 @@ class CMakeBuild(build_ext):
         else:
             note.unlink(missing_ok=True)
 
-    def run_cmake(self, destination: Path) -> None:
-        """Configure, build and install the module into `destination`."""
+    def build_native(self, destination: Path) -> None:
+        """Build flashmaps._C into `destination`."""
+        self.run_cmake(ROOT, "native", destination, ("CXX", "CXXFLAGS", "LDFLAGS"))
+
+    def build_cuda(self, destination: Path) -> None:
+        """Build flashmaps._cuda into `destination`."""
+        nvcc = find_nvcc()
+        options = [f"-DCMAKE_CUDA_COMPILER={nvcc}"]
+        if architectures := os.environ.get("FLASHMAPS_CUDA_ARCHITECTURES"):
+            options.append(f"-DCMAKE_CUDA_ARCHITECTURES={architectures}")
+        settings = (
+            "CXX", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDAFLAGS", "CUDAHOSTCXX",
+            "FLASHMAPS_CUDA_ARCHITECTURES",
+        )  # fmt: skip
+        self.run_cmake(ROOT / "csrc/cuda", "cuda", destination, settings, options)
+
+    def run_cmake(
+        self,
+        source: Path,
+        name: str,
+        destination: Path,
+        variables: Sequence[str],
+        options: Sequence[str] = (),
+    ) -> None:
+        """Configure, build and install the module of a source tree into `destination`."""
         try:
             import pybind11
         except ImportError:
@@ -121,17 +179,18 @@ class CMakeBuild(build_ext):
         cmake, ninja = find_tool("cmake"), find_tool("ninja")
         # The build tree outlives the command, so that the next one compiles only what has changed.
         # One per interpreter, since the module's name and flags depend on it.
-        tree = ROOT / "build" / f"native-{sysconfig.get_config_var('EXT_SUFFIX').split('.')[1]}"
+        tree = ROOT / "build" / f"{name}-{sysconfig.get_config_var('EXT_SUFFIX').split('.')[1]}"
         configure = [
-            cmake, "-S", str(ROOT), "-B", str(tree), "-G", "Ninja",
+            cmake, "-S", str(source), "-B", str(tree), "-G", "Ninja",
             # Given every time: in an isolated build these paths change from run to run.
             f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+            *options,
         ]  # fmt: skip
         # CMake reads these only on a tree's first configuration: start afresh when they change.
-        settings = repr([os.environ.get(name) for name in ("CXX", "CXXFLAGS", "LDFLAGS")])
+        settings = repr([*options, *(os.environ.get(variable) for variable in variables)])
         remembered = tree / "settings.txt"
         if not remembered.exists() or remembered.read_text() != settings:
             remembered.unlink(missing_ok=True)  # until this configuration has worked
@@ -151,7 +210,8 @@ setup(
     package_dir={"": "python", "flashmaps.kernels": "kernels"},
     ext_modules=[
         # For setuptools "optional" means: copy the file into the source tree only if it exists.
-        Extension("flashmaps._C", sources=[], optional=not REQUIRE_NATIVE)
+        Extension("flashmaps._C", sources=[], optional=not REQUIRE_NATIVE),
+        Extension("flashmaps._cuda", sources=[], optional=True),
     ],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
 
-from flashmaps import cpu, reference
+from flashmaps import cpu, cuda, reference
 from flashmaps._problem import Cost, Problem, Request, default_plan
 from flashmaps.kernels import backend as triton
 
 # In the order that "auto" tries them; each has supports(problem) and reduce(problem, request), and
-# most have plan(problem, request).
-_BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "reference": reference}
-_ABSENT: dict[str, Callable[[], str]] = {
-    "cuda": lambda: "the CUDA C++ kernels are not part of this version of flashmaps",
+# most have plan(problem, request). One that has automatic(problem) may decline to be tried: see
+# `cuda.AUTOMATIC`.
+_BACKENDS: dict[str, ModuleType] = {
+    "cpu": cpu,
+    "cuda": cuda,
+    "triton": triton,
+    "reference": reference,
 }
 NAMES = ("cpu", "reference", "triton", "cuda")
 
@@ -42,12 +44,11 @@ def backends() -> dict[str, Availability]:
         if missing is None
         else Availability(False, missing)
     )
-    missing = triton.unavailable_reason()
-    found["triton"] = (
-        Availability(True, triton.what_runs()) if missing is None else Availability(False, missing)
-    )
-    for name, reason in _ABSENT.items():
-        found[name] = Availability(False, reason())
+    for name, gpu in (("triton", triton), ("cuda", cuda)):
+        missing = gpu.unavailable_reason()
+        found[name] = (
+            Availability(True, gpu.what_runs()) if missing is None else Availability(False, missing)
+        )
     return found
 
 
@@ -66,8 +67,8 @@ def check_name(name: str) -> None:
         reason = cpu.unavailable_reason()
     elif name == "triton":
         reason = triton.unavailable_reason()
-    elif name in _ABSENT:
-        reason = _ABSENT[name]()
+    elif name == "cuda":
+        reason = cuda.unavailable_reason()
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot run this: {reason}")
 
@@ -78,12 +79,19 @@ def select(name: str, problem: Problem) -> str:
     Raises ValueError for an unknown name, RuntimeError with the reason where it cannot run.
     """
     if name == "auto":
-        return next(n for n, module in _BACKENDS.items() if module.supports(problem) is None)
+        return next(name for name, module in _BACKENDS.items() if _may_choose(module, problem))
     check_name(name)
     reason = _BACKENDS[name].supports(problem)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot run this: {reason}")
     return name
+
+
+def _may_choose(module: ModuleType, problem: Problem) -> bool:
+    if module.supports(problem) is not None:
+        return False
+    automatic = getattr(module, "automatic", None)
+    return automatic is None or bool(automatic(problem))
 
 
 def get(name: str) -> ModuleType:
