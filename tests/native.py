@@ -32,7 +32,9 @@ def build(target: str) -> Path:
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         )  # fmt: skip
     _run(cmake, "--build", str(tree), "--target", target)
-    (made,) = (path for path in tree.glob(f"{target}.*") if path.suffix in (".so", ".dylib"))
+    names = {f"{target}.so", f"{target}.dylib", f"lib{target}.a"}
+    names.add(target + str(sysconfig.get_config_var("EXT_SUFFIX")))
+    (made,) = (tree / name for name in names if (tree / name).exists())
     return made
 
 
