@@ -22,6 +22,7 @@ DOCUMENTS = (
     "README.md",
     "ARCHITECTURE.md",
     "docs/maths.md",
+    "docs/kernels.md",
     "docs/models.md",
     "docs/recipes.md",
     "docs/evaluation.md",
