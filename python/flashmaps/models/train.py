@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
 def train(args: argparse.Namespace, deadline: float) -> None:
     """Both stages, from wherever they are, and the export."""
     tiny = args.preset == "tiny"
-    sizes = TINY if tiny else Sizes()
+    sizes = TINY if tiny else Sizes(image=args.size)
     parts = build(sizes, args.seed, args.prediction)
     if args.init is not None:
         _start_from(parts, args.init, args.init_parts)
@@ -168,6 +168,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--vae-crop", type=int, help="pixels a side that the VAE is shown; a multiple of 16")
     add("--warmup", type=int, help="steps in which the learning rate rises")
     add("--prediction", choices=("v_prediction", "epsilon"), default="v_prediction")
+    add(
+        "--size",
+        type=int,
+        default=Sizes().image,
+        help="pixels a side; first small, then --init from there at full size, learns faster",
+    )
     add("--bank", type=int, help="pictures drawn before training")
     add("--workers", type=int, help="processes that draw them")
     add("--log-every", type=int, help="steps")
