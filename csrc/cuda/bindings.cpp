@@ -26,7 +26,7 @@ void pointer(py::class_<Struct>& to, const char* name, T* Base::* member) {
 // What the passes have in common.
 template <class Arguments>
 py::class_<Arguments> pass(py::module_& m, const char* name) {
-  auto c = py::class_<Arguments>(m, name)
+  auto c = py::class_<Arguments>(m, name, py::module_local())
                .def(py::init<>())
                .def_property(
                    "map", [](Arguments& a) -> Map& { return a.map[0]; },
@@ -45,10 +45,10 @@ py::class_<Arguments> pass(py::module_& m, const char* name) {
 PYBIND11_MODULE(FLASHMAPS_MODULE, m) {
   m.doc() = "CUDA kernels of flashmaps. Private: use flashmaps.AttentionMap.";
 
-  py::class_<Stream>(m, "Stream")
+  py::class_<Stream>(m, "Stream", py::module_local())
       .def(py::init([](std::uintptr_t handle, int device) { return Stream{handle, device}; }),
            py::arg("handle"), py::arg("device"));
-  py::class_<Limits>(m, "Limits")
+  py::class_<Limits>(m, "Limits", py::module_local())
       .def(py::init([](int multiprocessors, int bytes, int architecture) {
              return Limits{multiprocessors, bytes, architecture};
            }),
@@ -58,7 +58,7 @@ PYBIND11_MODULE(FLASHMAPS_MODULE, m) {
       .def_readonly("architecture", &Limits::architecture);
   m.def("limits", &device_limits, py::arg("device"), "What a device has room for.");
 
-  auto tokens = py::class_<Tokens>(m, "Tokens")
+  auto tokens = py::class_<Tokens>(m, "Tokens", py::module_local())
                     .def(py::init<>())
                     .def_readwrite("batches", &Tokens::batches)
                     .def_readwrite("batch_stride", &Tokens::batch_stride)
@@ -69,7 +69,7 @@ PYBIND11_MODULE(FLASHMAPS_MODULE, m) {
       "data", [](const Tokens& t) { return reinterpret_cast<std::uintptr_t>(t.data); },
       [](Tokens& t, std::uintptr_t p) { t.data = reinterpret_cast<const void*>(p); });
 
-  auto map = py::class_<Map>(m, "Map")
+  auto map = py::class_<Map>(m, "Map", py::module_local())
                  .def(py::init<>())
                  .def_readwrite("query", &Map::query)
                  .def_readwrite("key", &Map::key)
@@ -86,7 +86,7 @@ PYBIND11_MODULE(FLASHMAPS_MODULE, m) {
   pointer(map, "bias", &Map::bias);
   pointer(map, "shift", &Map::shift);
 
-  py::class_<Tiling>(m, "Tiling")
+  py::class_<Tiling>(m, "Tiling", py::module_local())
       .def(py::init([](int rows, int columns, bool resident) {
              return Tiling{rows, columns, resident};
            }),
@@ -95,7 +95,8 @@ PYBIND11_MODULE(FLASHMAPS_MODULE, m) {
       .def_readonly("warp_columns", &Tiling::warp_columns)
       .def_readonly("resident", &Tiling::resident);
 
-  auto outputs = py::class_<StatisticsOutputs>(m, "StatisticsOutputs").def(py::init<>());
+  auto outputs =
+      py::class_<StatisticsOutputs>(m, "StatisticsOutputs", py::module_local()).def(py::init<>());
   pointer(outputs, "total", &StatisticsOutputs::total);
   pointer(outputs, "plogp", &StatisticsOutputs::plogp);
   pointer(outputs, "entropy", &StatisticsOutputs::entropy);
@@ -132,7 +133,7 @@ PYBIND11_MODULE(FLASHMAPS_MODULE, m) {
       [](ReturnArguments& a, const Map& of) { a.map[1] = of; },
       py::return_value_policy::reference_internal);
 
-  auto prepare = py::class_<PrepareArguments>(m, "Prepare")
+  auto prepare = py::class_<PrepareArguments>(m, "Prepare", py::module_local())
                      .def(py::init<>())
                      .def_readwrite("rows", &PrepareArguments::rows)
                      .def_readwrite("pitch", &PrepareArguments::pitch)
@@ -141,7 +142,7 @@ PYBIND11_MODULE(FLASHMAPS_MODULE, m) {
   pointer(prepare, "in", &PrepareArguments::in);
   pointer(prepare, "out", &PrepareArguments::out);
 
-  py::class_<CombineArguments>(m, "Combine")
+  py::class_<CombineArguments>(m, "Combine", py::module_local())
       .def(py::init<>())
       .def_readwrite("parts", &CombineArguments::parts)
       .def_readwrite("out", &CombineArguments::out)
@@ -149,7 +150,7 @@ PYBIND11_MODULE(FLASHMAPS_MODULE, m) {
       .def_readwrite("splits", &CombineArguments::splits)
       .def_readwrite("of_columns", &CombineArguments::of_columns);
 
-  auto combine_lse = py::class_<CombineLseArguments>(m, "CombineLse")
+  auto combine_lse = py::class_<CombineLseArguments>(m, "CombineLse", py::module_local())
                          .def(py::init<>())
                          .def_readwrite("rows", &CombineLseArguments::rows)
                          .def_readwrite("pitch", &CombineLseArguments::pitch)
@@ -159,7 +160,7 @@ PYBIND11_MODULE(FLASHMAPS_MODULE, m) {
   pointer(combine_lse, "lse", &CombineLseArguments::lse);
   pointer(combine_lse, "shift", &CombineLseArguments::shift);
 
-  py::enum_<TokenType>(m, "TokenType")
+  py::enum_<TokenType>(m, "TokenType", py::module_local())
       .value("half", TokenType::Half)
       .value("bfloat", TokenType::BFloat);
   using Released = py::call_guard<py::gil_scoped_release>;

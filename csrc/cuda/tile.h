@@ -251,7 +251,6 @@ class Walk {
       }
       done(tile);
     }
-    wait_copies<0>();
     sync_threads();
   }
   // Set before `run` to stop before the last head.
