@@ -8,17 +8,96 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import cuda_emulated
 import native
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
+from checks import Checked
+from cuda_emulated import Watched, shapes
+from cuda_problems import OPERATIONS
+from problems import Problem
+
+pytestmark = pytest.mark.usefixtures("poison", "one_thread")
+emulated, module = cuda_emulated.emulated, cuda_emulated.module  # fixtures
 
 CUDA = native.ROOT / "csrc" / "cuda"
+
+# While they run --------------------------------------------------------------------------------
+
+TWO_HEADS, ONE_HEAD = Problem((1, 2, 70, 169, 40)), Problem((1, 1, 70, 169, 40))
+CASES = [
+    ("lse", TWO_HEADS), ("reductions", TWO_HEADS), ("product", TWO_HEADS), ("product", ONE_HEAD),
+    ("transposed_product", TWO_HEADS), ("return_probability", TWO_HEADS),
+]  # fmt: skip
+# Calls that may be spoiled without harm, and why.
+HARMLESS = {
+    "copy_async_16(slot + i,": "terms of columns that are not there, whose scores are replaced",
+}
+
+
+def check(operation: str, problem: Problem) -> None:
+    """Hold an operation to float64, by the error budget of test_cuda.py."""
+    OPERATIONS[operation](Checked(problem, torch.float16, "cuda", "cpu"))
+
+
+def line_of(site: tuple[Any, ...]) -> str:
+    """A site's line of the sources."""
+    return (CUDA / site[1]).read_text().splitlines()[site[2] - 1].strip()
+
+
+@pytest.mark.parametrize(("operation", "problem"), CASES, ids=str)
+def test_every_spoiled_call_is_found_out(
+    operation: str, problem: Problem, emulated: Watched
+) -> None:
+    emulated.shapes = shapes((2, 2, True))
+    kernels = emulated.native
+    kernels.take_sites()
+    check(operation, problem)  # as it is, nothing is wrong
+    sites = kernels.take_sites()
+    assert {site[0] for site in sites} >= {
+        "sync_threads", "wait_copies", "copy_async_16", "ldmatrix_x4", "mma_16816",
+    }  # fmt: skip
+    missed = []
+    for site in sites:
+        kernels.plant(*site[:3])
+        try:
+            check(operation, problem)
+        except (AssertionError, RuntimeError) as error:
+            # Who skips a barrier or a wait has a race, whatever the numbers are.
+            if site[0] in ("sync_threads", "sync_warp", "wait_copies"):
+                assert "a race: " in str(error)
+        else:
+            if not any(text in line_of(site) for text in HARMLESS):
+                missed.append((*site[:3], line_of(site)))
+        finally:
+            kernels.plant("", "", 0)
+    assert not missed
+
+
+def test_every_call_in_the_sources_is_among_them(emulated: Watched) -> None:
+    emulated.native.take_sites()
+    for operation, problem in CASES:
+        check(operation, problem)
+    seen = {site[1:3] for site in emulated.native.take_sites()}
+    call = re.compile(
+        r"\b(sync_threads|sync_warp|wait_copies<\d>|copy_async_\d+|ldmatrix_x4(_trans)?|"
+        r"mma_16816<T>|mma_1688_tf32|shuffle(_xor)?)\("
+    )
+    for path in CUDA.glob("*.h"):
+        if path.name in ("primitives.h", "device.h", "emulated.h"):
+            continue
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if call.search(line):
+                assert (path.name, number) in seen, f"{path.name}:{number}: {line.strip()}"
+
 
 # In a copy of the sources ----------------------------------------------------------------------
 
