@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "cpu/tile.h"
+#include "shared/arithmetic.h"
 
 namespace flashmaps::FLASHMAPS_ISA {
 namespace {
@@ -89,10 +90,7 @@ struct MaxArgmax {
     for (std::int64_t j = 0; j < count; ++j) {
       const IVec<T> index = IVec<T>{} + Int(j0 + j);
       for (int v = 0; v < kWidth; ++v) {
-        const Vec<T> x = at(p, j, v);
-        const IVec<T> better = x > top[v];  // strictly: the lowest index wins ties
-        where[v] = better ? index : where[v];
-        top[v] = vmax<T>(x, top[v]);
+        keep_better(at(p, j, v), index, top[v], where[v]);
       }
     }
   }
@@ -445,8 +443,8 @@ struct Columns {
       if (sum_out != nullptr) sum_out[to] = T(mass[here]);
       if (max_out != nullptr) max_out[to] = top[here];
       if (entropy_out != nullptr) {
-        const double m = mass[here];
-        entropy_out[to] = m > 0 ? T(std::log(m) - plogp[here] / m) : T(0);
+        const auto log = [](double m) { return std::log(m); };
+        entropy_out[to] = T(entropy_of_column(mass[here], plogp[here], log));
       }
     }
   }

@@ -8,6 +8,7 @@
 #include "cpu/memory.h"
 #include "cpu/simd.h"
 #include "cpu/tokens.h"
+#include "shared/arithmetic.h"
 
 namespace flashmaps::FLASHMAPS_ISA {
 namespace {
@@ -56,9 +57,6 @@ template <class T, int W, int J, bool ContiguousK>
   }
 }
 
-constexpr double kLog2e = 1.44269504088896340736;
-constexpr double kLn2 = 0.693147180559945309417;
-
 // One value for each of the R queries of a strip.
 template <class T>
 using Lanes = Vec<T>[kWidth];
@@ -96,7 +94,7 @@ struct SoftmaxLanes {
       factor[v] =
           exp2(difference * T(0.5));  // applied twice: its square may underflow where e does not
       max[v] = to;
-      shift[v] = to > lowest ? to : Vec<T>{};
+      shift[v] = shift_of(to, lowest);
       sum[v] = sum[v] * factor[v] * factor[v];
       total[v] = total[v] * factor[v] * factor[v];
     }

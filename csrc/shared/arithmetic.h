@@ -52,10 +52,4 @@ FLASHMAPS_ANYWHERE T entropy_of_column(T mass, T plogp, Log log) {
   return mass >= kLeast<T> ? log(mass) - plogp / mass : T(0);
 }
 
-// Centre of cell `index` of `cells` in the unit interval.
-template <class T>
-FLASHMAPS_ANYWHERE T cell_centre(std::int64_t index, std::int64_t cells) {
-  return (T(index) + T(0.5)) / T(cells);
-}
-
 }  // namespace flashmaps

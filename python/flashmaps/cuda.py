@@ -89,13 +89,14 @@ def _limits(native: Any, device: int) -> Any:
     return native.limits(device)
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot look into the module
 def unavailable_reason() -> str | None:
     """Why the compiled kernels cannot run here at all, or None."""
     if _missing is not None:
         return _missing
     if not torch.cuda.is_available():
         return f"the CUDA kernels are built, but torch sees no GPU here; {_INSTEAD}"
+    if torch.compiler.is_compiling():  # which cannot look into the module; `reduce` will
+        return None
     try:
         limits = _limits(_native, torch.cuda.current_device())
     except RuntimeError as error:
