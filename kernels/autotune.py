@@ -2,9 +2,10 @@
 
     python -m flashmaps.kernels.autotune               # on a machine with a GPU: the fastest ones
     python -m flashmaps.kernels.autotune --ahead sm_90 # anywhere: the first ones that fit
+    python -m flashmaps.kernels.autotune --ahead sm_90 return product:32/128   # only these
 
 Both try the same short lists. What fits compiles without spilling registers, in the card's shared
-memory, for the plainest and for the most demanding problem of its kind. Lists begin with what is
+memory, for every problem of its kind that `ahead` compiles and some more. Lists begin with what is
 expected to be fast: large tiles, because each number of Q and K that comes from the second-level
 cache is used once for every token on the other side of the tile.
 """
@@ -22,7 +23,14 @@ from multiprocessing import get_context
 import torch
 from flashmaps.files import write_text
 from flashmaps.kernels import settings
-from flashmaps.kernels.ahead import SHARED, Case, examine
+from flashmaps.kernels.ahead import (
+    REPRESENTATIVE,
+    SHARED,
+    Case,
+    every_case,
+    examine,
+    key_of,
+)
 from flashmaps.kernels.settings import KINDS, TABLE, Settings, architecture_of, settings_of
 
 Tiles = tuple[tuple[int, int, int, int], ...]  # rows, columns, warps, stages
@@ -38,7 +46,9 @@ _COMPOSED: Tiles = (
     (64, 64, 4, 2),
     (32, 32, 4, 2),
 )
-_FULL: Tiles = ((64, 64, 8, 2), (64, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 1))
+_FULL: Tiles = (
+    (64, 64, 8, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 2), (16, 32, 4, 1), (16, 16, 4, 1),
+)  # fmt: skip
 # All keys in a tile: rows count only.
 _WHOLE: Tiles = ((64, 256, 8, 2), (64, 256, 8, 1), (32, 256, 8, 2), (16, 256, 8, 1))
 
@@ -114,15 +124,25 @@ def with_tiling(of: Settings, kind: str, key: str, tiling: tuple[int, ...]) -> S
     return replace(of, table=table)
 
 
+def of_class(bits: int, width: int) -> Iterator[Case]:
+    """The cases that `ahead` compiles whose Q and K are of that size."""
+    for case in (*REPRESENTATIVE, *every_case()):
+        size = 32 if case.dtype == torch.float32 else 16
+        if size == bits and width // 2 < max(case.dim, 33) <= width:
+            yield case
+
+
 def fits(architecture: str, kind: str, bits: int, width: int, tiling: tuple[int, ...]) -> bool:
     """Whether every problem of a kind compiles in these tiles without spilling."""
-    for case in cases(kind, bits, width):
+    seen = set()
+    for case in (*cases(kind, bits, width), *of_class(bits, width)):
         changed = with_tiling(
             settings_of(architecture, case.precision), kind, f"{bits}/{width}", tiling
         )
         for launch in case.launches_with(changed):
-            if launch.kind != kind:
+            if launch.kind != kind or key_of(launch) in seen:
                 continue
+            seen.add(key_of(launch))
             try:
                 found = examine(launch, architecture)
             except Exception:  # triton gave up: too much shared memory, or an error of its own
@@ -144,10 +164,16 @@ def first_that_fits(
     return None
 
 
-def ahead(architecture: str) -> dict[str, dict[str, list[int]]]:
-    """The table of an architecture that is not here."""
-    classes = [(k, bits, width) for k in KINDS for bits in (16, 32) for width in (64, 128, 256)]
-    table: dict[str, dict[str, list[int]]] = {kind: {} for kind in KINDS}
+def ahead(architecture: str, only: list[str]) -> dict[str, dict[str, list[int]]]:
+    """The table of an architecture that is not here; ``only`` some of it: "rows", "rows:16/64"."""
+    table = {kind: dict(of) for kind, of in settings_of(architecture).table.items()}
+    classes = [
+        (kind, bits, width)
+        for kind in KINDS
+        for bits in (16, 32)
+        for width in (64, 128, 256)
+        if not only or {kind, f"{kind}:{bits}/{width}"} & set(only)
+    ]
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         jobs = [pool.submit(first_that_fits, architecture, *each) for each in classes]
         for (kind, bits, width), job in zip(classes, jobs, strict=True):
@@ -222,10 +248,12 @@ def write(architecture: str, tiles: dict[str, dict[str, list[int]]]) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """`python -m flashmaps.kernels.autotune [--ahead ARCHITECTURE...]`"""
+    """`python -m flashmaps.kernels.autotune [--ahead [ARCHITECTURE...] [KIND[:BITS/WIDTH]...]]`"""
     if arguments[:1] == ["--ahead"]:
-        for architecture in arguments[1:] or list(SHARED):
-            write(architecture, ahead(architecture))
+        architectures = [name for name in arguments[1:] if name in SHARED] or list(SHARED)
+        only = [name for name in arguments[1:] if name not in SHARED]
+        for architecture in architectures:
+            write(architecture, ahead(architecture, only))
     else:
         here()
 

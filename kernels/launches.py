@@ -602,7 +602,9 @@ def _launch_reduce(
         "X": width,
         "K": _power_of_two(k),
         "WIDE": _wide(tiling, view.problem, operand),
-        "OPERAND_PRECISION": run.settings.operand_precision(tokens.dtype),
+        "OPERAND_PRECISION": run.settings.operand_precision(tokens.dtype)
+        if more.get("cells") is None
+        else run.settings.pooling_precision(),
         "FAST_LOG": run.settings.fast_log,
         # The compiler cannot flatten the loop within which the k largest are found.
         "FLATTEN": run.settings.flatten and "largest" not in outputs,

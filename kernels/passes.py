@@ -11,6 +11,7 @@ of Q and K are counted in UNITs, which tells the compiler how well they are alig
 import triton
 import triton.language as tl
 from flashmaps.kernels.reducers import (
+    add_pooled,
     add_product,
     add_xlogx,
     best_of,
@@ -329,7 +330,9 @@ def reduce_kernel(
             if cells is not None:
                 cell = tl.load(cells + place)
                 wanted = part * X + tl.arange(0, X)
-                b_operand = (cell[:, None] == wanted[None, :]).to(tl.float32)
+                b_product = add_pooled(
+                    b_product, tile, cell[:, None] == wanted[None, :], OPERAND_PRECISION
+                )
             else:
                 from_row = operand + tl.cast(start, tl.int64) * operand_token
                 if WIDE:
@@ -342,7 +345,7 @@ def reduce_kernel(
                 b_operand = tl.load(
                     from_row + at, mask=there[:, None] & x_there[None, :], other=0.0
                 )
-            b_product = add_product(b_product, tile, b_operand, OPERAND_PRECISION)
+                b_product = add_product(b_product, tile, b_operand, OPERAND_PRECISION)
         if largest is not None:
             b_largest, b_where = insert_largest(b_largest, b_where, tile, index, there)
         if dense is not None:

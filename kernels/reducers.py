@@ -67,6 +67,23 @@ def add_product(product, tile, operand, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def add_pooled(sums, tile, belongs, PRECISION: tl.constexpr):
+    """sum of p_j over the keys of each cell, [R, X]; ``belongs`` [C, X] says which key is in which.
+
+    With "bf16" a product with ones: three parts of bfloat16 hold all digits of a float32.
+    """
+    if PRECISION == "bf16":
+        ones = belongs.to(tl.bfloat16)
+        high = tile.to(tl.bfloat16)
+        rest = tile - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        return tl.dot(high, ones, tl.dot(middle, ones, tl.dot(low, ones, sums)))
+    else:
+        return tl.dot(tile, belongs.to(tl.float32), sums, input_precision=PRECISION)
+
+
+@triton.jit
 def empty_slots(k, R: tl.constexpr, K: tl.constexpr):
     """The k largest of each row, before any: values [R, K], indices [R, K].
 

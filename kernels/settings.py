@@ -108,6 +108,10 @@ class Settings:
             return self.precision(torch.float32)
         return "bf16x6"
 
+    def pooling_precision(self) -> str:
+        """How the map is summed over cells: exactly, whatever torch's switch says."""
+        return "ieee" if self.architecture == "interpreter" else "bf16"
+
 
 @functools.cache
 def _table() -> dict[str, Any]:
