@@ -119,7 +119,7 @@ def test_points_and_kinds_are_checked(shifted):
         shifted.transfer([(90, 3)])
     with pytest.raises(ValueError, match=r"shape \(3,\); wanted \[n, 2\]"):
         shifted.transfer([1, 2, 3])
-    with pytest.raises(ValueError, match="kind='best'; wanted 'hard' or 'soft'"):
+    with pytest.raises(ValueError, match="kind='best'; wanted 'hard', 'soft', 'window'"):
         shifted.field(kind="best")
     with pytest.raises(ValueError, match="origin='left'"):
         shifted.field("left")

@@ -1,4 +1,4 @@
-"""The commands of the command line: flashmaps match, demo, eval, world, doctor and bench."""
+"""The commands of the command line: match, demo, eval, study, world, doctor and bench."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from typing import Annotated, Any
 
 import typer
 
-from flashmaps.pipelines import DEFAULT_TIMESTEP
-
 # Errors whose message tells the user what to mend; anything else is a bug and shows its traceback.
 _MISTAKES = (ValueError, OSError, ImportError)
 _EXIT_MISTAKE = 2
@@ -25,17 +23,31 @@ Model = Annotated[
 ]
 Layers = Annotated[
     list[str] | None,
-    typer.Option(help="Pattern of self-attention layers; may be repeated.", show_default="decoder"),
+    typer.Option(
+        help="Pattern of self-attention layers; may be repeated.",
+        show_default="the model's own, or of the decoder",
+    ),
 ]
+_OWN = "the model's own"
 Timestep = Annotated[
-    int, typer.Option(help="Noise level shown to the model: 0 is none, 999 nearly all.")
+    list[int] | None,
+    typer.Option(
+        help="Noise level shown to the model: 0 is none, 999 nearly all; may be repeated.",
+        show_default=f"{_OWN}, or 1",
+    ),
 ]
 Seed = Annotated[
     list[int] | None,
-    typer.Option(help="Noise seed; repeat it to average over several.", show_default="0"),
+    typer.Option(
+        help="Noise seed; repeat it to average over several.", show_default=f"{_OWN}, or 0"
+    ),
 ]
 Compare = Annotated[
-    str, typer.Option(help="kk, qq: keys or queries by cosine. qk: queries on keys (attention).")
+    str | None,
+    typer.Option(
+        help="kk, qq, features: keys, queries or block outputs by cosine. qk: attention.",
+        show_default=f"{_OWN}, or kk",
+    ),
 ]
 Backend = Annotated[str, typer.Option(help="What computes the maps; flashmaps doctor lists them.")]
 
@@ -51,6 +63,7 @@ def make_app() -> typer.Typer:
     for command in (match, demo, world, doctor, bench):
         app.command()(_friendly(command))
     app.command("eval")(_friendly(evaluate))
+    app.command("study")(_friendly(study))
     return app
 
 
@@ -76,7 +89,7 @@ def match(
     target: Annotated[Path, typer.Argument(help="Image file to find the source's points in.")],
     model: Model = "builtin",
     layers: Layers = None,
-    timestep: Timestep = DEFAULT_TIMESTEP,
+    timestep: Timestep = None,
     seed: Seed = None,
     prompt: Annotated[str, typer.Option(help="Text the model sees.")] = "",
     size: Annotated[
@@ -87,7 +100,7 @@ def match(
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("flashmaps-match"),
-    compare: Compare = "kk",
+    compare: Compare = None,
     backend: Backend = "auto",
 ) -> None:
     """Match two images: writes correspondences, statistics and pictures to a folder."""
@@ -109,8 +122,9 @@ def match(
 
         pipe = load_model(model)
     found = match_images(
-        first, second, model=pipe, layers=layers or None, timestep=timestep, seeds=seed or [0],
-        prompt=prompt, size=size, compare=compare, backend=backend, progress=True,
+        first, second, model=pipe, layers=layers or None, timestep=timestep or None,
+        seeds=seed or None, prompt=prompt, size=size, compare=compare, backend=backend,
+        progress=True,
     )  # fmt: skip
     with console.status("drawing"):
         found.save(out)
@@ -129,15 +143,13 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("demo-output"),
     model: Model = "builtin",
     layers: Layers = None,
-    timestep: Timestep = DEFAULT_TIMESTEP,
+    timestep: Timestep = None,
     seed: Seed = None,
     size: Annotated[int, typer.Option(help="Longer side in pixels that the model sees.")] = 288,
-    compare: Annotated[
-        str, typer.Option(help="Which comparison the pictures show: qk, kk or qq.")
-    ] = "kk",
+    compare: Compare = None,
     backend: Backend = "auto",
 ) -> None:
-    """Match a real stereo pair, score it against its true disparity, and write a report."""
+    """Match a real stereo pair and drawn scenes, score them against the truth, write a report."""
     from rich.console import Console
 
     _quiet_libraries()
@@ -147,8 +159,8 @@ def demo(
 
     require("diffusers", "transformers", "skimage", "sklearn", "matplotlib", "jinja2")
     results = job.run(
-        out, model=model, layers=layers or None, timestep=timestep, seeds=seed or [0], size=size,
-        compare=compare, backend=backend, progress=True,
+        out, model=model, layers=layers or None, timestep=timestep or None, seeds=seed or None,
+        size=size, compare=compare, backend=backend, progress=True,
     )  # fmt: skip
     console = Console()
     for table in report.tables(results):
@@ -177,7 +189,10 @@ def evaluate(
         Path | None, typer.Option(help="Folder of a public benchmark, as it is published.")
     ] = None,
     split: Annotated[
-        str, typer.Option(help="Split of a public benchmark: test, val or trn.")
+        str,
+        typer.Option(
+            help="Split: test, val or trn of a public benchmark; test or validation of world."
+        ),
     ] = "test",
     image_size: Annotated[
         int | None,
@@ -185,7 +200,7 @@ def evaluate(
     ] = None,
     model: Model = "builtin",
     layers: Layers = None,
-    timestep: Timestep = DEFAULT_TIMESTEP,
+    timestep: Timestep = None,
     noise_seed: Seed = None,
     different_noise: Annotated[
         bool, typer.Option("--different-noise", help="Noise of its own for every image.")
@@ -202,7 +217,10 @@ def evaluate(
     ] = None,
     compare: Annotated[
         list[str] | None,
-        typer.Option(help="kk, qq or qk, as in match; may be repeated.", show_default="kk"),
+        typer.Option(
+            help="kk, qq, qk or features, as in match; may be repeated.",
+            show_default=f"{_OWN}, or kk",
+        ),
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="Where the model runs, such as cuda.", show_default="cpu")
@@ -225,7 +243,6 @@ def evaluate(
     """
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
     from flashmaps.doctor import require
     from flashmaps.evaluation.run import evaluate as run
@@ -235,15 +252,26 @@ def evaluate(
     folder = Path(f"flashmaps-eval-{benchmark}") if out is None else out
     results = run(
         benchmark, folder, pairs=pairs, points=points, seed=seed, data=data, split=split,
-        image_size=image_size, model=model, compare=compare or ["kk"], layers=layers or None,
-        timestep=timestep, prompt=prompt, seeds=noise_seed or [0], size=size,
-        same_noise=not different_noise, device=device, dtype=dtype, backend=backend,
+        image_size=image_size, model=model, compare=compare or None, layers=layers or None,
+        timestep=timestep or None, prompt=prompt, seeds=noise_seed or None, size=size,
+        same_noise=False if different_noise else None, device=device, dtype=dtype, backend=backend,
         resamples=resamples, overwrite=overwrite, progress=True,
     )  # fmt: skip
     from flashmaps.evaluation.markdown import tables
 
     console = Console()
-    for title, header, rows in tables(results):
+    _show(console, tables(results))
+    console.print(
+        f"Written to {escape(str(folder))}: results.md, results.json, points.parquet, plots."
+    )
+
+
+def _show(console: Any, tables: list[tuple[str, list[str], list[list[str]]]]) -> None:
+    """Titled tables of text, the first column to the left."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    for title, header, rows in tables:
         table = Table(
             title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0)
         )
@@ -253,9 +281,72 @@ def evaluate(
             table.add_row(*(escape(cell) for cell in row))
         console.print(table)
         console.print()
-    console.print(
-        f"Written to {escape(str(folder))}: results.md, results.json, points.parquet, plots."
-    )
+
+
+def study(
+    model: Model = "builtin",
+    pairs: Annotated[int, typer.Option(help="Pairs of the validation split to choose on.")] = 96,
+    points: Annotated[int, typer.Option(help="Points of each pair.")] = 20,
+    test_pairs: Annotated[
+        int, typer.Option(help="Pairs of the test split, looked at once, at the end.")
+    ] = 204,
+    seed: Annotated[int, typer.Option(help="Draws the pairs and the points.")] = 0,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(help="What to try to compare; may be repeated.", show_default="all"),
+    ] = None,
+    timestep: Annotated[
+        list[int] | None,
+        typer.Option(help="To try; may be repeated.", show_default="1 51 101 201 301 401"),
+    ] = None,
+    size: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Longer side that the model sees, to try; may be repeated.",
+            show_default="what the model was trained on",
+        ),
+    ] = None,
+    noises: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="How many noises to average, to try; may be repeated.", show_default="1 2 4"
+        ),
+    ] = None,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Write match.json beside the model's weights too.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("flashmaps-study"),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Throw away a study of other settings in it.")
+    ] = False,
+) -> None:
+    """Find how a model matches best, and calibrate its confidence, on scenes of the world.
+
+    Chooses on the validation split and scores the choice once on the test split. An interrupted
+    study goes on where it was when the same command is given again.
+    """
+    from rich.console import Console
+    from rich.markup import escape
+
+    from flashmaps.doctor import require
+    from flashmaps.evaluation.search import NOISES, TIMESTEPS
+    from flashmaps.evaluation.study import study as run
+    from flashmaps.match import COMPARE
+
+    require("diffusers", "transformers", "skimage", "sklearn", "scipy", "matplotlib", "pyarrow")
+    _quiet_libraries()
+    results = run(
+        out, model=model, pairs=pairs, points=points, test_pairs=test_pairs, seed=seed,
+        compare=compare or tuple(COMPARE), timesteps=timestep or TIMESTEPS, sizes=size or (None,),
+        noises=noises or NOISES, keep=keep, overwrite=overwrite, progress=True,
+    )  # fmt: skip
+    from flashmaps.evaluation.study_report import tables
+
+    console = Console()
+    _show(console, tables(results))
+    console.print(f"Written to {escape(str(out))}: match.json, results.md, results.json, plots.")
+    if keep:
+        console.print("match.json lies beside the model's weights too.")
 
 
 def world(

@@ -1,6 +1,7 @@
-"""The main job on real photographs: match a stereo pair and compare with the true disparity.
+"""The main job, shown: a real stereo pair and pairs of drawn scenes, matched beside the truth.
 
-The pair and its truth are those of :mod:`flashmaps.evaluation.stereo`.
+The stereo pair and its true disparity are those of :mod:`flashmaps.evaluation.stereo`; the scenes
+are of the world's test split.
 """
 
 from __future__ import annotations
@@ -17,11 +18,24 @@ from torch import Tensor
 from flashmaps import costs, evaluation
 from flashmaps.backends import check_name
 from flashmaps.evaluation.baselines import colours, nearest, unit_rows, untrained
+from flashmaps.evaluation.benchmark import Pair
+from flashmaps.evaluation.methods import CEILING, Methods, judged_by
+from flashmaps.evaluation.metrics import pck
 from flashmaps.evaluation.stereo import StereoPair, load_pair
+from flashmaps.evaluation.threads import fit_threads
+from flashmaps.evaluation.worlds import Worlds
 from flashmaps.files import check_replaceable, whole_folder, write_json
 from flashmaps.grids import centres
-from flashmaps.match import COMPARE, READING, Match, match_features, pixel_field
-from flashmaps.pipelines import BUILTIN, DEFAULT_TIMESTEP, Features, features, load_model
+from flashmaps.match import (
+    COMPARE,
+    READING,
+    Match,
+    check_options,
+    match_features,
+    pixel_field,
+)
+from flashmaps.pipelines import BUILTIN, Features, features, load_model
+from flashmaps.settings import MatchSettings, settings_of
 
 DEMO_SIZE = 288  # longer side in pixels: 48 x 72 tokens at a quarter of the pixels
 MARKER = "results.json"
@@ -29,34 +43,40 @@ MARKER = "results.json"
 CLICKED = (372, 268)  # a pixel of the left view: on the engine, with texture and a true disparity
 _RANDOM_SEED = 0
 
+# Drawn scenes: the first pairs of the test split, which take the categories in turn.
+SCENES = 6
+SCENE_POINTS = 10
+SCENE_TOLERANCE = 0.1  # of the longer side of the target object's box
+
 
 def run(
     out: str | Path = "demo-output",
     *,
     model: Any = BUILTIN,
     layers: str | Sequence[str] | None = None,
-    timestep: int = DEFAULT_TIMESTEP,
-    seeds: Sequence[int] = (0,),
+    timestep: int | Sequence[int] | None = None,
+    seeds: Sequence[int] | None = None,
     size: int = DEMO_SIZE,
-    compare: str = "kk",
+    compare: str | None = None,
     backend: str = "auto",
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Match the pair, score it against truth and baselines, and write the folder ``out``.
+    """Match the stereo pair and drawn scenes, score them, and write the folder ``out``.
 
-    Queries on keys (the note's attention), keys on keys and queries on queries are all scored; the
-    pictures and the prediction of wrong matches are of ``compare``. The folder holds
-    ``report.html`` (self-contained), the pictures and ``results.json``, which has every number and
-    is what this returns. It is written whole or not at all.
+    On the stereo pair queries on keys (the note's attention), keys on keys, queries on queries and
+    features on features are all scored; the pictures and the prediction of wrong matches are of
+    ``compare``, which is the model's own unless it is given, as ``layers``, ``timestep`` and
+    ``seeds`` are. ``size`` is that of the stereo pair; drawn scenes are shown at the model's own.
+    The folder holds ``report.html`` (self-contained), the pictures and ``results.json``, which has
+    every number and is what this returns. It is written whole or not at all.
     """
     from tqdm.auto import tqdm
 
     check_replaceable(out, MARKER)  # before the work, not after it
     check_name(backend)
-    if compare not in COMPARE:
-        raise ValueError(f"compare={compare!r}; wanted one of {', '.join(COMPARE)}")
+    check_options(compare)
     started = time.perf_counter()
-    with tqdm(total=7, disable=not progress, bar_format=_BAR) as bar:
+    with tqdm(total=8, disable=not progress, bar_format=_BAR) as bar:
 
         def step(name: str) -> None:
             bar.set_description_str(f"{name:<34}")
@@ -65,8 +85,15 @@ def run(
         bar.set_description_str(f"{'loading model and photographs':<34}")
         pair = load_pair()
         pipe = load_model(model)
+        settings = settings_of(pipe).with_given(
+            compare=compare,
+            layers=None if layers is None else (layers,) if isinstance(layers, str) else (*layers,),
+            timestep=timestep,
+            seeds=None if seeds is None else tuple(seeds),
+        )
         options: dict[str, Any] = {
-            "layers": layers, "timestep": timestep, "seeds": seeds, "size": size,
+            "layers": settings.layers, "timestep": settings.timestep, "seeds": settings.seeds,
+            "same_noise": settings.same_noise, "size": size, "outputs": True,
         }  # fmt: skip
         step("running the model on both views")
         began = time.perf_counter()
@@ -75,15 +102,19 @@ def run(
         step("matching")
         began = time.perf_counter()
         matches = {
-            name: match_features(left, right, compare=name, backend=backend) for name in COMPARE
+            name: match_features(left, right, backend=backend, **_own(settings, name))
+            for name in COMPARE
         }
-        match = matches[compare]
+        match = matches[settings.compare]
         match_seconds = time.perf_counter() - began
         step("running the untrained model")
-        untrained = _untrained_match(pipe, pair, options, compare, backend)
+        views = features(untrained(pipe), [pair.left, pair.right], **options)
+        fresh = match_features(*views, backend=backend, **_own(settings, settings.compare))
         step("scoring against the truth")
-        methods = _score_methods(pair, matches, untrained)
+        methods = _score_methods(pair, matches, fresh)
         predictors = _score_predictors(pair, match)
+        step("matching drawn scenes")
+        scenes = _Scenes(pipe, settings, backend)
         step("measuring time and memory")
         cost = {name: costs.measure(left, right, name, backend=backend) for name in costs.METHODS}
         step("drawing and writing the report")
@@ -93,18 +124,80 @@ def run(
             "settings": match.summary(),
             "truth": _describe_truth(pair, known),
             "methods": methods,
+            "scenes": scenes.results,
             "maps": {
                 **{READING[name]: _map_statistics(each) for name, each in matches.items()},
-                f"untrained, {READING[compare]}": _map_statistics(untrained),
+                f"untrained, {READING[settings.compare]}": _map_statistics(fresh),
             },
             "predictors_of_wrong_matches": predictors,
             "cost": cost,
             "seconds": {"model": feature_seconds, "matching": match_seconds},
         }
         results["seconds"]["before_drawing"] = time.perf_counter() - started
-        _write(out, matches, match, pair, results)
+        _write(out, matches, match, pair, scenes, results)
         bar.update()
     return results
+
+
+def _own(settings: MatchSettings, compare: str) -> dict[str, Any]:
+    """For ``match_features``: the model's own where it is about ``compare``, else plain.
+
+    Without the confidence, which was fitted to pictures of another size.
+    """
+    if compare != settings.compare:
+        return {"compare": compare}
+    return {
+        "compare": compare, "temperature": settings.temperature, "normalize": settings.normalize,
+        "readout": settings.readout, "window": settings.window, "between": settings.between,
+    }  # fmt: skip
+
+
+class _Scenes:
+    """Pairs of drawn scenes: their true points, where they were found, and how right that is."""
+
+    def __init__(self, pipe: Any, settings: MatchSettings, backend: str) -> None:
+        benchmark = Worlds(SCENES, SCENE_POINTS, hidden=False)
+        self.pairs: list[Pair] = [benchmark.pair(i) for i in range(len(benchmark))]
+        options = {
+            "layers": settings.layers, "timestep": settings.timestep, "seeds": settings.seeds,
+            "size": settings.size, "same_noise": settings.same_noise,
+        }  # fmt: skip
+        with fit_threads(pipe):
+            methods = Methods(
+                pipe, compare=(settings.compare,), backend=backend, options=options,
+                settings=settings,
+            )  # fmt: skip
+            found = [outcome for _, outcome in methods.run(list(enumerate(self.pairs)))]
+        self.method = judged_by(settings.compare, settings)
+        self.found = [each.found[self.method] for each in found]
+        confidence = [each.scores[settings.compare].get("confidence") for each in found]
+        self.confidence = None if any(c is None for c in confidence) else confidence
+        names = [self.method, "SIFT", "raw colour, 3 x 3", "identity", "random", CEILING]
+        names.insert(1, f"untrained, {READING[settings.compare]}")
+        errors = {
+            name: np.concatenate(
+                [
+                    np.linalg.norm(each.found[name] - pair.target_points, axis=1) / pair.base
+                    for pair, each in zip(self.pairs, found, strict=True)
+                ]
+            )
+            for name in names
+        }
+        self.results = {
+            "method": self.method,
+            "pairs": len(self.pairs),
+            "points": len(errors[self.method]),
+            "tolerance": SCENE_TOLERANCE,
+            "calibrated": self.confidence is not None,
+            "methods": {
+                name: {
+                    "pck@0.05": pck(each, 1.0, (0.05,))[0],
+                    "pck@0.1": pck(each, 1.0, (0.1,))[0],
+                    "median_error_of_box": float(np.median(each)),
+                }
+                for name, each in errors.items()
+            },
+        }
 
 
 _BAR = "{desc} {bar} {n_fmt}/{total_fmt} [{elapsed}]"
@@ -115,14 +208,6 @@ def token_field(matched: Tensor, match: Match) -> np.ndarray:
     here, there = match.source, match.target
     sizes = here.image.shape[:2], there.image.shape[:2]
     return pixel_field(matched, here.grid, *sizes, smooth=False)
-
-
-def _untrained_match(
-    pipe: Any, pair: StereoPair, options: dict[str, Any], compare: str, backend: str
-) -> Match:
-    """The same through a UNet of the same architecture with fresh random weights (VAE kept)."""
-    left, right = features(untrained(pipe), [pair.left, pair.right], **options)
-    return match_features(left, right, compare=compare, backend=backend)
 
 
 def _score_methods(
@@ -139,9 +224,11 @@ def _score_methods(
         return token_field(target[nearest(describe(match.source), describe(match.target))], match)
 
     fields = {
+        **_more(matches),
         **{f"{READING[n]}, hard": m.source_to_target for n, m in matches.items()},
         **{f"{READING[n]}, soft": m.source_to_target_soft for n, m in matches.items()},
         "cosine of keys": by(lambda f: unit_rows(f.key)),
+        "cosine of features": by(lambda f: unit_rows(_output(f))),
         f"untrained {READING[untrained.compare]}": untrained.source_to_target,
         "raw colour": by(lambda f: colours(f, 1)),
         "raw colour, 3 x 3": by(lambda f: colours(f, 3)),
@@ -150,6 +237,20 @@ def _score_methods(
     }
     base = max(pair.right.shape[:2])
     return {name: evaluation.score_field(field, pair.truth, base) for name, field in fields.items()}
+
+
+def _more(matches: dict[str, Match]) -> dict[str, np.ndarray]:
+    """The model's own way, where that is more than a hard or a soft match: its field, by name."""
+    return {
+        f"{READING[name]}, {match.readout}": match.field()
+        for name, match in matches.items()
+        if match.readout not in ("hard", "soft")
+    }
+
+
+def _output(of: Features) -> Tensor:
+    assert of.output is not None  # asked for in `run`
+    return of.output
 
 
 def _score_predictors(pair: StereoPair, match: Match) -> dict[str, dict[str, Any]]:
@@ -234,6 +335,7 @@ def _write(
     matches: dict[str, Match],
     match: Match,
     pair: StereoPair,
+    scenes: _Scenes,
     results: dict[str, Any],
 ) -> None:
     from flashmaps import plots, report
@@ -244,6 +346,7 @@ def _write(
     low, high = (float(v) for v in np.nanpercentile(moved, (1, 99)))
     methods = results["methods"]
     figures = {
+        "scenes": plots.scenes(scenes.pairs, scenes.found, SCENE_TOLERANCE),
         "matches": plots.matches(match, truth=pair.truth),
         "shifts": plots.shifts(
             {

@@ -22,32 +22,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashmaps.confidence import SCORES, score
 from flashmaps.files import whole_file
 from flashmaps.grids import Grid, centres
-from flashmaps.match import COMPARE, cross_map
+from flashmaps.match import COMPARE, check_options, cross_map
 from flashmaps.pipelines import Features
 from flashmaps.statistics import RoundTrip, round_trip
 
 DEFAULT_MEMORY_BUDGET = 256 * 2**20
 
-# What a source token's match can be judged by: scores of the source token itself, and scores of the
-# target token f(i) that it is matched to.
-SOURCE_SCORES = (
-    "return_probability",
-    "max_probability",
-    "hard_distance",
-    "soft_distance",
-    "spread",
-    "entropy",
-)
-TARGET_SCORES = ("inverse_entropy", "density", "nims", "nims_log1p")
-SCORES = (*SOURCE_SCORES, *TARGET_SCORES)
-
 # Bytes of results and temporaries that a round trip takes for one token: its fields (about 70), the
 # operands and products of both passes (4 floats each), and what is gathered from them.
 _TOKEN_BYTES = 160
 # Copies of a chunk's keys: stacked, and scaled to length 1 on both sides of both maps.
-_COPIES = {"qk": 1, "kk": 5, "qq": 5}
+_COPIES = {"qk": 1, "kk": 5, "qq": 5, "features": 5}
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,14 +71,7 @@ class PairBatch:
 
         NaN where a score is undefined (``nims`` where fewer than two sources chose the target).
         """
-        if name in ("max_probability", "entropy"):
-            return getattr(self, name)
-        if name in SOURCE_SCORES:
-            return getattr(self.trip, name)
-        if name in TARGET_SCORES:
-            values = getattr(self.trip, name)
-            return values.to(self.entropy.dtype).gather(1, self.trip.forward)
-        raise ValueError(f"score {name!r} is unknown; choose from {', '.join(SCORES)}")
+        return score(name, self.trip, self.max_probability, self.entropy)
 
 
 def all_pairs(count: int, *, both_ways: bool = False) -> list[tuple[int, int]]:
@@ -106,6 +87,8 @@ def match_pairs(
     pairs: Tensor | Sequence[Sequence[int]] | None = None,
     *,
     compare: str = "kk",
+    temperature: float | None = None,
+    normalize: str = "block",
     memory_budget: int | None = None,
     backend: str = "auto",
     progress: bool = False,
@@ -116,7 +99,7 @@ def match_pairs(
         sets: features of n images, from one model with the same layers and seeds. Grids may differ:
             consecutive pairs of equal grids go through the kernels together.
         pairs: [P, 2] integers (source, target); default ``all_pairs(len(sets))``.
-        compare: "qk", "kk" or "qq", see :func:`flashmaps.match.cross_map`.
+        compare, temperature, normalize: see :func:`flashmaps.match.cross_map`.
         memory_budget: bytes for a chunk's stacked queries and keys and its results; default
             256 MiB. Estimated from above; the kernels' own workspace of a few MB comes on top.
         backend: what computes the maps; see :func:`flashmaps.backends`.
@@ -127,26 +110,27 @@ def match_pairs(
     message says how much that is).
     """
     chosen = _check_pairs(pairs, len(sets))
-    if compare not in COMPARE:
-        raise ValueError(f"compare={compare!r} is not known; wanted one of {', '.join(COMPARE)}")
+    check_options(compare, temperature, normalize)
+    options = {
+        "compare": compare, "temperature": temperature, "normalize": normalize, "backend": backend,
+    }  # fmt: skip
     budget = DEFAULT_MEMORY_BUDGET if memory_budget is None else memory_budget
     # The checks above run when the function is called, not at the first next().
-    return _match_chunks(sets, chosen, compare, budget, backend, progress)
+    return _match_chunks(sets, chosen, budget, options, progress)
 
 
 def _match_chunks(
     sets: Sequence[Features],
     pairs: list[tuple[int, int]],
-    compare: str,
     budget: int,
-    backend: str,
+    options: dict[str, Any],
     progress: bool,
 ) -> Iterator[PairBatch]:
     from tqdm.auto import tqdm
 
     with tqdm(total=len(pairs), desc="pairs", disable=not progress) as bar:
-        for chunk, loaded in _chunks(sets, pairs, compare, budget):
-            yield _match_chunk(chunk, loaded, compare, backend)
+        for chunk, loaded in _chunks(sets, pairs, options["compare"], budget):
+            yield _match_chunk(chunk, loaded, options)
             bar.update(len(chunk))
 
 
@@ -185,13 +169,14 @@ def _grids(loaded: dict[int, Features], pair: tuple[int, int]) -> tuple[Grid, Gr
 
 def _image_bytes(features: Features, compare: str) -> int:
     names = set(COMPARE[compare])
-    tensors = [getattr(features, name) for name in names]
+    tensors = [each for name in names if (each := getattr(features, name)) is not None]
     return _COPIES[compare] * sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _match_chunk(
-    chunk: list[tuple[int, int]], loaded: dict[int, Features], compare: str, backend: str
+    chunk: list[tuple[int, int]], loaded: dict[int, Features], options: dict[str, Any]
 ) -> PairBatch:
+    compare = options["compare"]
     sources = sorted({source for source, _ in chunk})
     targets = sorted({target for _, target in chunk})
     if loaded[sources[0]].grid == loaded[targets[0]].grid:  # then one stack serves both sides
@@ -200,8 +185,8 @@ def _match_chunk(
     to = of if targets is sources else _stack([loaded[i] for i in targets], targets, compare)
     local = torch.tensor([(sources.index(s), targets.index(t)) for s, t in chunk])
     local = local.to(of.key.device)
-    forward = cross_map(of, to, compare=compare, pairs=local, backend=backend)
-    backward = cross_map(to, of, compare=compare, pairs=local.flip(1), backend=backend)
+    forward = cross_map(of, to, pairs=local, **options)
+    backward = cross_map(to, of, pairs=local.flip(1), **options)
     rows = forward.reduce("expectation", "max", "entropy")
     return PairBatch(
         pairs=torch.tensor(chunk),
@@ -230,9 +215,20 @@ def _stack(several: list[Features], numbers: list[int], compare: str) -> Feature
                 f"{_describe(other)}; and {_describe(first)}. Take all of them with one call, or "
                 "with the same model, layers and number of seeds"
             )
+    lacking = [n for n, f in zip(numbers, several, strict=True) if f.output is None]
+    if compare == "features" and lacking:
+        raise ValueError(
+            f"compare='features': the features of image {lacking[0]} were taken without outputs; "
+            "take them with outputs=True"
+        )
     joined = {name: torch.cat([getattr(f, name) for f in several]) for name in COMPARE[compare]}
     nothing = first.key[:, :, :0]  # what is not compared is not stacked
-    return replace(first, query=joined.get("query", nothing), key=joined.get("key", nothing))
+    return replace(
+        first,
+        query=joined.get("query", nothing),
+        key=joined.get("key", nothing),
+        output=joined.get("output"),
+    )
 
 
 def _describe(features: Features) -> str:
@@ -279,6 +275,8 @@ def write_pairs(
     *,
     rows: str = "tokens",
     compare: str = "kk",
+    temperature: float | None = None,
+    normalize: str = "block",
     memory_budget: int | None = None,
     backend: str = "auto",
     progress: bool = False,
@@ -287,7 +285,8 @@ def write_pairs(
 
     Args:
         path: file to write; one that is there is replaced at the end.
-        sets, pairs, compare, memory_budget, backend, progress: see :func:`match_pairs`.
+        sets, pairs, compare, temperature, normalize, memory_budget, backend, progress: see
+            :func:`match_pairs`.
         rows: "tokens", a row for each source token of each pair (about 70 bytes each), see
             :func:`token_columns`; or "pairs", a row for each pair, see :func:`pair_columns`.
 
@@ -301,6 +300,8 @@ def write_pairs(
         sets,
         pairs,
         compare=compare,
+        temperature=temperature,
+        normalize=normalize,
         memory_budget=memory_budget,
         backend=backend,
         progress=progress,

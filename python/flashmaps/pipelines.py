@@ -1,7 +1,8 @@
 """Images in, features out: forward passes of a Stable Diffusion model under capture.
 
 An image is encoded by the VAE, carried to a timestep and shown to the UNet once; the queries and
-keys of the chosen layers, concatenated along heads, are the features that matching works with.
+keys of the chosen layers, concatenated along heads, are the features that matching works with. What
+the layers' transformer blocks put out can be kept too.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ class Features:
     seeds: tuple[int, ...]
     prompt: str
     inversion_steps: int | None = None
+    output: Tensor | None = None  # [1, L, N, c], of the layers' blocks; None where not asked for
 
 
 def default_size(pipe: Any) -> int:
@@ -114,6 +116,7 @@ def features(
     size: int | tuple[int, int] | None = None,
     same_noise: bool = True,
     batch_size: int = DEFAULT_BATCH,
+    outputs: bool = False,
     progress: bool = False,
 ) -> list[Features]:
     """Queries and keys of a model's self-attention layers for each image.
@@ -151,6 +154,8 @@ def features(
         batch_size: how many images of equal size go through the model together. Results do not
             depend on it but for rounding; memory does. Default: 2, what a call of the pipeline with
             guidance needs too.
+        outputs: keep what the transformer block of each layer puts out as well, one "head" for each
+            layer, seed and timestep; they must be of one width. Not from a compiled UNet.
         progress: show a bar, one step for each forward pass.
 
     Raises ValueError for arguments out of range and for models of other families, by name.
@@ -159,6 +164,10 @@ def features(
 
     pipe = load_model(model)
     layers = _patterns(pipe, layers)
+    if outputs and hasattr(pipe.unet, "_orig_mod"):
+        raise ValueError(
+            "outputs=True needs a UNet that is not compiled: what its blocks put out cannot be seen"
+        )
     trained = int(pipe.scheduler.config.num_train_timesteps)
     several = not isinstance(timestep, numbers.Integral)
     timesteps = _whole_numbers("timestep", timestep, 0, trained - 1)
@@ -201,14 +210,21 @@ def features(
             else:
                 carried = invert(plan, latent, denoise)
             entries: list[Entry] = []
+            blocks: list[Tensor] = []
             for t, x_t in carried:
-                with capture(pipe.unet, layers) as record:
+                with (
+                    capture(pipe.unet, layers) as record,
+                    block_outputs(pipe, layers if outputs else ()) as seen,
+                ):
                     denoise(x_t, t)
                 entries.extend(record)
+                blocks.extend(seen[block_of(entry.layer)] for entry in record if outputs)
             _check_same_tokens(entries)
+            _check_same_width(entries, blocks)
             for place, i in enumerate(batch):
                 found[i] = _join(
                     entries,
+                    blocks,
                     place,
                     image=loaded[i],
                     input_size=sizes[i],
@@ -328,7 +344,37 @@ def _denoiser(pipe: Any, conditions: dict[str, Any], done: Callable[[], Any]) ->
     return denoise
 
 
-def _join(entries: Sequence[Entry], place: int, **settings: Any) -> Features:
+def block_of(layer: str) -> str:
+    """The name of the transformer block that an attention layer is in."""
+    return layer.rpartition(".")[0]
+
+
+@contextmanager
+def block_outputs(pipe: Any, layers: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """What the blocks of some layers put out in the latest forward pass, by name: [B, N, c].
+
+    ``layers``: patterns, as in :func:`features`; none watch nothing.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda _module, _arguments, output: seen.update({name: output})
+
+    patterns = list(layers)
+    names = {block_of(name) for name in find_layers(pipe.unet, patterns)} if patterns else set()
+    hooks = [
+        pipe.unet.get_submodule(name).register_forward_hook(keep(name)) for name in sorted(names)
+    ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _join(
+    entries: Sequence[Entry], blocks: Sequence[Tensor], place: int, **settings: Any
+) -> Features:
     """One image of the batch: all layers and passes as one set of heads, each counting the same."""
     first = entries[0]
     assert first.grid is not None  # _check_same_tokens has refused the rest
@@ -340,6 +386,9 @@ def _join(entries: Sequence[Entry], place: int, **settings: Any) -> Features:
         head_weights=torch.cat(weights).to(first.query.device),
         grid=first.grid,
         layers=tuple(dict.fromkeys(entry.layer for entry in entries)),
+        output=torch.stack([block[place : place + 1] for block in blocks], dim=1)
+        if blocks
+        else None,
         **settings,
     )
 
@@ -360,3 +409,10 @@ def _check_same_tokens(entries: Sequence[Entry]) -> None:
             "layers of different sizes cannot be averaged; choose layers of one level, for "
             f"instance with layers='up_blocks.2.*.attn1'. Chosen were:\n  {found}"
         )
+
+
+def _check_same_width(entries: Sequence[Entry], blocks: Sequence[Tensor]) -> None:
+    widths = {entry.layer: block.shape[-1] for entry, block in zip(entries, blocks, strict=False)}
+    if len(set(widths.values())) > 1:
+        told = "\n  ".join(f"{name}: {width} channels" for name, width in widths.items())
+        raise ValueError(f"outputs of different widths cannot be averaged:\n  {told}")

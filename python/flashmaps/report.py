@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 
 # What each picture shows, for somebody who has not read the paper.
 CAPTIONS = {
+    "scenes": (
+        "Drawn scenes, with the truth",
+        "Left of each: points of one object. Right: where they are found on another object of its "
+        "kind, and where they truly lie, which is known since the scenes are drawn. These are the "
+        "first pairs of a split that the model has never seen.",
+    ),
     "matches": (
         "Matches",
         "Some points of the left photograph and where they are found in the right one.",
@@ -64,6 +70,21 @@ def method_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             for key, _ in _METHOD_COLUMNS
         ]
         rows.append([name, *cells])
+    return header, rows
+
+
+def scene_rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table of drawn scenes."""
+    header = ["method", "PCK@0.1", "PCK@0.05", "median error / box"]
+    rows = [
+        [
+            name,
+            f"{score['pck@0.1']:.1%}",
+            f"{score['pck@0.05']:.1%}",
+            f"{score['median_error_of_box']:.2f}",
+        ]
+        for name, score in results["scenes"]["methods"].items()
+    ]
     return header, rows
 
 
@@ -126,13 +147,18 @@ def tables(results: dict[str, Any]) -> Iterator[Table]:
 
     truth = results["truth"]
     task = results["predictors_of_wrong_matches"]["_task"]
-    settings = results["settings"]
+    settings, scenes = results["settings"], results["scenes"]
     rows, columns = settings["source_grid"]
     titles = [
         (
+            scene_rows,
+            f"Drawn scenes, {scenes['points']} points of {scenes['pairs']} pairs (PCK@a: within "
+            "a x the object's box)",
+        ),
+        (
             method_rows,
-            f"Against the true disparity (PCK@a: within a x {truth['pck_base_px']} px, "
-            "the longer side)",
+            "The stereo pair against the true disparity (PCK@a: within a x "
+            f"{truth['pck_base_px']} px, the longer side)",
         ),
         (map_rows, f"The maps' own statistics ({rows} x {columns} tokens; IMS: 1 = image side)"),
         (
@@ -179,6 +205,7 @@ def write(path: str | Path, results: dict[str, Any], pictures: str | Path) -> No
         reading=READING[results["settings"]["compare"]],
         pictures={picture["name"]: picture for picture in shown},
         tables={
+            "scenes": scene_rows(results),
             "methods": method_rows(results),
             "maps": map_rows(results),
             "cost": cost_rows(results),

@@ -81,7 +81,7 @@ def open_benchmark(
         points: how many points of a pair to draw where the truth is dense (world, stereo, warps).
         seed: draws the pairs, the warps and the points.
         data: the folder of a public benchmark, in its published layout.
-        split: of a public benchmark: "test", "val" or "trn".
+        split: of a public benchmark: "test", "val" or "trn"; of world: "test" or "validation".
         image_size: pixels a side of the images that world draws; default 256. The scenes are the
             same at every size.
 
@@ -115,7 +115,10 @@ def open_benchmark(
         return Warps(pairs or 50, points=points or 256, seed=seed)
     from flashmaps.evaluation.worlds import SIDE, Worlds
 
-    return Worlds(pairs or 50, points=points or 256, seed=seed, side=image_size or SIDE)
+    if split not in ("test", "validation"):
+        raise ValueError(f"split={split!r}; world is scored on its splits 'test' and 'validation'")
+    side = image_size or SIDE
+    return Worlds(pairs or 50, points=points or 256, seed=seed, side=side, split=split)
 
 
 def _open_public(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flashmaps.evaluation.benchmark import Pair
-from flashmaps.evaluation.methods import CEILING, FREE
+from flashmaps.evaluation.methods import CEILING, DEFAULT, FREE
 from flashmaps.evaluation.results import PROBABILITIES, THRESHOLDS, TITLES
 from flashmaps.match import READING
 
@@ -97,8 +97,8 @@ def risk_curves(results: dict[str, Any]) -> Figure:
     figure, axes = _figure(4.2 + 5 * len(several), 5, 1, len(several))
     for ax, (compare, found) in zip(axes, several.items(), strict=True):
         share = top = found["wrong_share"][f"{headline:g}"]
-        for name, style in zip(found["scores"], _score_styles(), strict=True):
-            one = found["scores"][name]
+        for name, one in found["scores"].items():
+            style = _score_styles()[name]
             if "risk" not in one:
                 continue
             label = f"{TITLES[name]} ({one['risk_coverage']['keep_first']} first)"
@@ -123,7 +123,7 @@ def risk_curves(results: dict[str, Any]) -> Figure:
 def reliability_curves(results: dict[str, Any]) -> Figure:
     """Share of right matches in bins of equally many points, for every score."""
     several, headline = results["scores"], results["benchmark"]["headline"]
-    names = list(TITLES)
+    names = [n for n in TITLES if any(n in found["scores"] for found in several.values())]
     columns = 5
     rows = -(-len(names) // columns) * len(several)
     figure, axes = _figure(13, 2.75 * rows, rows, columns)
@@ -136,7 +136,7 @@ def reliability_curves(results: dict[str, Any]) -> Figure:
         ]
         top = max(0.05, 1.08 * max(shares, default=1))  # one scale for all scores of a comparison
         for place, name in enumerate(names):
-            one = found["scores"][name]
+            one = found["scores"].get(name, {})
             if "reliability" not in one:
                 continue
             ax = axes[block * (rows // len(several)) * columns + place]
@@ -224,7 +224,9 @@ def _styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     warm, cool = iter(_WARM), iter(_COOL * 2)
     readings = tuple(READING.values())
     for name in names:
-        if name.startswith(readings):
+        if name == DEFAULT:
+            styles[name] = {"color": "black", "linewidth": 2.6}
+        elif name.startswith(readings):
             styles[name] = {"color": next(warm), "linewidth": 2.2}
         elif name in FREE:
             dashes = {"identity": ":", "random": "--", CEILING: "-."}
@@ -234,9 +236,12 @@ def _styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     return styles
 
 
-def _score_styles() -> list[dict[str, Any]]:
-    colours = (*_WARM[:6], *_COOL[:4])
-    return [{"color": colour, "linewidth": 1.4} for colour in colours]
+def _score_styles() -> dict[str, dict[str, Any]]:
+    colours = ("black", *_WARM[:6], *_COOL[:4])
+    return {
+        name: {"color": colour, "linewidth": 2.6 if name == "confidence" else 1.4}
+        for name, colour in zip(TITLES, colours, strict=True)
+    }
 
 
 def _figure(

@@ -95,10 +95,21 @@ def _settings(results: dict[str, Any]) -> list[str]:
         ["noise", "the same for all images" if settings["same_noise"] else "different"],
         ["prompt", repr(settings["prompt"])],
         ["size", str(settings["size"] or "what the model was trained on")],
+        *([name, str(value)] for name, value in _match_settings(settings).items()),
         ["tokens, source / target", tokens],
         ["seed of the benchmark", str(settings["seed"])],
     ]
-    return _table(["setting", ""], rows)
+    return table(["setting", ""], rows)
+
+
+def _match_settings(settings: dict[str, Any]) -> dict[str, str]:
+    """Of fm.match, those that are not plain defaults."""
+    given = settings.get("match", {})
+    plain = {"temperature": None, "normalize": "block", "readout": "hard", "between": None}
+    found = {name: str(given[name]) for name in plain if given.get(name) != plain[name]}
+    if given.get("readout") == "window":
+        found["readout"] += f" of {2 * given['window'] + 1} x {2 * given['window'] + 1} tokens"
+    return {f"fm.match: {name}": value for name, value in found.items()}
 
 
 def _pck_rows(results: dict[str, Any], kind: str) -> tuple[list[str], list[list[str]]]:
@@ -106,12 +117,12 @@ def _pck_rows(results: dict[str, Any], kind: str) -> tuple[list[str], list[list[
     rows = []
     for name, found in results["methods"].items():
         each = [found["pck"][f"{t:g}"] for t in THRESHOLDS]
-        rows.append([name, *(_percent(one[kind], one[f"{kind}_interval"]) for one in each)])
+        rows.append([name, *(percent(one[kind], one[f"{kind}_interval"]) for one in each)])
     return header, rows
 
 
 def _pck_table(results: dict[str, Any], kind: str) -> list[str]:
-    return _table(*_pck_rows(results, kind))
+    return table(*_pck_rows(results, kind))
 
 
 def _error_table(results: dict[str, Any]) -> list[str]:
@@ -121,22 +132,22 @@ def _error_table(results: dict[str, Any]) -> list[str]:
         rows.append(
             [
                 name,
-                _number(error["median_px"], error["median_px_interval"], 1),
-                _number(error["mean_px"], error["mean_px_interval"], 1),
+                number(error["median_px"], error["median_px_interval"], 1),
+                number(error["mean_px"], error["mean_px_interval"], 1),
                 f"{error['median_of_base']:.3f}",
                 f"{error['mean_of_base']:.3f}",
             ]
         )
-    return _table(["method", "median px", "mean px", "median / base", "mean / base"], rows)
+    return table(["method", "median px", "mean px", "median / base", "mean / base"], rows)
 
 
 def _difference_table(results: dict[str, Any]) -> list[str]:
     rows = []
     for name, found in results["against"].items():
         each = [found[f"{t:g}"] for t in THRESHOLDS]
-        cells = [_percent(one["per_point"], one["per_point_interval"], sign="+") for one in each]
+        cells = [percent(one["per_point"], one["per_point_interval"], sign="+") for one in each]
         rows.append([name, *cells])
-    return _table(["against", *(f"PCK@{t:g}" for t in THRESHOLDS)], rows)
+    return table(["against", *(f"PCK@{t:g}" for t in THRESHOLDS)], rows)
 
 
 def _score_section(compare: str, found: dict[str, Any], headline: float) -> list[str]:
@@ -146,9 +157,10 @@ def _score_section(compare: str, found: dict[str, Any], headline: float) -> list
     return [
         f"## Which score tells wrong matches: {READING[compare]}",
         "",
-        f"A hard match is wrong when it is off by more than a times the base; here: {shares}. "
-        f"AUROC: how often a wrong match has the higher score than a right one, at a = {key}; 0.5 "
-        "is chance, and below it a high score means right. The direction is called by the "
+        f'A match (of "{found["method"]}") is wrong when it is off by more than a times the base; '
+        f"here: {shares}. AUROC: how often a wrong match has the higher score than a right one, at "
+        f"a = {key}; 0.5 is chance, and below it a high score means right. The direction is called "
+        "by the "
         'interval: "says nothing" where it holds 0.5. AURC: mean share of wrong matches among the '
         "kept, over all coverages, keeping low scores first and keeping high scores first; the "
         "better is in bold. A score that knows nothing gets the share of wrong matches where it "
@@ -156,7 +168,7 @@ def _score_section(compare: str, found: dict[str, Any], headline: float) -> list
         "all points). Hidden: AUROC of telling points that have no match in the target, high "
         "meaning hidden.",
         "",
-        *_table(header, rows),
+        *table(header, rows),
     ]
 
 
@@ -174,17 +186,17 @@ def _score_rows(found: dict[str, Any], headline: float) -> tuple[list[str], list
         risks = one["risk_coverage"]
         areas = []
         for first in ("low", "high"):
-            area = _number(risks[f"aurc_keep_{first}"], risks[f"aurc_keep_{first}_interval"], 3)
+            area = number(risks[f"aurc_keep_{first}"], risks[f"aurc_keep_{first}_interval"], 3)
             areas.append(f"**{area}**" if first == risks["keep_first"] else area)
         rows.append(
             [
                 TITLES[name],
-                _number(wrong["auroc"], wrong["auroc_interval"], 3),
+                number(wrong["auroc"], wrong["auroc_interval"], 3),
                 _MEANING[wrong["high_means"]],
                 *areas,
                 f"{wrong['share']:.3f}",
                 f"{one['defined_share']:.0%}",
-                _number(hidden["auroc"], hidden["auroc_interval"], 3),
+                number(hidden["auroc"], hidden["auroc_interval"], 3),
             ]
         )
     return header, rows
@@ -206,7 +218,7 @@ def _mirrored_section(results: dict[str, Any]) -> list[str]:
         f"({found['points']} points): as above / with a match to the same point of the other side "
         "counted as right too.",
         "",
-        *_table(["method", *(f"PCK@{t:g}" for t in THRESHOLDS)], rows),
+        *table(["method", *(f"PCK@{t:g}" for t in THRESHOLDS)], rows),
     ]
 
 
@@ -220,7 +232,7 @@ def _category_section(results: dict[str, Any]) -> list[str]:
     return [
         f"## PCK@{key} by category, per point, %",
         "",
-        *_table(["category", "pairs", "points", *names], rows),
+        *table(["category", "pairs", "points", *names], rows),
     ]
 
 
@@ -235,13 +247,15 @@ def _pictures() -> list[str]:
     return ["## Pictures", "", *(f"![{text}]({name}.png)" for name, text in captions.items())]
 
 
-def _percent(value: float, interval: Sequence[float] | None, sign: str = "") -> str:
-    return _number(100 * value, None if interval is None else [100 * v for v in interval], 1, sign)
+def percent(value: float, interval: Sequence[float] | None, sign: str = "") -> str:
+    """A share as a percentage, with its interval."""
+    return number(100 * value, None if interval is None else [100 * v for v in interval], 1, sign)
 
 
-def _number(
+def number(
     value: float | None, interval: Sequence[float] | None, digits: int, sign: str = ""
 ) -> str:
+    """A number, with its interval where there is one."""
     if value is None:
         return ""
     shown = f"{value:{sign}.{digits}f}"
@@ -255,7 +269,8 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:] + "."
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a table of Markdown, numbers to the right."""
     align = ["---", *("---:" for _ in header[1:])]
     every = [header, align, *rows]
     return ["| " + " | ".join(cells) + " |" for cells in every]

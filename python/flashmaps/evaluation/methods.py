@@ -5,24 +5,29 @@ from __future__ import annotations
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flashmaps.confidence import SCORES
 from flashmaps.evaluation import points as carried
 from flashmaps.evaluation.baselines import colours, dense_sift, nearest, unit_rows, untrained
 from flashmaps.evaluation.benchmark import Pair
 from flashmaps.images import Image
-from flashmaps.match import READING, cross_map
-from flashmaps.pairs import SCORES, match_pairs
+from flashmaps.match import READING, between_of, cross_map, place_points
+from flashmaps.pairs import match_pairs
 from flashmaps.pipelines import Features, features
+from flashmaps.settings import MatchSettings, fingerprint
+
+__all__ = ["Methods", "Outcome", "fingerprint", "judged_by", "method_names"]
 
 KEPT_BYTES = 2**30  # of features and descriptors of images that may come again
 _NOISE_APART = 1_000_003
 
+DEFAULT = "fm.match"  # with the model's own settings, where they are more than a hard match
 # Methods that look at no image.
 CEILING = "best token there is"
 FREE = ("identity", "random", CEILING)
@@ -33,12 +38,13 @@ class Described:
     """What the methods need of one image."""
 
     trained: Features
-    untrained: Features
-    descriptors: dict[str, Tensor]  # [N, c] each; nearest is best
+    untrained: Features | None = None
+    descriptors: dict[str, Tensor] = field(default_factory=dict)  # [N, c] each; nearest is best
 
     def size(self) -> int:
         """Bytes."""
-        tensors = [f for each in (self.trained, self.untrained) for f in (each.query, each.key)]
+        both = [each for each in (self.trained, self.untrained) if each is not None]
+        tensors = [f for each in both for f in (each.query, each.key, each.output) if f is not None]
         return sum(t.numel() * t.element_size() for t in (*tensors, *self.descriptors.values()))
 
 
@@ -48,7 +54,8 @@ class Outcome:
 
     Attributes:
         found: method to [n, 2], (x, y) in target pixels.
-        scores: comparison to score (of ``flashmaps.pairs.SCORES``) to [n], NaN where undefined.
+        scores: comparison to score (of ``flashmaps.confidence.SCORES``, and "confidence" where
+            there is a calibration) to [n], NaN where undefined.
         grids: (height, width) of the source's and of the target's tokens.
     """
 
@@ -57,18 +64,31 @@ class Outcome:
     grids: tuple[tuple[int, int], tuple[int, int]]
 
 
-def method_names(compare: Sequence[str]) -> list[str]:
+def method_names(compare: Sequence[str], settings: MatchSettings | None = None) -> list[str]:
     """The methods in the order of tables: matches, the same layer's cosine, baselines."""
     return [
+        *([DEFAULT] if settings is not None and _is_more(settings) else []),
         *(f"{READING[c]}, {kind}" for c in compare for kind in ("hard", "soft")),
         "cosine of keys",
         "cosine of queries",
+        "cosine of features",
         *(f"untrained, {READING[c]}" for c in compare),
         "SIFT",
         "raw colour, 3 x 3",
         "raw colour",
         *FREE,
     ]
+
+
+def judged_by(compare: str, settings: MatchSettings | None = None) -> str:
+    """The method whose matches the scores of a comparison judge."""
+    if settings is not None and _is_more(settings) and settings.compare == compare:
+        return DEFAULT
+    return f"{READING[compare]}, hard"
+
+
+def _is_more(settings: MatchSettings) -> bool:
+    return settings.readout != "hard" or settings.between not in (None, "token")
 
 
 class Methods:
@@ -81,6 +101,9 @@ class Methods:
         seed: of the method "random".
         options: for :func:`flashmaps.pipelines.features`; ``prompt`` may hold "{category}", and
             with ``same_noise=False`` every image gets noise of its own.
+        settings: temperature, normalisation, readout and calibration of ``settings.compare``; the
+            other comparisons have the defaults.
+        baselines: whether to run what is not a match by ``compare``.
     """
 
     def __init__(
@@ -91,8 +114,11 @@ class Methods:
         backend: str = "auto",
         seed: int = 0,
         options: Mapping[str, Any] | None = None,
+        settings: MatchSettings | None = None,
+        baselines: bool = True,
     ) -> None:
-        self.pipe, self.fresh = pipe, untrained(pipe)
+        self.pipe, self.fresh = pipe, untrained(pipe) if baselines else None
+        self.settings = MatchSettings(compare=compare[0]) if settings is None else settings
         self.compare, self.backend, self.seed = tuple(compare), backend, seed
         self.options = dict(options or {})
         self.prompt = self.options.pop("prompt", "")
@@ -112,23 +138,47 @@ class Methods:
         scores: list[dict[str, dict[str, np.ndarray]]] = [{} for _ in numbered]
         for compare in self.compare:
             done = 0
-            for batch in match_pairs(sets, local, compare=compare, backend=self.backend):
+            for batch in match_pairs(sets, local, **self._map_options(compare)):
                 for row in range(len(batch.pairs)):
                     pair = numbered[done][1]
                     put = _Put(pair, batch.source_grid, batch.target_grid)
                     forward = batch.trip.forward[row].cpu().numpy()
                     found[done][f"{READING[compare]}, hard"] = put.hard(forward[put.tokens])
                     found[done][f"{READING[compare]}, soft"] = put.soft(batch.expected_target[row])
-                    scores[done][compare] = {
-                        name: batch.score(name)[row].float().cpu().numpy()[put.tokens]
-                        for name in SCORES
-                    }
+                    each = {name: batch.score(name)[row].float().cpu() for name in SCORES}
+                    if compare == self.settings.compare and self.settings.calibration:
+                        each["confidence"] = self.settings.calibration.probability(each)
+                    scores[done][compare] = {n: v.numpy()[put.tokens] for n, v in each.items()}
                     done += 1
         for place, (number, pair) in enumerate(numbered):
             here, there = (described[keys[i]] for i in local[place])
             put = _Put(pair, here.trained.grid, there.trained.grid)
-            found[place].update(self._baselines(number, pair, put, here, there))
+            if _is_more(self.settings):
+                found[place][DEFAULT] = self._default(put, here.trained, there.trained)
+            if here.untrained is not None and there.untrained is not None:
+                found[place].update(self._baselines(number, pair, put, here, there))
             yield number, Outcome(found[place], scores[place], (put.grid, put.target_grid))
+
+    def _map_options(self, compare: str) -> dict[str, Any]:
+        options: dict[str, Any] = {"compare": compare, "backend": self.backend}
+        if compare == self.settings.compare:
+            options["temperature"] = self.settings.temperature
+            options["normalize"] = self.settings.normalize
+        return options
+
+    def _default(self, put: _Put, here: Features, there: Features) -> np.ndarray:
+        """As ``Match.transfer`` would, without what it would compute of other tokens."""
+        unit = torch.from_numpy(carried.to_unit(put.points, put.size))
+        found = place_points(
+            here,
+            there,
+            unit[None],
+            readout=self.settings.readout,
+            window=self.settings.window,
+            between=between_of(self.settings.readout, self.settings.between),
+            **self._map_options(self.settings.compare),
+        )
+        return put.move(found[0].double().numpy() - unit.numpy())
 
     def _baselines(
         self, number: int, pair: Pair, put: _Put, here: Described, there: Described
@@ -138,9 +188,8 @@ class Methods:
             chosen = nearest(descriptors[put.tokens], there.descriptors[name])
             found[name] = put.hard(chosen.numpy())
         for compare in self.compare:
-            fresh = cross_map(
-                here.untrained, there.untrained, compare=compare, backend=self.backend
-            )
+            assert here.untrained is not None and there.untrained is not None
+            fresh = cross_map(here.untrained, there.untrained, **self._map_options(compare))
             chosen = fresh.argmax()[0].cpu()[put.tokens]
             found[f"untrained, {READING[compare]}"] = put.hard(chosen.numpy())
         tokens = put.target_grid[0] * put.target_grid[1]
@@ -160,9 +209,12 @@ class Methods:
         missing = {key: image for key, image in images.items() if key not in self._kept}
         if missing:
             trained = self._features(self.pipe, missing)
-            fresh = self._features(self.fresh, missing)
-            for key, one, other in zip(missing, trained, fresh, strict=True):
-                self._kept[key] = Described(one, other, _descriptors(one))
+            if self.fresh is None:
+                self._kept.update({k: Described(f) for k, f in zip(missing, trained, strict=True)})
+            else:
+                fresh = self._features(self.fresh, missing)
+                for key, one, other in zip(missing, trained, fresh, strict=True):
+                    self._kept[key] = Described(one, other, _descriptors(one))
         chosen = {}
         for key in images:
             self._kept.move_to_end(key)
@@ -175,14 +227,16 @@ class Methods:
     def _features(self, pipe: Any, images: Mapping[tuple[str, str], Image]) -> list[Features]:
         prompts = [prompt for _, prompt in images]
         if self.same_noise:
-            return features(pipe, list(images.values()), prompt=prompts, **self.options)
+            return features(
+                pipe, list(images.values()), prompt=prompts, outputs=True, **self.options
+            )
         seeds = self.options.get("seeds", (0,))
         found = []
         for (name, prompt), image in images.items():
             # By its name, so that neither order nor chunks change what an image gets.
             apart = _NOISE_APART * (1 + zlib.crc32(name.encode()))
             options = {**self.options, "seeds": [seed + apart for seed in seeds]}
-            found += features(pipe, [image], prompt=prompt, **options)
+            found += features(pipe, [image], prompt=prompt, outputs=True, **options)
         return found
 
     def _key(self, pair: Pair, side: str) -> tuple[str, str]:
@@ -208,24 +262,12 @@ class _Put:
 
 
 def _descriptors(of: Features) -> dict[str, Tensor]:
+    assert of.output is not None  # asked for above
     return {
         "cosine of keys": unit_rows(of.key),
         "cosine of queries": unit_rows(of.query),
+        "cosine of features": unit_rows(of.output),
         "SIFT": dense_sift(of.image, of.grid),
         "raw colour, 3 x 3": colours(of, 3),
         "raw colour": colours(of, 1),
     }
-
-
-def fingerprint(pipe: Any) -> str:
-    """A few values of every weight of the UNet, hashed: tells one model from another."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for name, weight in pipe.unet.state_dict().items():
-        digest.update(name.encode())
-        if weight.is_meta:  # offloaded: what it holds is elsewhere
-            continue
-        some = weight.detach().flatten()[:16].to("cpu", torch.float32)
-        digest.update(some.contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]

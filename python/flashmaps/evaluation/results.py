@@ -8,11 +8,12 @@ symmetric object, NaN where there is none to be seen), base; for every method ``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from flashmaps.confidence import SCORES
 from flashmaps.evaluation import bootstrap
 from flashmaps.evaluation.metrics import (
     aurc,
@@ -25,15 +26,15 @@ from flashmaps.evaluation.metrics import (
     risk_coverage,
 )
 from flashmaps.match import READING
-from flashmaps.pairs import SCORES
 
 Table = dict[str, np.ndarray]
 
 THRESHOLDS = (0.01, 0.05, 0.1)
 CURVE = tuple(round(0.005 * i, 3) for i in range(41))  # thresholds of the PCK curves, 0 to 0.2
-PROBABILITIES = ("return_probability", "max_probability")
+PROBABILITIES = ("confidence", "return_probability", "max_probability")
 # Per target token in the note; here read at the token that a point is matched to.
 TITLES = {
+    "confidence": "confidence",
     "return_probability": "return probability",
     "max_probability": "max probability",
     "hard_distance": "cycle error, hard",
@@ -50,7 +51,7 @@ TITLES = {
 def summarise(
     table: Table,
     methods: Sequence[str],
-    compare: Sequence[str],
+    compare: Sequence[str] | Mapping[str, str],
     *,
     headline: float = 0.1,
     resamples: int = bootstrap.RESAMPLES,
@@ -61,7 +62,8 @@ def summarise(
     Args:
         table: see the top of this file.
         methods: names in the order of the report; the first is what the others are compared with.
-        compare: comparisons that have scores.
+        compare: comparisons that have scores; as a mapping, to the methods whose matches they
+            judge. Those of "kk" are otherwise about "keys on keys, hard".
         headline: PCK threshold of the curves of risk and of reliability.
         resamples, seed: of the bootstrap over units.
 
@@ -78,9 +80,14 @@ def summarise(
     counts = bootstrap.resample(int(unit.max()) + 1, resamples, seed)
     found = {name: np.stack((table[f"x: {name}"], table[f"y: {name}"]), axis=1) for name in methods}
     errors = {name: np.linalg.norm(each - true, axis=1) for name, each in found.items()}
-    visible = _Points(table["pair"][seen], unit[seen], table["base"][seen], counts)
+    visible = Points(table["pair"][seen], unit[seen], table["base"][seen], counts)
     scored = {name: visible.score(each[seen]) for name, each in errors.items()}
     first = methods[0]
+    judged = (
+        compare
+        if isinstance(compare, Mapping)
+        else {each: f"{READING[each]}, hard" for each in compare}
+    )
     return {
         "points": int(seen.sum()),
         "hidden_points": int((~seen).sum()),
@@ -95,15 +102,16 @@ def summarise(
         "mirrored": _mirrored(table, found, errors, seen),
         "categories": _categories(table["category"][seen], visible, errors, seen),
         "scores": {
-            each: _scores(
-                table, each, errors[f"{READING[each]}, hard"], seen, unit, counts, headline
-            )
-            for each in compare
+            each: {
+                "method": method,
+                **_scores(table, each, errors[method], seen, unit, counts, headline),
+            }
+            for each, method in judged.items()
         },
     }
 
 
-class _Points:
+class Points:
     """The points that can be scored, and how they fall to pairs and units."""
 
     def __init__(
@@ -200,7 +208,7 @@ def _mirrored(
 
 
 def _categories(
-    category: np.ndarray, points: _Points, errors: dict[str, np.ndarray], seen: np.ndarray
+    category: np.ndarray, points: Points, errors: dict[str, np.ndarray], seen: np.ndarray
 ) -> dict[str, Any]:
     """PCK of every method in every category, without intervals."""
     found: dict[str, Any] = {}
@@ -231,11 +239,13 @@ def _scores(
     counts: np.ndarray,
     headline: float,
 ) -> dict[str, Any]:
-    """How well each score of one comparison tells its wrong hard matches, and hidden points."""
+    """How well each score of one comparison tells its wrong matches, and hidden points."""
     relative = errors[seen] / table["base"][seen]
     wrong = {f"{t:g}": relative > t for t in THRESHOLDS}
     found: dict[str, Any] = {}
-    for name in SCORES:
+    for name in ("confidence", *SCORES):
+        if f"score: {compare}: {name}" not in table:  # no calibration, no confidence
+            continue
         values = table[f"score: {compare}: {name}"]
         defined = np.isfinite(values)
         here = defined[seen]

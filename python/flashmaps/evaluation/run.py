@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,14 @@ from flashmaps.backends import check_name
 from flashmaps.evaluation import markdown
 from flashmaps.evaluation.benchmark import Benchmark, Pair, open_benchmark
 from flashmaps.evaluation.bootstrap import RESAMPLES
-from flashmaps.evaluation.methods import Methods, Outcome, fingerprint, method_names
+from flashmaps.evaluation.methods import Methods, Outcome, fingerprint, judged_by, method_names
 from flashmaps.evaluation.results import CURVE, Table, summarise
+from flashmaps.evaluation.threads import fit_threads
 from flashmaps.files import check_replaceable, whole_file, write_json, write_text
 from flashmaps.match import COMPARE
-from flashmaps.pairs import SCORES, need_pyarrow
-from flashmaps.pipelines import BUILTIN, DEFAULT_TIMESTEP, load_model
+from flashmaps.pairs import need_pyarrow
+from flashmaps.pipelines import BUILTIN, load_model
+from flashmaps.settings import MatchSettings, settings_of
 
 MARKER = "run.json"
 WHOLE = "points.parquet"
@@ -47,13 +50,14 @@ def evaluate(
     split: str = "test",
     image_size: int | None = None,
     model: Any = BUILTIN,
-    compare: str | Sequence[str] = ("kk",),
+    compare: str | Sequence[str] | None = None,
     layers: str | Sequence[str] | None = None,
-    timestep: int | Sequence[int] = DEFAULT_TIMESTEP,
+    timestep: int | Sequence[int] | None = None,
     prompt: str = "",
-    seeds: Sequence[int] = (0,),
+    seeds: Sequence[int] | None = None,
     size: int | None = None,
-    same_noise: bool = True,
+    same_noise: bool | None = None,
+    settings: MatchSettings | None = None,
     device: str | None = None,
     dtype: str | None = None,
     backend: str = "auto",
@@ -70,11 +74,13 @@ def evaluate(
         out: folder to write. One that holds an unfinished run of the same settings is continued,
             and of a finished one the report is made anew from its points.
         model, layers, timestep, seeds, size, same_noise: see
-            :func:`flashmaps.pipelines.features`; any Stable Diffusion folder will do.
+            :func:`flashmaps.pipelines.features`; any Stable Diffusion folder will do. Those left
+            out are the model's own, as for :func:`flashmaps.match`.
         prompt: the text the model sees; "{category}" stands for the pair's.
         device: where the model runs, for instance "cuda"; default: where it is.
         dtype: "float32", "float16" or "bfloat16"; default: as it is.
-        compare: one or several of "kk", "qk", "qq".
+        compare: one or several of "kk", "qk", "qq", "features"; default the model's own.
+        settings: in place of the model's own.
         backend: what computes the maps; see :func:`flashmaps.backends`.
         resamples: of the bootstrap.
         overwrite: throw away what a run of other settings left in ``out``.
@@ -85,7 +91,8 @@ def evaluate(
     other settings.
     """
     need_pyarrow()
-    compare = _check_compare(compare)
+    if compare is not None:
+        compare = _check_compare(compare)
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype={dtype!r} is not known; wanted {', '.join(DTYPES)}")
     check_name(backend)
@@ -101,11 +108,24 @@ def evaluate(
             image_size=image_size,
         )
     pipe = load_model(model, device=device, dtype=None if dtype is None else DTYPES[dtype])
+    chosen = (settings_of(pipe) if settings is None else settings).with_given(
+        layers=None if layers is None else (layers,) if isinstance(layers, str) else tuple(layers),
+        timestep=timestep,
+        seeds=None if seeds is None else tuple(seeds),
+        size=size,
+        same_noise=same_noise,
+    )
+    if compare is None:
+        compare = (chosen.compare,)
+    elif chosen.compare not in compare:
+        chosen = chosen.with_given(compare=compare[0])
+    if prompt:  # not what the confidence was fitted to
+        chosen = replace(chosen, calibration=None)
     options = {
-        "layers": layers, "timestep": timestep, "prompt": prompt, "seeds": tuple(seeds),
-        "size": size, "same_noise": same_noise,
+        "layers": chosen.layers, "timestep": chosen.timestep, "prompt": prompt,
+        "seeds": chosen.seeds, "size": chosen.size, "same_noise": chosen.same_noise,
     }  # fmt: skip
-    settings = {
+    asked = {
         "flashmaps": metadata.version("flashmaps"),
         "benchmark": benchmark.name,
         "what": benchmark.what,
@@ -120,17 +140,53 @@ def evaluate(
         "dtype": dtype,
         "backend": backend,
         **options,
+        "match": {
+            "compare": chosen.compare,
+            "temperature": chosen.temperature,
+            "normalize": chosen.normalize,
+            "readout": chosen.readout,
+            "window": chosen.window,
+            "between": chosen.between,
+            "confidence": None if chosen.calibration is None else chosen.calibration.to_json(),
+        },
     }
-    settings = json.loads(json.dumps(settings))  # as it will be read again
+    asked = json.loads(json.dumps(asked))  # as it will be read again
     folder = Path(out)
-    _open_folder(folder, settings, overwrite)
-    names = method_names(compare)
+    if open_folder(folder, asked, overwrite):
+        (folder / "results.json").unlink(missing_ok=True)  # until the new report is there
+    names = method_names(compare, chosen)
     if not (folder / WHOLE).is_file():
-        methods = Methods(pipe, compare=compare, backend=backend, seed=seed, options=options)
-        _compute(folder, benchmark, methods, names, progress)
-    table = _read_table(folder / WHOLE)
+        methods = Methods(
+            pipe, compare=compare, backend=backend, seed=seed, options=options, settings=chosen
+        )
+        with fit_threads(pipe):
+            _compute(folder, benchmark, methods, names, progress)
+    table = read_table(folder / WHOLE)
     results: dict[str, Any] = {
-        "settings": settings,
+        "settings": asked,
+        **report(
+            table, benchmark, names, {each: judged_by(each, chosen) for each in compare},
+            resamples=resamples, seed=seed,
+        ),
+    }  # fmt: skip
+    write_text(folder / "results.md", markdown.page(results, plots=plots))
+    if plots:
+        draw(folder, results, table, benchmark, names[0])
+    write_json(folder / "results.json", results)
+    return results
+
+
+def report(
+    table: Table,
+    benchmark: Benchmark,
+    methods: Sequence[str],
+    judged: Mapping[str, str],
+    *,
+    resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Everything that is told of a table of points but the settings of the run."""
+    return {
         "benchmark": {
             "name": benchmark.name,
             "what": benchmark.what,
@@ -141,15 +197,10 @@ def evaluate(
         "curve_thresholds": list(CURVE),
         "tokens": _tokens(table),
         **summarise(
-            table, names, compare, headline=benchmark.headline, resamples=resamples, seed=seed
+            table, methods, judged, headline=benchmark.headline, resamples=resamples, seed=seed
         ),
         "resamples": resamples,
     }
-    write_text(folder / "results.md", markdown.page(results, plots=plots))
-    if plots:
-        _draw(folder, results, table, benchmark, names[0])
-    write_json(folder / "results.json", results)
-    return results
 
 
 def _check_compare(compare: str | Sequence[str]) -> tuple[str, ...]:
@@ -169,6 +220,7 @@ def _compute(
     from tqdm.auto import tqdm
 
     count = len(benchmark)
+    (folder / "parts").mkdir(exist_ok=True)
     parts = {first: _part(folder, first) for first in range(0, count, CHUNK)}
     missing = [first for first, path in parts.items() if not path.is_file()]
     todo = sum(min(CHUNK, count - first) for first in missing)
@@ -179,16 +231,16 @@ def _compute(
             for (number, pair), (_, outcome) in zip(chunk, methods.run(chunk), strict=True):
                 rows.append(point_rows(number, pair, outcome, names))
                 bar.update()
-            _write_table(parts[first], _join(rows))
-    _write_table(folder / WHOLE, _join([_read_table(path) for path in parts.values()]))
+            write_table(parts[first], join(rows))
+    write_table(folder / WHOLE, join([read_table(path) for path in parts.values()]))
     shutil.rmtree(folder / "parts")
 
 
 # -- the folder ------------------------------------------------------------------------------------
 
 
-def _open_folder(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
-    """Make the folder, or make sure that it holds a run of the same settings."""
+def open_folder(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool:
+    """Make the folder, or make sure that it holds a run of the same settings: whether it did."""
     known = folder / MARKER
     if known.is_file():
         try:
@@ -197,8 +249,7 @@ def _open_folder(folder: Path, settings: dict[str, Any], overwrite: bool) -> Non
             before = {}
         differing = [k for k in {**settings, **before} if before.get(k) != settings.get(k)]
         if not differing:
-            (folder / "results.json").unlink(missing_ok=True)  # until the new report is there
-            return
+            return True
         if not overwrite:
             told = "; ".join(
                 f"{key}: {before.get(key)!r} there, {settings.get(key)!r} now" for key in differing
@@ -208,15 +259,17 @@ def _open_folder(folder: Path, settings: dict[str, Any], overwrite: bool) -> Non
                 "folder, or overwrite it (--overwrite)"
             )
         shutil.rmtree(folder)
-    (folder / "parts").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     write_json(known, settings)
+    return False
 
 
 def _part(folder: Path, first: int) -> Path:
     return folder / "parts" / f"{first:06d}.parquet"
 
 
-def _write_table(path: Path, table: Table) -> None:
+def write_table(path: Path, table: Table) -> None:
+    """A table of points as Parquet, whole or not at all."""
     pyarrow, parquet = need_pyarrow()
     columns = {
         name: pyarrow.array(values.tolist()).dictionary_encode()
@@ -228,7 +281,8 @@ def _write_table(path: Path, table: Table) -> None:
         parquet.write_table(pyarrow.table(columns), new)
 
 
-def _read_table(path: Path) -> Table:
+def read_table(path: Path) -> Table:
+    """A table of points from Parquet. Raises ValueError where it is not readable."""
     _, parquet = need_pyarrow()
     try:
         table = parquet.read_table(path)
@@ -241,7 +295,8 @@ def _read_table(path: Path) -> Table:
     return found
 
 
-def _join(tables: Sequence[Table]) -> Table:
+def join(tables: Sequence[Table]) -> Table:
+    """Tables of the same columns as one."""
     return {name: np.concatenate([each[name] for each in tables]) for name in tables[0]}
 
 
@@ -271,8 +326,8 @@ def point_rows(number: int, pair: Pair, outcome: Outcome, names: Sequence[str]) 
         for axis, values in zip("xy", outcome.found[name].T, strict=True):
             columns[f"{axis}: {name}"] = values.astype(np.float32)
     for compare, scores in outcome.scores.items():
-        for name in SCORES:
-            columns[f"score: {compare}: {name}"] = scores[name].astype(np.float32)
+        for name, values in scores.items():
+            columns[f"score: {compare}: {name}"] = values.astype(np.float32)
     return columns
 
 
@@ -281,9 +336,10 @@ def _tokens(table: Table) -> dict[str, list[str]]:
     return {side: sorted(set(table[f"{side}_grid"].tolist())) for side in ("source", "target")}
 
 
-def _draw(
+def draw(
     folder: Path, results: dict[str, Any], table: Table, benchmark: Benchmark, method: str
 ) -> None:
+    """Every plot of a report, and examples of one method's matches, as PNG files."""
     from flashmaps.evaluation import figures
 
     shown = [benchmark.pair(i) for i in range(min(EXAMPLES, len(benchmark)))]

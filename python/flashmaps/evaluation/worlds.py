@@ -1,4 +1,4 @@
-"""The test split of `flashmaps.world`: drawn objects of one category in two scenes."""
+"""A split of `flashmaps.world`: drawn objects of one category in two scenes."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ SIDE = 256  # pixels
 class Worlds:
     """``pairs`` pairs of scenes, ``points`` pixels of the object in common that the source shows.
 
+    With ``hidden=False`` the points are drawn among those that the target shows too.
+
     A pixel whose place on the other object is covered there, or out of the frame, has no match.
     Parts keep their identity: a left wing belongs to a left wing. What goes to the other side of a
     symmetric object is counted apart (``Pair.mirrored_points``). The box that PCK is of is around
@@ -28,14 +30,24 @@ class Worlds:
     unit = "pairs"
     headline = 0.1
 
-    def __init__(self, pairs: int = 50, points: int = 256, seed: int = 0, side: int = SIDE) -> None:
+    def __init__(
+        self,
+        pairs: int = 50,
+        points: int = 256,
+        seed: int = 0,
+        side: int = SIDE,
+        *,
+        split: str = "test",
+        hidden: bool = True,
+    ) -> None:
         from flashmaps import world
 
-        self._pairs = world.pairs("test", pairs, seed=seed, size=side)
-        self._points, self._seed = points, seed
+        self._pairs = world.pairs(split, pairs, seed=seed, size=side)
+        self._points, self._seed, self._hidden = points, seed, hidden
         self.what = (
             f"drawn creatures and vehicles in scenes with other objects and occluders, {side} "
-            "pixels a side, categories in turn: the test split of flashmaps.world"
+            f"pixels a side, categories in turn: the {split} split of flashmaps.world"
+            + ("" if hidden else f"; {points} points of each that both scenes show")
         )
 
     def __len__(self) -> int:
@@ -43,13 +55,13 @@ class Worlds:
         return len(self._pairs)
 
     def pair(self, index: int) -> Pair:
-        """Pair ``index`` of the world's test split."""
+        """Pair ``index`` of the world's split."""
         from flashmaps import world
 
         found = self._pairs[index]
         objects = (found.a, found.instance_a, found.b, found.instance_b)
         true = world.correspondence(*objects)
-        rows, columns = np.nonzero(true.valid)
+        rows, columns = np.nonzero(true.valid if self._hidden else true.visible)
         rng = np.random.default_rng([self._seed, index])
         chosen = draw(rng, self._points, len(rows))
         rows, columns = rows[chosen], columns[chosen]

@@ -1,0 +1,305 @@
+"""`flashmaps study`: how a model matches best, found on one split of the world, told of another.
+
+1. Every variant of matching that the search asks for (``search.py``) is scored on pairs of the
+   validation split, from passes of the model that are computed once (``store.py``).
+2. The confidence is fitted to the best variant's matches, on the same pairs (``calibrate.py``).
+3. The best variant is scored once on pairs of the test split, beside the baselines, under three
+   noises.
+
+The folder: run.json (what was asked), passes/ and test-*/ while it runs; at the end match.json,
+which :func:`flashmaps.match` reads beside a model's weights, results.md, plots, and results.json,
+written last. Files are written whole, and a study that was interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flashmaps.evaluation.benchmark import Benchmark
+from flashmaps.evaluation.bootstrap import RESAMPLES
+from flashmaps.evaluation.calibrate import TAKEN, fit
+from flashmaps.evaluation.methods import Methods, judged_by, method_names
+from flashmaps.evaluation.results import Table
+from flashmaps.evaluation.run import (
+    CHUNK,
+    WHOLE,
+    draw,
+    evaluate,
+    join,
+    open_folder,
+    read_table,
+    report,
+)
+from flashmaps.evaluation.search import NOISES, TIMESTEPS, Questions, Search, Trial, passes
+from flashmaps.evaluation.store import Store
+from flashmaps.evaluation.study_report import page
+from flashmaps.evaluation.threads import fit_threads
+from flashmaps.evaluation.worlds import SIDE, Worlds
+from flashmaps.files import check_replaceable, write_json, write_text
+from flashmaps.match import COMPARE, between_of, check_options
+from flashmaps.pairs import need_pyarrow
+from flashmaps.pipelines import BUILTIN, load_model
+from flashmaps.settings import FILE, MatchSettings, fingerprint, folder_of
+
+MARKER = "run.json"
+TEST_NOISES = 3
+_NOISE_STEP = 1000  # between the seeds of one test run and the next
+_CALIBRATED_POINTS = 64  # of a pair, for the confidence
+TOLERANCE = 0.1
+
+
+def study(
+    out: str | Path = "flashmaps-study",
+    *,
+    model: Any = BUILTIN,
+    pairs: int = 96,
+    points: int = 20,
+    test_pairs: int = 204,
+    seed: int = 0,
+    image_size: int = SIDE,
+    compare: Sequence[str] = tuple(COMPARE),
+    timesteps: Sequence[int] = TIMESTEPS,
+    sizes: Sequence[int | None] = (None,),
+    noises: Sequence[int] = NOISES,
+    resamples: int = RESAMPLES,
+    keep: bool = False,
+    overwrite: bool = False,
+    plots: bool = True,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Find how a model matches best, and write the folder ``out``.
+
+    Args:
+        out: folder to write. One that holds an unfinished study of the same settings is continued.
+        model: as for :func:`flashmaps.match`.
+        pairs: of the world's validation split, to choose and to calibrate on.
+        points: of each pair, in validation and test; both scenes show them.
+        test_pairs: of the test split, looked at once, at the end.
+        seed: draws pairs and points.
+        image_size: pixels a side of the scenes.
+        compare, timesteps, sizes, noises: what to try; sizes in pixels that the model sees, None
+            being what it was trained on; noises are how many are averaged.
+        resamples: of the bootstrap over pairs.
+        keep: write match.json beside the model's weights too, where fm.match finds it; the model
+            must be "builtin" or a folder.
+        overwrite: throw away a study of other settings in ``out``.
+        plots: draw them too.
+        progress: show bars.
+
+    Returns what results.json holds. Raises ValueError for arguments out of range, or when ``out``
+    holds other things.
+    """
+    need_pyarrow()
+    for name, value in (("pairs", pairs), ("points", points), ("test_pairs", test_pairs)):
+        if value < 1:
+            raise ValueError(f"{name}={value}; wanted at least 1")
+    for name, several in (("compare", compare), ("timesteps", timesteps), ("noises", noises)):
+        if not several:
+            raise ValueError(f"{name} is empty; give at least one")
+    for each in compare:
+        check_options(compare=each)
+    if min(noises) < 1:
+        raise ValueError(f"noises={tuple(noises)}; wanted at least one noise each")
+    check_replaceable(out, MARKER)
+    pipe = load_model(model)
+    beside = folder_of(pipe) if keep else None
+    if keep and beside is None:
+        raise ValueError("keep: the model was not loaded from a folder, so nothing can lie in it")
+    asked: dict[str, Any] = {
+        "flashmaps": metadata.version("flashmaps"),
+        "study": "matching",
+        "model": str(model) if isinstance(model, (str, Path)) else type(model).__name__,
+        "weights": fingerprint(pipe),
+        "pairs": pairs,
+        "points": points,
+        "test_pairs": test_pairs,
+        "seed": seed,
+        "image_size": image_size,
+        "compare": list(compare),
+        "timesteps": list(timesteps),
+        "sizes": list(sizes),
+        "noises": list(noises),
+        "resamples": resamples,
+    }
+    folder = Path(out)
+    if open_folder(folder, asked, overwrite) and (folder / "results.json").is_file():
+        results = json.loads((folder / "results.json").read_text("utf-8"))
+        _keep(beside, folder)
+        return results
+
+    def split(name: str, count: int, each: int) -> Benchmark:
+        return Worlds(count, each, seed=seed, side=image_size, split=name, hidden=False)
+
+    with fit_threads(pipe):
+        questions, images = Questions.of(split("validation", pairs, points))
+        store = Store(folder / "passes", pipe, images, progress=progress)
+        search = Search(
+            store, questions, timesteps=timesteps, sizes=sizes, noises=noises, compare=compare,
+            resamples=resamples, seed=seed, progress=progress,
+        )  # fmt: skip
+        best = search.run()
+        calibration, candidates = _calibrate(
+            pipe, best.settings, split("validation", pairs, _CALIBRATED_POINTS), seed, progress
+        )
+    settings = replace(best.settings, calibration=calibration)
+    results = {
+        "settings": asked,
+        "trials": [_row(trial) for trial in search.trials.values()],
+        "chosen": _row(best),
+        "confidence": {"candidates": candidates},
+        "test": _test(folder, pipe, model, settings, split("test", test_pairs, points), asked,
+                      plots, progress),
+    }  # fmt: skip
+    write_json(folder / FILE, settings.to_json(asked["weights"], measured=_measured(results)))
+    write_text(folder / "results.md", page(results, plots=plots))
+    write_json(folder / "results.json", results)
+    for made in (folder / "passes", *folder.glob("test-*")):
+        shutil.rmtree(made, ignore_errors=True)
+    _keep(beside, folder)
+    return results
+
+
+def _keep(beside: Path | None, folder: Path) -> None:
+    if beside is not None:
+        write_text(beside / FILE, (folder / FILE).read_text("utf-8"))
+
+
+def _calibrate(
+    pipe: Any, settings: MatchSettings, benchmark: Benchmark, seed: int, progress: bool
+) -> tuple[Any, dict[str, Any]]:
+    """The confidence of the chosen way, through what fm.match itself runs."""
+    from tqdm.auto import tqdm
+
+    methods = Methods(
+        pipe, compare=(settings.compare,), seed=seed, options=_options(settings), settings=settings,
+        baselines=False,
+    )  # fmt: skip
+    name = judged_by(settings.compare, settings)
+    scores: dict[str, list[np.ndarray]] = {each: [] for each in TAKEN}
+    right, number, share = [], [], []
+    with tqdm(total=len(benchmark), desc="confidence", disable=not progress) as bar:
+        for first in range(0, len(benchmark), CHUNK):
+            last = min(first + CHUNK, len(benchmark))
+            chunk = [(i, benchmark.pair(i)) for i in range(first, last)]
+            for (i, pair), (_, outcome) in zip(chunk, methods.run(chunk), strict=True):
+                error = np.linalg.norm(outcome.found[name] - pair.target_points, axis=1)
+                right.append(error <= TOLERANCE * pair.base)
+                number.append(np.full(len(error), i))
+                share.append(TOLERANCE * pair.base / max(pair.target_image.shape[:2]))
+                for each in TAKEN:
+                    scores[each].append(outcome.scores[settings.compare][each])
+                bar.update()
+    return fit(
+        {each: np.concatenate(values) for each, values in scores.items()},
+        np.concatenate(right),
+        np.concatenate(number),
+        tolerance=TOLERANCE,
+        of="the longer side of the object's box in the target, seen or not (where this was fitted, "
+        f"the tolerance was {np.median(share):.3f} of the image's side in the median)",
+        fitted_on=f"{benchmark.what}; {len(benchmark)} pairs",
+    )
+
+
+def _options(settings: MatchSettings) -> dict[str, Any]:
+    """For `features`."""
+    return {
+        "layers": settings.layers, "timestep": settings.timestep, "seeds": settings.seeds,
+        "size": settings.size, "same_noise": settings.same_noise,
+    }  # fmt: skip
+
+
+def _test(
+    folder: Path,
+    pipe: Any,
+    model: Any,
+    settings: MatchSettings,
+    benchmark: Benchmark,
+    asked: dict[str, Any],
+    plots: bool,
+    progress: bool,
+) -> dict[str, Any]:
+    """The report of the chosen way on the test split, all noises together; and its plots."""
+    tables: list[Table] = []
+    for number in range(TEST_NOISES):
+        seeds = tuple(each + number * _NOISE_STEP for each in settings.seeds)
+        one = folder / f"test-{number}"
+        evaluate(
+            benchmark, one, model=pipe, compare=(settings.compare,), seed=asked["seed"],
+            settings=replace(settings, seeds=seeds), resamples=asked["resamples"], plots=False,
+            progress=progress,
+        )  # fmt: skip
+        tables.append(read_table(one / WHOLE))
+    found = report(
+        join(tables), benchmark, method_names((settings.compare,), settings),
+        {settings.compare: judged_by(settings.compare, settings)},
+        resamples=asked["resamples"], seed=asked["seed"],
+    )  # fmt: skip
+    key, name = f"{benchmark.headline:g}", next(iter(found["methods"]))
+    found["noises"] = [float(_right(table, name, benchmark.headline).mean()) for table in tables]
+    found["headline"] = {"method": name, "pck": key}
+    shown = json.loads((folder / "test-0" / MARKER).read_text("utf-8"))
+    results = {**found, "settings": {**shown, "model": asked["model"]}}
+    if plots:
+        draw(folder, results, tables[0], benchmark, name)
+    return results
+
+
+def _right(table: Table, method: str, threshold: float) -> np.ndarray:
+    x, y = table[f"x: {method}"] - table["true_x"], table[f"y: {method}"] - table["true_y"]
+    return np.hypot(x, y) <= threshold * table["base"]
+
+
+def _row(trial: Trial) -> dict[str, Any]:
+    """One variant as plain values."""
+    settings, scores = trial.settings, trial.scores
+    return {
+        "stage": trial.stage,
+        "compare": settings.compare,
+        "layers": list(settings.layers or ()),
+        "timestep": [settings.timestep]
+        if isinstance(settings.timestep, int)
+        else list(settings.timestep),
+        "noises": len(settings.seeds),
+        "same_noise": settings.same_noise,
+        "size": settings.size,
+        "temperature": settings.temperature,
+        "normalize": settings.normalize,
+        "readout": settings.readout,
+        "window": settings.window if settings.readout == "window" else None,
+        "between": between_of(settings.readout, settings.between),
+        "passes": passes(settings),
+        "value": trial.value,
+        "pck": {
+            each: {
+                "value": scores["pck"][each]["per_point"],
+                "interval": scores["pck"][each]["per_point_interval"],
+            }
+            for each in ("0.05", "0.1")
+        },
+        "mean_error": scores["error"]["mean_of_base"],
+        "mean_px": scores["error"]["mean_px"],
+        "mean_px_interval": scores["error"]["mean_px_interval"],
+    }
+
+
+def _measured(results: dict[str, Any]) -> dict[str, Any]:
+    """The numbers of match.json: where these settings come from and what they reach."""
+    test, asked = results["test"], results["settings"]
+    one = test["methods"][test["headline"]["method"]]["pck"][test["headline"]["pck"]]
+    scores = next(iter(test["scores"].values()))["scores"]
+    confidence = scores.get("confidence", {}).get("wrong", {}).get(test["headline"]["pck"], {})
+    return {
+        "chosen_on": f"{asked['pairs']} pairs of the world's validation split",
+        "test": f"{test['pairs']} pairs of the test split, {TEST_NOISES} noises",
+        "pck@" + test["headline"]["pck"]: round(one["per_point"], 4),
+        "interval": one["per_point_interval"],
+        "confidence_auroc": confidence.get("auroc"),
+    }
