@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import flashmaps as fm
@@ -9,9 +10,19 @@ import numpy as np
 import pytest
 import torch
 from flashmaps import evaluation
+from flashmaps.confidence import Calibration, Term
 from flashmaps.grids import centres
-from flashmaps.match import TEMPERATURE, match_features, pixel_field, token_at
+from flashmaps.match import (
+    BETWEEN,
+    TEMPERATURE,
+    cross_map,
+    match_features,
+    pixel_field,
+    place_points,
+    token_at,
+)
 from flashmaps.pipelines import Features, features
+from flashmaps.readout import READOUTS
 from safetensors.torch import load_file
 from tiny_pipeline import tiny_pipeline
 
@@ -38,8 +49,9 @@ def known_features(codes, grid, size):
     heads = torch.stack((codes, codes.roll(1, dims=1)))[None]
     image = np.zeros((*size, 3), np.float32)
     return Features(
-        query=heads, key=heads, scale=50.0, head_weights=torch.tensor([0.25, 0.75]), grid=grid,
-        image=image, input_size=size, layers=("known",), timestep=0, seeds=(0,), prompt="",
+        query=heads, key=heads, output=heads[:, :1], scale=50.0,
+        head_weights=torch.tensor([0.25, 0.75]), grid=grid, image=image,
+        input_size=size, layers=("known",), timestep=0, seeds=(0,), prompt="",
     )  # fmt: skip
 
 
@@ -127,6 +139,100 @@ def test_points_and_kinds_are_checked(shifted):
     assert token_at((89.4, 39.4), (4, 6), (40, 90)) == 23
     with pytest.raises(ValueError, match="lies outside the image of 90 x 40"):
         token_at((0, 40), (4, 6), (40, 90))
+
+
+# -- what the two sides are, and how rows become places --------------------------------------------
+
+
+def test_features_are_what_the_blocks_put_out(pipe):
+    """One head of a layer's block, by cosine; the same as running the block's output by hand."""
+    (found,) = features(pipe, PHOTO, layers=LAYERS, size=64, outputs=True, seeds=(0, 1))
+    assert found.output.shape[1] == 2 * len(found.layers)  # a head for each layer and noise
+    assert found.output.shape[2:] == (found.key.shape[2], 32)
+    match = match_features(found, found, compare="features", temperature=0.1)
+    unit = torch.nn.functional.normalize(found.output, dim=-1)
+    dense = (unit @ unit.mT / 0.1).softmax(-1).mean(1)
+    torch.testing.assert_close(match.forward_map.to_dense(), dense, atol=1e-5, rtol=1e-3)
+    (without,) = features(pipe, PHOTO, layers=LAYERS, size=64)
+    with pytest.raises(ValueError, match="take the features with outputs=True"):
+        match_features(without, without, compare="features")
+
+
+def test_temperature_divides_the_scores(pipe):
+    (found,) = features(pipe, PHOTO, layers=LAYERS, size=64)
+    plain = cross_map(found, found, compare="qk")
+    assert torch.equal(cross_map(found, found, compare="qk", temperature=1).to_dense(),
+                       plain.to_dense())  # fmt: skip
+    cold = cross_map(found, found, compare="qk", temperature=0.5).to_dense()
+    scores = 2 * found.scale * found.query @ found.key.mT
+    torch.testing.assert_close(cold, scores.softmax(-1).mean(1), atol=1e-5, rtol=1e-3)
+    rows = cross_map(found, found, normalize="rows").to_dense().reshape(1, -1, *found.grid)
+    torch.testing.assert_close(rows.sum(-1), torch.ones(rows.shape[:3]), atol=1e-4, rtol=0)
+
+
+def test_every_way_between_tokens_follows_a_shift(shifted):
+    """Columns move by two sixths and rows by a quarter, for points anywhere in the image."""
+    points = np.array([(41, 22), (38.5, 17.25), (47, 9)])
+    for kind in READOUTS:
+        for between in BETWEEN:
+            found = shifted.transfer(points, kind, between=between)
+            # Interpolated features meet one-hot codes: what is nearest is then the nearer token.
+            slack = (7.6, 5.1) if between == "query" else (0.01, 0.01)
+            assert (np.abs(found - points - (30, 10)) <= slack).all(), (kind, between)
+
+
+def test_points_on_token_centres_have_the_tokens_own_row(shifted):
+    at = centres((4, 6)).double()[None, [8, 9, 14]]
+    options = {"compare": "kk", "readout": "window", "window": 1}
+    found = [
+        place_points(shifted.source, shifted.target, at, between=between, **options)
+        for between in BETWEEN
+    ]
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], atol=1e-5, rtol=0, check_dtype=False)
+
+
+def test_bad_options_are_named_before_the_model_runs():
+    for given, text in (
+        ({"temperature": 0}, r"temperature=0; wanted a number above 0"),
+        ({"normalize": "lines"}, r"normalize='lines'; wanted 'block', 'rows', 'columns'"),
+        ({"readout": "best"}, r"readout='best'; wanted 'hard', 'soft', 'window' or 'parabola'"),
+        ({"window": 0}, r"window=0; wanted a whole number of tokens, at least 1"),
+        ({"between": "pixels"}, r"between='pixels'; wanted 'token', 'bilinear' or 'query'"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            fm.match(PHOTO, PHOTO, model="./nowhere", **given)
+
+
+# -- confidence ------------------------------------------------------------------------------------
+
+
+def sure(bias=0.0):
+    term = Term("return_probability", weight=1.0, mean=0.0, deviation=1.0)
+    return Calibration((term,), bias, 0.1, "the image")
+
+
+def test_confidence_is_a_probability_where_there_is_a_calibration(shifted):
+    assert not shifted.calibrated
+    assert torch.equal(shifted.confidence, shifted.round_trip.return_probability[0])
+    match = dataclasses.replace(shifted, calibration=sure(bias=1.0))
+    wanted = torch.sigmoid(1 + shifted.round_trip.return_probability[0].log())
+    torch.testing.assert_close(match.confidence, wanted)
+    assert match.calibrated and match.summary()["calibrated"]
+    np.testing.assert_allclose(match.confidence_at([(20, 12)]), wanted[7], rtol=1e-6)
+
+
+def test_points_below_the_wanted_confidence_are_nan(shifted):
+    confidence = shifted.round_trip.return_probability.clone()
+    confidence[0, 7] = 0.2  # the token of (20, 12)
+    trip = dataclasses.replace(shifted.round_trip, return_probability=confidence)
+    match = dataclasses.replace(shifted, round_trip=trip)
+    found = match.transfer([(20, 12), (50, 12)], min_confidence=0.5)
+    assert np.isnan(found[0]).all()
+    np.testing.assert_allclose(found[1], match.transfer([(50, 12)])[0])
+    assert np.isfinite(match.transfer([(20, 12)], min_confidence=0.1)).all()
+    with pytest.raises(ValueError, match=r"min_confidence=70; wanted a number from 0 to 1"):
+        match.transfer([(20, 12)], min_confidence=70)
 
 
 # -- the whole way ---------------------------------------------------------------------------------

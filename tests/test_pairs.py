@@ -20,9 +20,10 @@ WIDTH, HEADS = 8, 3
 def random_features(seed, grid=(4, 5)):
     generator = torch.Generator().manual_seed(seed)
     tokens = grid[0] * grid[1]
-    query, key = torch.randn(2, 1, HEADS, tokens, WIDTH, generator=generator)
+    query, key, output = torch.randn(3, 1, HEADS, tokens, WIDTH, generator=generator)
     return Features(
-        query=query, key=key, scale=WIDTH**-0.5, head_weights=torch.tensor([0.5, 0.3, 0.2]),
+        query=query, key=key, output=output[:, :2], scale=WIDTH**-0.5,
+        head_weights=torch.tensor([0.5, 0.3, 0.2]),
         grid=grid, image=np.zeros((40, 50, 3), np.float32), input_size=(40, 50),
         layers=("known",), timestep=1, seeds=(0,), prompt="",
     )  # fmt: skip

@@ -30,7 +30,7 @@ def matches(
     match: Match,
     *,
     count: int = 60,
-    kind: str = "hard",
+    kind: str | None = None,
     truth: np.ndarray | None = None,  # [h_s, w_s, 2], NaN where unknown
     tolerance: float | None = None,
 ) -> Figure:
@@ -38,10 +38,11 @@ def matches(
 
     Args:
         count: about how many source points, spread evenly over the image.
-        kind: "hard" or "soft" matches.
+        kind: as in :meth:`flashmaps.match.Match.transfer`; default the match's own.
         truth: the true (x, y) target pixel of every source pixel. With it lines are green where the
-            match is within ``tolerance`` pixels of it and red elsewhere, and points without truth
-            are left out; without it lines are coloured by cycle error.
+            match is within ``tolerance`` pixels of it and red elsewhere, where a dashed line leads
+            on to a ring at the true place; points without truth are left out. Without it lines are
+            coloured by cycle error.
         tolerance: pixels; default 5 % of the target's longer side.
     """
     source, target = match.source.image, match.target.image
@@ -65,15 +66,19 @@ def matches(
         right = np.linalg.norm(found - truth[y, x], axis=1) <= limit
         colours: Any = [_GOOD if ok else _BAD for ok in right]
         title = (
-            f"{right.sum()} of {len(points)} sampled {kind} matches lie within {limit:.0f} pixels "
-            "of the truth (green); the others are red"
+            f"{right.sum()} of {len(points)} sampled points are found within {limit:.0f} pixels of "
+            "their true place (green); the others are red, and a ring marks where they truly lie"
         )
+        for (x1, y1), (x0, y0) in zip(found[~right], truth[y, x][~right], strict=True):
+            ax.plot([x1 + shift, x0 + shift], [y1, y0], color=_BAD, linewidth=1.1, linestyle="--")
+            for width, edge in ((3.4, "white"), (1.6, _BAD)):
+                ax.plot(x0 + shift, y0, "o", markersize=8, mfc="none", mec=edge, mew=width)
     else:
         errors = match.round_trip.hard_distance[0].cpu().numpy()
         tokens = [match.token_at(point) for point in points]
         scale = _colour_scale(0.0, max(float(errors.max()), 1e-6), "viridis_r")
         colours = scale.to_rgba(errors[tokens])
-        title = f"{len(points)} {kind} matches, coloured by their cycle error"
+        title = f"{len(points)} matches, coloured by their cycle error"
         _colour_bar(figure, ax, scale, "cycle error (1 = side of the image)")
     for (x0, y0), (x1, y1), colour in zip(points, found, colours, strict=True):
         ax.plot([x0, x1 + shift], [y0, y1], color=colour, linewidth=0.9, alpha=0.75)
@@ -158,8 +163,8 @@ def scenes(
     )  # fmt: skip
     figure.suptitle(
         f"{right_in_all} of {total} points of drawn objects are found in another drawing of the "
-        f"same kind of thing\n(right: within {tolerance:.0%} of the object's longer side; one number "
-        "and colour is one point)",
+        f"same kind of thing\n(right: within {tolerance:.0%} of the object's longer side; one "
+        "number and colour is one point)",
         fontsize=11, x=0.01, ha="left",
     )  # fmt: skip
     return figure
@@ -176,8 +181,8 @@ def _numbered(
     ax.plot(*point, marker, markersize=9.5, mfc=colour, mec="white", mew=3.4)
     ax.plot(*point, marker, markersize=9.5, mfc=colour, mec=rim, mew=2.0)
     ax.text(
-        point[0], point[1], str(number), fontsize=6.5, ha="center", va="center_baseline", color="white",
-        fontweight="bold",
+        point[0], point[1], str(number), fontsize=6.5, fontweight="bold", color="white",
+        ha="center", va="center_baseline",
     )  # fmt: skip
 
 
@@ -202,11 +207,12 @@ def heatmap(
         match.target.image,
         row,
         "magma",
-        "attention probability (square-root scale)",
+        "probability of each token (square-root scale)",
         norm=_norms().PowerNorm(0.5, 0, float(row.max())),
+        alpha=0.3 + 0.6 * np.sqrt(row / max(float(row.max()), 1e-12)),
     )
     best, mean = match.transfer([point], "hard")[0], match.transfer([point], "soft")[0]
-    marks = [(best, "x", "most attended (hard match)"), (mean, "+", "mean (soft match)")]
+    marks = [(best, "x", "the largest (hard match)"), (mean, "+", "mean (soft match)")]
     for (x, y), sign, label in marks:
         right.plot(x, y, sign, color="black", markersize=13, mew=4.5)
         right.plot(x, y, sign, color="white", markersize=12, mew=2.2, label=label)
@@ -223,7 +229,7 @@ def heatmap(
         facecolor="0.45",
         labelcolor="white",
     )
-    _name(right, "target: where that point looks")
+    _name(right, "target: how likely each token is to be the same point")
     return figure
 
 
@@ -306,14 +312,16 @@ def shifts(fields: dict[str, np.ndarray], image: Image, *, limits: tuple[float, 
     rows = -(-(len(fields) + 1) // 2)
     figure, axes = _figure(rows, 2, _aspect(image), bar=True)
     axes[0].imshow(image)
-    _name(axes[0], "source")
+    _name(axes[0], "the left photograph")
     scale = _colour_scale(*limits, "turbo")
     for ax, (name, field) in zip(axes[1:], fields.items(), strict=False):
         ax.imshow(columns - field[:, :, 0], cmap=scale.cmap, norm=scale.norm)
         _name(ax, name)
     for ax in axes[len(fields) + 1 :]:
         ax.set_axis_off()
-    figure.colorbar(scale, ax=axes, shrink=0.8, label="pixels moved to the left", extend="both")
+    figure.colorbar(
+        scale, ax=axes, shrink=0.8, label="pixels moved to the left (more: nearer)", extend="both"
+    )
     return figure
 
 
@@ -400,16 +408,18 @@ def _overlay(
     label: str,
     *,
     norm: Any = None,
+    alpha: Any = 0.8,
 ) -> Any:
     """Token values over a faint grey version of the image, each token a flat cell; its colour bar.
 
-    ``norm`` scales values to colours; default linear between their extremes.
+    ``norm`` scales values to colours; default linear between their extremes. ``alpha`` is how much
+    of the image they hide, one number or one for each token.
     """
     height, width = image.shape[:2]
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     ax.imshow(image.mean(axis=2), cmap="gray", vmin=0, vmax=1, extent=extent)
     drawn = ax.imshow(
-        values, cmap=colours, norm=norm, extent=extent, alpha=0.8, interpolation="nearest"
+        values, cmap=colours, norm=norm, extent=extent, alpha=alpha, interpolation="nearest"
     )
     # A bar of the plain colours: one of what is drawn would be as faint as that is.
     from matplotlib.cm import ScalarMappable

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from flashmaps.confidence import Calibration
-from flashmaps.loading import BUILTIN
 from flashmaps.pipelines import DEFAULT_TIMESTEP
 
 FILE = "match.json"
@@ -129,7 +128,7 @@ def settings_of(pipe: Any) -> MatchSettings:
 def folder_of(pipe: Any) -> Path | None:
     """The folder that a pipeline was loaded from; None if it was not, or from the hub."""
     name = getattr(getattr(pipe, "config", None), "_name_or_path", None)
-    if not isinstance(name, str) or not name or name == BUILTIN:
+    if not isinstance(name, (str, Path)) or not str(name):
         return None
     path = Path(name)
     return path if path.is_dir() else None
