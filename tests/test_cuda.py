@@ -194,10 +194,10 @@ def test_many_maps_are_taken_in_chunks(emulated: Watched) -> None:
 @pytest.mark.parametrize(
     ("block", "bytes_wanted"),
     [
-        # Kept tokens of 5 heads, two stages of 64 others, their terms.
-        ((4, 1, True), 5 * 128 * 64 * 2 + 2 * 64 * 64 * 2 + 2 * 64 * 4),
+        # The place, kept tokens of 5 heads, two stages of 64 others, their terms.
+        ((4, 1, True), 16 + 5 * 128 * 64 * 2 + 2 * 64 * 64 * 2 + 2 * (64 + 128) * 4),
         # Two stages of both.
-        ((4, 2, False), 2 * (128 + 128) * 64 * 2 + 2 * 128 * 4),
+        ((4, 2, False), 16 + 2 * (128 + 128) * 64 * 2 + 2 * (128 + 128) * 4),
     ],
 )  # fmt: skip
 def test_shared_memory_is_what_the_design_says(

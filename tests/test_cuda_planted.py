@@ -116,10 +116,10 @@ CHANGES = {
         "tile.h", "first + column >= there", "first + column > there"
     ),
     "one token too many is read": Change(
-        "tile.h", "row < there &&", "row <= there &&", "of global memory"
+        "tile.h", "row < there ?", "row <= there ?", "of global memory"
     ),
     "eight numbers too many of each token are read": Change(
-        "tile.h", "8 * unit < dims", "8 * unit <= dims", "of global memory"
+        "tile.h", "8 * unit < dim -", "8 * unit <= dim -", "of global memory"
     ),
     "one row too many is written": Change(
         "passes.h", "if (index >= num_kept) break;", "if (index > num_kept) break;",

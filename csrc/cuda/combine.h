@@ -30,7 +30,7 @@ void combine_kernel(FLASHMAPS_PARAMETER CombineArguments a) {
   for (int split = 0; split < a.splits; ++split) {
     const std::int64_t from = split * a.count + at;
     const StatisticsOutputs& parts = a.parts;
-    if (parts.total != nullptr) all.total += load_global(parts.total + from);
+    if (parts.total != nullptr) all.mass_or_x += load_global(parts.total + from);
     if (parts.plogp != nullptr) all.plogp += load_global(parts.plogp + from);
     if (parts.top != nullptr) {
       int where = 0;
@@ -38,7 +38,7 @@ void combine_kernel(FLASHMAPS_PARAMETER CombineArguments a) {
       keep_better(load_global(parts.top + from), where, all.top, all.argtop);
     }
     if (parts.expectation != nullptr) {
-      all.x += load_global(parts.expectation + 2 * from);
+      all.mass_or_x += load_global(parts.expectation + 2 * from);
       all.y += load_global(parts.expectation + 2 * from + 1);
     }
   }

@@ -29,7 +29,8 @@ int threads_of(const Tiling& tiling) {
   return kWarp * tiling.warp_rows * tiling.warp_columns;
 }
 
-// What tile.h lays out: kept tokens, stages, terms of columns, then what a kernel keeps beside them
+// What tile.h lays out: the block's place, kept tokens, stages, terms of columns, then what a
+// kernel keeps beside them
 // (`beside`). At the end results of warps side by side take the same place (`results`).
 template <int SOURCES>
 int shared_bytes(const Map (&maps)[SOURCES], const Tiling& tiling, bool one_head, int beside,
@@ -45,10 +46,10 @@ int shared_bytes(const Map (&maps)[SOURCES], const Tiling& tiling, bool one_head
   const int rows = rows_of(tiling), columns = columns_of(tiling);
   const std::int64_t kept = tiling.resident ? pieces * rows * row_bytes : 0;
   const int stage = (columns + (tiling.resident ? 0 : rows)) * row_bytes;
-  const int terms = kStages * columns * int(sizeof(float));
+  const int terms = kStages * (columns + rows) * int(sizeof(float));
   const std::int64_t all = kept + kStages * stage + terms + beside;
-  return int(std::min<std::int64_t>(std::max<std::int64_t>(all, results),
-                                    std::numeric_limits<int>::max()));
+  const std::int64_t most = std::numeric_limits<int>::max();
+  return int(std::min(kPlaceBytes + std::max<std::int64_t>(all, results), most));
 }
 
 int blocks_for(std::int64_t elements) {
@@ -63,9 +64,9 @@ const Tokens& streamed(const Map& map) {
 }
 
 template <class Arguments>
-Index3 fill_grid(Arguments& a, int parts) {
+Index3 fill_grid(Arguments& a, int parts, int most_threads = kMostThreads) {
   const int warps = a.tiling.warp_rows * a.tiling.warp_columns;
-  if (a.tiling.warp_rows < 1 || a.tiling.warp_columns < 1 || warps * kWarp > kMostThreads) {
+  if (a.tiling.warp_rows < 1 || a.tiling.warp_columns < 1 || warps * kWarp > most_threads) {
     throw std::invalid_argument("flashmaps: no block has " + std::to_string(warps) + " warps");
   }
   const int rows = rows_of(a.tiling), columns = columns_of(a.tiling);
@@ -120,7 +121,7 @@ int shared_bytes(const ReturnArguments& a) {
 }
 
 void launch_lse(LogSumExpArguments a, TokenType type, Stream stream) {
-  const Index3 grid = fill_grid(a, a.map[0].heads);
+  const Index3 grid = fill_grid(a, a.map[0].heads, kLseThreads);
   choose(type, a.map[0].dim, [&]<class T, int S>() {
     Variant<T, S>::lse(a, grid, threads_of(a.tiling), shared_bytes(a), stream);
   });

@@ -40,7 +40,7 @@ struct Grid {
 // Where the statistics of a pass go; null where one is not wanted. Of several splits, each writes
 // its own part, [splits, ...], and these are combined in the tokens' order.
 struct StatisticsOutputs {
-  float* total = nullptr;          // sum of the tile's rows
+  float* total = nullptr;          // sum of a row: of keys kept alone
   float* plogp = nullptr;          // sum of p log2 p
   float* entropy = nullptr;        // nats; made of these two, where there is one split
   float* top = nullptr;            // maximum

@@ -9,9 +9,11 @@
 
 namespace flashmaps::cuda {
 
+constexpr int kLseThreads = 128;
+
 // minus log-sum-exp of each query and head, and the log-sum-exp itself. One head a block.
 template <class T, int S>
-FLASHMAPS_KERNEL(kMostThreads, 1)
+FLASHMAPS_KERNEL(kLseThreads, 3)
 void lse_kernel(FLASHMAPS_PARAMETER LogSumExpArguments a) {
   const int heads = a.map[0].heads;  // of a place's parts
   Walk<T, S, 1> walk(a.map, a.tiling, a.grid);
@@ -22,7 +24,7 @@ void lse_kernel(FLASHMAPS_PARAMETER LogSumExpArguments a) {
   Softmax rows[kThreadRows];
   walk.only_head(head);
   walk.run(
-      head, [](int) {}, [](int, int) {},
+      head, [](int) {},
       [&](int, int, int tile, Tile& products, Shared<float> terms) {
         each_element([&](int m, int n, int e, int, int) { products.at[m][n][e] *= scale; });
         if (side.columns != nullptr) {
@@ -72,9 +74,10 @@ void lse_kernel(FLASHMAPS_PARAMETER LogSumExpArguments a) {
     }
   }
   sync_threads();
+  const Standing place;
   const int queries = side.kept_tokens().count;
   for (int row = thread_index(); row < walk.rows; row += block_size()) {
-    const int query = walk.place.first_row + row;
+    const int query = place.first_row + row;
     if (query >= queries) break;
     Softmax all;
     for (int w = 0; w < a.tiling.warp_columns; ++w) {
@@ -82,10 +85,10 @@ void lse_kernel(FLASHMAPS_PARAMETER LogSumExpArguments a) {
       all.join(from.load(0), from.load(1));
     }
     const float log_sum = all.log_sum();
-    const std::int64_t line = std::int64_t(walk.place.map) * heads + head;
+    const std::int64_t line = std::int64_t(place.map) * heads + place.part;
     if (a.parts != nullptr) {
       const std::int64_t lines = std::int64_t(a.map[0].maps) * heads;
-      store_global(a.parts + (walk.place.split * lines + line) * queries + query, log_sum);
+      store_global(a.parts + (place.split * lines + line) * queries + query, log_sum);
     }
     if (a.lse != nullptr) store_global(a.lse + line * queries + query, log_sum * float(kLn2));
     if (a.shift != nullptr) {
@@ -105,40 +108,40 @@ void statistics_kernel(FLASHMAPS_PARAMETER StatisticsArguments a) {
   const bool of_columns = a.map[0].keys_kept;
   const int num_kept = side.kept_tokens().count, num_streamed = side.streamed_tokens().count;
   RowState states[kThreadRows];
-  float row_terms[kThreadRows] = {};
   Tile mean;
   mean.clear();
   walk.run(
-      0, [](int) {}, [&](int, int head) { load_row_terms(walk, side, head, row_terms); },
+      0, [](int) {},
       [&](int, int head, int, Tile& products, Shared<float> terms) {
-        add_head(mean, products, side, head, row_terms, terms + walk.first_column());
+        add_head(walk, side, mean, products, head, terms);
       },
       [&](int tile) {
         replace_tail(walk, mean, tile, num_streamed, 0.0f);
         const int tile_first = tile * walk.columns;
         const int first = tile_first + walk.first_column();
         if (out.total != nullptr || (out.entropy != nullptr && of_columns)) {
-          add_total(states, mean);
+          add_mass(states, mean);
         }
         if (out.plogp != nullptr || out.entropy != nullptr) add_plogp(states, mean);
         if (out.top != nullptr || out.argtop != nullptr) take_top(states, mean, first);
         if (out.expectation != nullptr) {
           add_position(states, mean, tile_first, walk.first_column(), a.grid_width, a.grid_height);
         }
-        if (out.diagonal != nullptr && tile_first < walk.place.first_row + walk.rows &&
-            walk.place.first_row < tile_first + walk.columns) {
+        if (out.diagonal != nullptr) {
+          const Standing here;
           each_element([&](int m, int n, int e, int r, int column) {
-            const int row = walk.place.first_row + walk.row(r);
+            const int row = here.first_row + walk.row(r);
             if (row == first + column && row < num_kept) {
-              store_global(out.diagonal + std::int64_t(walk.place.map) * num_kept + row,
+              store_global(out.diagonal + std::int64_t(here.map) * num_kept + row,
                            mean.at[m][n][e]);
             }
           });
         }
         if (out.dense != nullptr) {
+          const Standing here;
           each_element([&](int m, int n, int e, int r, int column) {
-            const int row = walk.place.first_row + walk.row(r);
-            const std::int64_t line = std::int64_t(walk.place.map) * num_kept + row;
+            const int row = here.first_row + walk.row(r);
+            const std::int64_t line = std::int64_t(here.map) * num_kept + row;
             if (row < num_kept && first + column < num_streamed) {
               store_global(out.dense + line * num_streamed + first + column, mean.at[m][n][e]);
             }
@@ -158,14 +161,15 @@ void statistics_kernel(FLASHMAPS_PARAMETER StatisticsArguments a) {
     }
   }
   sync_threads();
+  const Standing place;
   for (int row = thread_index(); row < walk.rows; row += block_size()) {
-    const int index = walk.place.first_row + row;
+    const int index = place.first_row + row;
     if (index >= num_kept) break;
     RowState all;
     for (int w = 0; w < a.tiling.warp_columns; ++w) {
       all.join(load_state(scratch + kStateWords * (w * walk.rows + row)));
     }
-    const std::int64_t part = std::int64_t(walk.place.split) * a.map[0].maps + walk.place.map;
+    const std::int64_t part = std::int64_t(place.split) * a.map[0].maps + place.map;
     write_state(out, part * num_kept + index, all, of_columns, num_streamed - 1);
   }
 }
@@ -174,7 +178,7 @@ void statistics_kernel(FLASHMAPS_PARAMETER StatisticsArguments a) {
 //
 // Both the map and the operand are split in two numbers of 11 bits each, of whose products the
 // smallest is left out: errors are those of float32.
-constexpr int kOperandWidth = 64;
+constexpr int kOperandWidth = 32;  // more would not fit the registers
 constexpr int kOperandTiles = kOperandWidth / 8;
 
 // Where an element of the operand lies: rows so far apart that a warp reads it without conflicts.
@@ -196,18 +200,17 @@ void product_kernel(FLASHMAPS_PARAMETER ProductArguments a) {
   const Side<T>& side = walk.side(0);
   const int num_kept = side.kept_tokens().count, num_streamed = side.streamed_tokens().count;
   const int pitch = operand_pitch(a.width);
-  const int first_operand = walk.place.part * a.width;
-  const float* operand = a.operand + walk.place.map * a.operand_stride + first_operand;
-  const int there = a.columns - first_operand;  // columns of the operand that this part has
   const Shared<float> tokens = walk.beside();
   const bool one_step = a.map[0].heads * chunks_of(a.map[0].dim, S) == 1;
-  float row_terms[kThreadRows] = {};
   Tile mean;
   mean.clear();
   float sums[kRowTiles][kOperandTiles][4] = {};
   walk.run(
       0,
       [&](int tile) {
+        const Standing here;
+        const int first = here.part * a.width, there = a.columns - first;
+        const float* operand = a.operand + here.map * a.operand_stride + first;
         const int each = a.aligned ? 4 : 1;
         const int units = a.width / each;
         for (int i = thread_index(); i < walk.columns * units; i += block_size()) {
@@ -224,9 +227,8 @@ void product_kernel(FLASHMAPS_PARAMETER ProductArguments a) {
           }
         }
       },
-      [&](int, int head) { load_row_terms(walk, side, head, row_terms); },
       [&](int, int head, int, Tile& products, Shared<float> terms) {
-        add_head(mean, products, side, head, row_terms, terms + walk.first_column());
+        add_head(walk, side, mean, products, head, terms);
       },
       [&](int tile) {
         replace_tail(walk, mean, tile, num_streamed, 0.0f);
@@ -286,49 +288,49 @@ void product_kernel(FLASHMAPS_PARAMETER ProductArguments a) {
     }
     sync_threads();
   }
-  const std::int64_t part = std::int64_t(walk.place.split) * a.map[0].maps + walk.place.map;
-  const int width = smaller(a.width, there);
+  const Standing place;
+  const std::int64_t part = std::int64_t(place.split) * a.map[0].maps + place.map;
+  const int first = place.part * a.width, width = smaller(a.width, a.columns - first);
   for (int i = thread_index(); i < walk.rows * width; i += block_size()) {
     const int row = i / width, column = i % width;
-    const int index = walk.place.first_row + row;
+    const int index = place.first_row + row;
     if (index >= num_kept) break;
-    store_global(a.out + (part * num_kept + index) * a.out_pitch + first_operand + column,
+    store_global(a.out + (part * num_kept + index) * a.out_pitch + first + column,
                  scratch.load(row * pitch + column));
   }
 }
 
 // (A_st A_ts)_ii = sum_j A_st[i, j] A_ts[j, i]: source tokens are kept, as queries of the one map
-// and as keys of the other, whose tiles so come out transposed.
+// and as keys of the other, whose tiles so come out transposed. The sum is linear in A_ts: its
+// heads go into it one by one, and only A_st's mean is kept.
 template <class T, int S>
 FLASHMAPS_KERNEL(kMostThreads, 1)
 void return_kernel(FLASHMAPS_PARAMETER ReturnArguments a) {
   Walk<T, S, 2> walk(a.map, a.tiling, a.grid);
   const int sources = walk.side(0).kept_tokens().count;
   const int targets = walk.side(0).streamed_tokens().count;
-  float row_terms[kThreadRows] = {};
   float sums[kThreadRows] = {};
-  Tile there, back;
+  Tile there;
   there.clear();
-  back.clear();
   walk.run(
       0, [](int) {},
-      [&](int source, int head) { load_row_terms(walk, walk.side(source), head, row_terms); },
-      [&](int source, int head, int, Tile& products, Shared<float> terms) {
-        add_head(source == 0 ? there : back, products, walk.side(source), head, row_terms,
-                 terms + walk.first_column());
-      },
-      [&](int tile) {
-        replace_tail(walk, there, tile, targets, 0.0f);
-        replace_tail(walk, back, tile, targets, 0.0f);
+      [&](int source, int head, int tile, Tile& products, Shared<float> terms) {
+        const Side<T>& side = walk.side(source);
+        if (source == 0) {
+          add_head(walk, side, there, products, head, terms);
+          return;
+        }
+        to_probabilities(walk, side, products, terms);
+        replace_tail(walk, products, tile, targets, 0.0f);
         float sum[kThreadRows] = {};
         each_element([&](int m, int n, int e, int r, int) {
-          sum[r] += there.at[m][n][e] * back.at[m][n][e];
+          sum[r] += there.at[m][n][e] * products.at[m][n][e];
         });
+        const float weight = side.weight(head);
         FLASHMAPS_UNROLL
-        for (int r = 0; r < kThreadRows; ++r) sums[r] += sum[r];
-        there.clear();
-        back.clear();
-      });
+        for (int r = 0; r < kThreadRows; ++r) sums[r] += weight * sum[r];
+      },
+      [&](int) { there.clear(); });
 
   const Shared<float> scratch = walk.scratch();
   FLASHMAPS_UNROLL
@@ -338,12 +340,13 @@ void return_kernel(FLASHMAPS_PARAMETER ReturnArguments a) {
     if (walk.lane % 4 == 0) scratch.store(walk.warp_column * walk.rows + walk.row(r), sums[r]);
   }
   sync_threads();
+  const Standing place;
   for (int row = thread_index(); row < walk.rows; row += block_size()) {
-    const int index = walk.place.first_row + row;
+    const int index = place.first_row + row;
     if (index >= sources) break;
     float all = 0;
     for (int w = 0; w < a.tiling.warp_columns; ++w) all += scratch.load(w * walk.rows + row);
-    const std::int64_t part = std::int64_t(walk.place.split) * a.map[0].maps + walk.place.map;
+    const std::int64_t part = std::int64_t(place.split) * a.map[0].maps + place.map;
     store_global(a.out + part * sources + index, all);
   }
 }

@@ -31,45 +31,42 @@ struct Softmax {
   }
 };
 
-// Every statistic of a row. Those that nobody asked for are never touched.
+// Every statistic of a row. Those that nobody asked for are never touched. A pass has either masses
+// (keys kept) or positions (queries kept), and registers are short: they share one.
 struct RowState {
-  float total = 0, plogp = 0, top = -1, x = 0, y = 0;
+  float plogp = 0, top = -1, mass_or_x = 0, y = 0;
   int argtop = 0;
 
   FLASHMAPS_DEVICE void join(const RowState& other) {
-    total += other.total;
     plogp += other.plogp;
-    x += other.x;
+    mass_or_x += other.mass_or_x;
     y += other.y;
     keep_better_of_any(other.top, other.argtop, top, argtop);
   }
 };
-constexpr int kStateWords = 6;
+constexpr int kStateWords = 5;
 
 FLASHMAPS_DEVICE void store_state(Shared<float> to, const RowState& s) {
-  to.store(0, s.total);
-  to.store(1, s.plogp);
-  to.store(2, s.top);
-  to.store(3, s.x);
-  to.store(4, s.y);
-  to.store(5, from_bits(std::uint32_t(s.argtop)));
+  to.store(0, s.plogp);
+  to.store(1, s.top);
+  to.store(2, s.mass_or_x);
+  to.store(3, s.y);
+  to.store(4, from_bits(std::uint32_t(s.argtop)));
 }
 FLASHMAPS_DEVICE RowState load_state(Shared<float> from) {
   RowState s;
-  s.total = from.load(0);
-  s.plogp = from.load(1);
-  s.top = from.load(2);
-  s.x = from.load(3);
-  s.y = from.load(4);
-  s.argtop = int(as_bits(from.load(5)));
+  s.plogp = from.load(0);
+  s.top = from.load(1);
+  s.mass_or_x = from.load(2);
+  s.y = from.load(3);
+  s.argtop = int(as_bits(from.load(4)));
   return s;
 }
 FLASHMAPS_DEVICE RowState from_lane(const RowState& s, int mask) {
   RowState other;
-  other.total = shuffle_xor(s.total, mask);
   other.plogp = shuffle_xor(s.plogp, mask);
   other.top = shuffle_xor(s.top, mask);
-  other.x = shuffle_xor(s.x, mask);
+  other.mass_or_x = shuffle_xor(s.mass_or_x, mask);
   other.y = shuffle_xor(s.y, mask);
   other.argtop = shuffle_xor(s.argtop, mask);
   return other;
@@ -77,11 +74,11 @@ FLASHMAPS_DEVICE RowState from_lane(const RowState& s, int mask) {
 
 // Sums go over a tile first, then over tiles: rounding grows with the square root of the columns.
 
-FLASHMAPS_DEVICE void add_total(RowState (&state)[kThreadRows], const Tile& p) {
+FLASHMAPS_DEVICE void add_mass(RowState (&state)[kThreadRows], const Tile& p) {
   float sum[kThreadRows] = {};
   each_element([&](int m, int n, int e, int r, int) { sum[r] += p.at[m][n][e]; });
   FLASHMAPS_UNROLL
-  for (int r = 0; r < kThreadRows; ++r) state[r].total += sum[r];
+  for (int r = 0; r < kThreadRows; ++r) state[r].mass_or_x += sum[r];
 }
 
 FLASHMAPS_DEVICE void add_plogp(RowState (&state)[kThreadRows], const Tile& p) {
@@ -124,7 +121,7 @@ FLASHMAPS_DEVICE void add_position(RowState (&state)[kThreadRows], const Tile& p
   });
   FLASHMAPS_UNROLL
   for (int r = 0; r < kThreadRows; ++r) {
-    state[r].x += x[r];
+    state[r].mass_or_x += x[r];
     state[r].y += y[r];
   }
 }
@@ -133,10 +130,10 @@ FLASHMAPS_DEVICE void add_position(RowState (&state)[kThreadRows], const Tile& p
 FLASHMAPS_DEVICE void write_state(const StatisticsOutputs& out, std::int64_t at, const RowState& s,
                                   bool of_columns, int last_index) {
   const float plogp = s.plogp * float(kLn2);
-  if (out.total != nullptr) store_global(out.total + at, s.total);
+  if (out.total != nullptr) store_global(out.total + at, s.mass_or_x);
   if (out.plogp != nullptr) store_global(out.plogp + at, s.plogp);
   if (out.entropy != nullptr) {
-    const float of_column = entropy_of_column(s.total, plogp, [](float c) { return logf(c); });
+    const float of_column = entropy_of_column(s.mass_or_x, plogp, [](float c) { return logf(c); });
     store_global(out.entropy + at, of_columns ? of_column : -plogp);
   }
   if (out.top != nullptr) store_global(out.top + at, s.top);
@@ -145,7 +142,7 @@ FLASHMAPS_DEVICE void write_state(const StatisticsOutputs& out, std::int64_t at,
     store_global(out.argtop + at, std::int64_t(smaller(s.argtop, last_index)));
   }
   if (out.expectation != nullptr) {
-    store_global(out.expectation + 2 * at, s.x);
+    store_global(out.expectation + 2 * at, s.mass_or_x);
     store_global(out.expectation + 2 * at + 1, s.y);
   }
 }

@@ -48,10 +48,10 @@ struct Panel {
   static constexpr int kUnits = 2 * S, kRowBytes = 32 * S;
   FLASHMAPS_DEVICE static int permuted(int row, int unit) {
     if constexpr (S == 4) {
-      return unit ^ (row % 8);
+      return unit ^ (row & 7);
     } else {  // an odd number of pairs of banks' groups: two rows collide that are 4 apart
       static_assert(S % 2 == 1);
-      return unit ^ (row / 4 % 2);
+      return unit ^ (row >> 2 & 1);
     }
   }
   FLASHMAPS_DEVICE static int offset(int row, int unit) {
@@ -108,7 +108,17 @@ FLASHMAPS_DEVICE std::int64_t batch_index(const Map& map, int index, bool of_key
   return found < 0 ? 0 : found > last ? last : found;
 }
 
-// Where a block stands: which map, which kept tokens, which tiles of the streamed ones.
+// Where a block stands, in shared memory: what is needed seldom takes no registers there.
+constexpr int kPlaceBytes = 16;
+FLASHMAPS_DEVICE Shared<std::int32_t> standing() {
+  return shared_memory().as<std::int32_t>();
+}
+struct Standing {
+  int map = standing().load(0), part = standing().load(1), split = standing().load(2),
+      first_row = standing().load(3);
+};
+
+// The same as it is found: which map, which kept tokens, which tiles of the streamed ones.
 struct Place {
   int map, part, split, first_row, first_tile, last_tile;
 
@@ -122,6 +132,14 @@ struct Place {
     map = index / grid.splits;
     first_tile = int(std::int64_t(grid.tiles) * split / grid.splits);
     last_tile = int(std::int64_t(grid.tiles) * (split + 1) / grid.splits);
+  }
+  // To be followed by a barrier.
+  FLASHMAPS_DEVICE void keep() const {
+    if (thread_index() != 0) return;
+    standing().store(0, map);
+    standing().store(1, part);
+    standing().store(2, split);
+    standing().store(3, first_row);
   }
 };
 
@@ -208,21 +226,21 @@ class Walk {
   // Memory for what the kernels keep beside the tiles.
   FLASHMAPS_DEVICE Shared<float> beside() const { return terms(kStages); }
   // The same memory as the stages, when all tiles are done and all threads know it.
-  FLASHMAPS_DEVICE Shared<float> scratch() const { return shared_memory().as<float>(); }
+  FLASHMAPS_DEVICE Shared<float> scratch() const { return memory().template as<float>(); }
+  // What is added to scores: of the tile's columns, then of its rows.
   FLASHMAPS_DEVICE Shared<float> terms(int slot) const {
-    return stage(kStages).template as<float>() + slot * columns;
+    return stage(kStages).template as<float>() + slot * (columns + rows);
   }
 
   // For each tile: copies(tile), once all threads are done with the tile before; for each source
-  // and head, before(source, head), then scores(source, head, tile, products, terms), these being
-  // what the columns' terms are in; at last done(tile). Heads from first_head to last_head.
-  template <class Copies, class Before, class Scores, class Done>
-  FLASHMAPS_DEVICE void run(int first_head, Copies copies, Before before, Scores scores,
-                            Done done) {
+  // and head, scores(source, head, tile, products, terms); at last done(tile). From first_head on.
+  template <class Copies, class Scores, class Done>
+  FLASHMAPS_DEVICE void run(int first_head, Copies copies, Scores scores, Done done) {
     first_head_ = first_head;
+    place.keep();
+    sync_threads();
     keep_residents();
-    Cursor ahead{place.first_tile, 0, first_head, 0, 0, 0};
-    start(ahead);
+    start({place.first_tile, 0, first_head, 0, 0, 0});
     commit_copies();
     int step = 0, heads_done = 0;
     for (int tile = place.first_tile; tile < place.last_tile; ++tile) {
@@ -231,15 +249,15 @@ class Walk {
         const int chunks = chunks_of(maps_[source].dim, S);
         const int heads = last_head(source);
         for (int head = first_head; head < heads; ++head) {
-          before(source, head);
           Tile products;
           products.clear();
           for (int chunk = 0; chunk < chunks; ++chunk) {
             wait_copies<0>();
             sync_threads();
             if (source == 0 && head == first_head && chunk == 0) copies(tile);
-            advance(ahead);
-            if (ahead.tile < place.last_tile) start(ahead);
+            Cursor next{tile, source, head, chunk, step, heads_done};
+            advance(next);
+            if (next.tile < place.last_tile) start(next);
             commit_copies();
             multiply(products, kept_panel(source, head, chunk, step % kStages),
                      stage(step % kStages));
@@ -277,6 +295,7 @@ class Walk {
     ++c.tile;
   }
 
+  FLASHMAPS_DEVICE Shared<std::byte> memory() const { return shared_memory() + kPlaceBytes; }
   FLASHMAPS_DEVICE int kept_bytes() const { return rows * Panel<S>::kRowBytes; }
   FLASHMAPS_DEVICE int stage_bytes() const {
     return (columns + (resident_ ? 0 : rows)) * Panel<S>::kRowBytes;
@@ -290,10 +309,10 @@ class Walk {
   FLASHMAPS_DEVICE Shared<std::byte> stage(int slot) const {
     int kept = 0;
     if (resident_) kept = residents(SOURCES - 1, last_head(SOURCES - 1), 0) * kept_bytes();
-    return shared_memory() + (kept + slot * stage_bytes());
+    return memory() + (kept + slot * stage_bytes());
   }
   FLASHMAPS_DEVICE Shared<std::byte> kept_panel(int source, int head, int chunk, int slot) const {
-    if (resident_) return shared_memory() + residents(source, head, chunk) * kept_bytes();
+    if (resident_) return memory() + residents(source, head, chunk) * kept_bytes();
     return stage(slot) + columns * Panel<S>::kRowBytes;
   }
 
@@ -310,7 +329,7 @@ class Walk {
   }
   FLASHMAPS_DEVICE void copy_kept(int source, int head, int chunk, Shared<std::byte> to) const {
     const Side<T>& of = side(source);
-    copy_panel(to, of.kept, of.kept_tokens(), of.map.dim, head, chunk, place.first_row, rows);
+    copy_panel(to, of.kept, of.kept_tokens(), of.map.dim, head, chunk, Standing().first_row, rows);
   }
   FLASHMAPS_DEVICE void start(const Cursor& c) const {
     FLASHMAPS_UNROLL
@@ -325,27 +344,39 @@ class Walk {
     const int first = c.tile * columns;
     copy_panel(to, of.streamed, tokens, of.map.dim, c.head, c.chunk, first, columns);
     if (!resident_) copy_kept(source, c.head, c.chunk, to + columns * Panel<S>::kRowBytes);
-    if (c.chunk == 0 && of.columns != nullptr) {
-      const float* from = of.columns_of(c.head);
+    if (c.chunk == 0) {
       const Shared<float> slot = terms(c.heads_done % kStages);
-      for (int i = 4 * thread_index(); i < columns; i += 4 * block_size()) {
-        const int bytes = larger(0, smaller(16, 4 * (tokens.count - first - i)));
-        copy_async_16(slot + i, from + (bytes > 0 ? first + i : 0), bytes);
+      if (of.columns != nullptr) {
+        copy_terms(slot, of.columns_of(c.head), tokens.count, first, columns);
       }
+      if (of.rows != nullptr) {
+        copy_terms(slot + columns, of.rows_of(c.head), of.kept_tokens().count, Standing().first_row,
+                   rows);
+      }
+    }
+  }
+  FLASHMAPS_DEVICE static void copy_terms(Shared<float> to, const float* from, int there, int first,
+                                          int count) {
+    for (int i = 4 * thread_index(); i < count; i += 4 * block_size()) {
+      const int bytes = larger(0, smaller(16, 4 * (there - first - i)));
+      copy_async_16(to + i, from + (bytes > 0 ? first + i : 0), bytes);
     }
   }
   // A chunk of a head of some tokens; zeros for tokens and numbers that are not there.
   FLASHMAPS_DEVICE static void copy_panel(Shared<std::byte> to, const T* from, const Tokens& tokens,
                                           int dim, int head, int chunk, int first, int count) {
+    // A thread copies the same unit of every so many rows.
     constexpr int kUnits = Panel<S>::kUnits;
-    const T* chunk_from = from + head * tokens.head_stride + chunk * 16 * S;
-    const int dims = dim - chunk * 16 * S;
-    const int there = tokens.count - first;
-    for (int i = thread_index(); i < count * kUnits; i += block_size()) {
-      const int row = i / kUnits, unit = i % kUnits;
-      const bool valid = row < there && 8 * unit < dims;
-      const T* at = valid ? chunk_from + (first + row) * tokens.token_stride + 8 * unit : from;
-      copy_async_16((to + Panel<S>::offset(row, unit)).template as<T>(), at, valid ? 16 : 0);
+    const int at_once = block_size() / kUnits;
+    const int unit = thread_index() % kUnits;
+    int row = thread_index() / kUnits;
+    if (row >= at_once) return;  // of 32 threads 6 units leave 2 over
+    const int there = 8 * unit < dim - chunk * 16 * S ? tokens.count - first : 0;
+    const T* at = from + head * tokens.head_stride + (first + row) * tokens.token_stride +
+                  (chunk * 16 * S + 8 * unit);
+    const std::int64_t step = at_once * tokens.token_stride;
+    for (; row < count; row += at_once, at += step) {
+      copy_async_16((to + Panel<S>::offset(row, unit)).template as<T>(), at, row < there ? 16 : 0);
     }
   }
 
@@ -386,9 +417,14 @@ class Walk {
 // What is added to a score, all of it in log2 units: one number for its row, one for its column.
 enum class Terms { Row, Column, Both };
 
-template <Terms terms>
-FLASHMAPS_DEVICE void add_weighted(Tile& mean, const Tile& products, float scale, float weight,
-                                   const float (&row)[kThreadRows], Shared<float> column) {
+template <Terms terms, class W>
+FLASHMAPS_DEVICE void exponentiate(const W& walk, Tile& products, float scale, Shared<float> slot) {
+  float row[kThreadRows] = {};
+  if constexpr (terms != Terms::Column) {
+    FLASHMAPS_UNROLL
+    for (int r = 0; r < kThreadRows; ++r) row[r] = slot.load(walk.columns + walk.row(r));
+  }
+  const Shared<float> column = slot + walk.first_column();
   FLASHMAPS_UNROLL
   for (int n = 0; n < kColumnTiles; ++n) {
     Float2 here{0, 0};
@@ -402,39 +438,35 @@ FLASHMAPS_DEVICE void add_weighted(Tile& mean, const Tile& products, float scale
         if constexpr (terms == Terms::Row) term = row[2 * m + e / 2];
         if constexpr (terms == Terms::Both) term = row[2 * m + e / 2] + of_column;
         const float score = products.at[m][n][e] * scale + term;
-        const float power = n < FLASHMAPS_POLYNOMIAL ? exp2_polynomial(score) : exp2_fast(score);
-        mean.at[m][n][e] += weight * power;
+        products.at[m][n][e] = n < FLASHMAPS_POLYNOMIAL ? exp2_polynomial(score) : exp2_fast(score);
       }
     }
   }
 }
 
-// One head of the mean map at a tile: mean += w exp2(scale q k - log-sum-exp). The weight costs
-// nothing: without it the addition would take the same instruction.
-template <class T>
-FLASHMAPS_DEVICE void add_head(Tile& mean, const Tile& products, const Side<T>& side, int head,
-                               const float (&row)[kThreadRows], Shared<float> column) {
-  const float scale = side.map.scale, weight = side.weight(head);
+// One head's probabilities at a tile, exp2(scale q k - log-sum-exp), in place of its products.
+template <class T, class W>
+FLASHMAPS_DEVICE void to_probabilities(const W& walk, const Side<T>& side, Tile& products,
+                                       Shared<float> terms) {
+  const float scale = side.map.scale;
   if (side.columns == nullptr) {
-    add_weighted<Terms::Row>(mean, products, scale, weight, row, column);
+    exponentiate<Terms::Row>(walk, products, scale, terms);
   } else if (side.rows == nullptr) {
-    add_weighted<Terms::Column>(mean, products, scale, weight, row, column);
+    exponentiate<Terms::Column>(walk, products, scale, terms);
   } else {
-    add_weighted<Terms::Both>(mean, products, scale, weight, row, column);
+    exponentiate<Terms::Both>(walk, products, scale, terms);
   }
 }
 
-// The rows' terms of a head, asked for before its product so that they are there after it.
+// One head of the mean map at a tile. The weight costs nothing: without it the addition would take
+// the same instruction.
 template <class T, class W>
-FLASHMAPS_DEVICE void load_row_terms(const W& walk, const Side<T>& side, int head,
-                                     float (&row)[kThreadRows]) {
-  if (side.rows == nullptr) return;
-  const float* from = side.rows_of(head);
-  const int last = side.kept_tokens().count - 1;
-  FLASHMAPS_UNROLL
-  for (int r = 0; r < kThreadRows; ++r) {
-    row[r] = load_global(from + smaller(walk.place.first_row + walk.row(r), last));
-  }
+FLASHMAPS_DEVICE void add_head(const W& walk, const Side<T>& side, Tile& mean, Tile& products,
+                               int head, Shared<float> terms) {
+  to_probabilities(walk, side, products, terms);
+  const float weight = side.weight(head);
+  each_element(
+      [&](int m, int n, int e, int, int) { mean.at[m][n][e] += weight * products.at[m][n][e]; });
 }
 
 // `value` in the columns of streamed tokens that are not there.

@@ -35,8 +35,8 @@ _LOG2_E = math.log2(math.e)
 _ROWS = ("entropy", "max", "argmax", "expectation", "diagonal", "dense")
 _COLUMNS = ("column_sum", "column_entropy", "column_max", "column_argmax")
 _REFUSED = ("topk_values", "topk_indices")
-_OPERAND_WIDTH = 64  # columns of an operand that a block takes at once; kOperandWidth in C++
-_CELL_COLUMNS = 64  # cells that are summed at once
+_OPERAND_WIDTH = 32  # columns of an operand that a block takes at once; kOperandWidth in C++
+_CELL_COLUMNS = 32  # cells that are summed at once
 _MOST_SPLITS = 64
 
 # Registers that a thread takes at most, by kernel: tests/test_cuda_ahead.py holds nvcc to them.
@@ -53,6 +53,10 @@ class _Shape(NamedTuple):
     resident: bool  # kept tokens of all heads stay in shared memory
     blocks: int  # of them that have to fit an SM for this one to be chosen
 
+    @property
+    def warps(self) -> int:
+        return self.warp_rows * self.warp_columns
+
 
 # In order of what they ask of the second-level cache for each exponential: streamed tokens alone
 # for 128 rows; for 64; both sides' tokens. Two blocks of four warps hide each other's products
@@ -67,6 +71,7 @@ _SHAPES = (
     _Shape(1, 1, False, 1),
 )
 _LSE_SHAPES = (_Shape(4, 1, True, 1), _Shape(2, 1, True, 1))  # one head: it always fits
+_LSE_WARPS = 4  # kLseThreads in C++
 
 
 def _note() -> str | None:
@@ -388,7 +393,9 @@ class _Run:
         """
         of = arguments.map
         kept, streamed = (of.key, of.query) if of.keys_kept else (of.query, of.key)
-        shapes = self.shapes or (_LSE_SHAPES if name == "lse" else _SHAPES)
+        shapes = self.shapes or _SHAPES
+        if name == "lse":
+            shapes = tuple(s for s in self.shapes if s.warps <= _LSE_WARPS) or _LSE_SHAPES
         for shape in shapes:
             rows = _at_most(shape.warp_rows, -(-kept.count // 32))
             columns = _at_most(shape.warp_columns, -(-streamed.count // 64))
