@@ -23,6 +23,7 @@ DOCUMENTS = (
     "ARCHITECTURE.md",
     "docs/maths.md",
     "docs/kernels.md",
+    "docs/cuda.md",
     "docs/models.md",
     "docs/recipes.md",
     "docs/evaluation.md",
