@@ -22,7 +22,9 @@ def pipe(tmp_path_factory):
 @pytest.fixture(scope="module")
 def done(pipe, tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "out"
-    results = demo.run(out, model=pipe, size=64, layers="up_blocks.2.*.attn1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "SCENES", 2)
+        results = demo.run(out, model=pipe, size=64, layers="up_blocks.2.*.attn1")
     return out, results
 
 
@@ -54,6 +56,28 @@ def test_results_hold_every_number_and_are_strict_json(done):
         assert score["pck@0.01"] <= score["pck@0.02"] <= score["pck@0.05"] <= score["pck@0.1"]
     settings = results["settings"]
     assert settings["source_grid"] == [12, 16] and settings["hard_ims"] >= 0
+
+
+def test_drawn_scenes_are_scored_beside_simple_ways(done):
+    _, results = done
+    scenes = results["scenes"]
+    assert scenes["pairs"] == 2 and scenes["points"] == 2 * demo.SCENE_POINTS
+    assert not scenes["calibrated"]  # a model without a match.json
+    assert list(scenes["methods"])[0] == scenes["method"] == "keys on keys, hard"
+    assert {"identity", "random", "SIFT", "best token there is"} <= set(scenes["methods"])
+    assert scenes["methods"]["best token there is"]["pck@0.1"] >= 0.9
+
+
+def test_points_of_a_scene_are_spread():
+    from flashmaps.evaluation.worlds import Worlds
+
+    whole = Worlds(1, 200, side=64, hidden=False).pair(0)
+    few = demo._spread(whole, 5)
+    distances = np.linalg.norm(few.source_points[:, None] - few.source_points[None], axis=-1)
+    nearest = (distances + 1e9 * np.eye(5)).min()
+    drawn = np.linalg.norm(whole.source_points[:5, None] - whole.source_points[None, :5], axis=-1)
+    assert len(few.target_points) == 5 and nearest > (drawn + 1e9 * np.eye(5)).min()
+    assert (few.source_points[:, None] == whole.source_points[None]).all(-1).any(1).all()
 
 
 def test_eager_torch_agrees_and_both_are_measured(done):
