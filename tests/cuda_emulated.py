@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -22,9 +23,10 @@ from torch import Tensor
 backends = importlib.import_module("flashmaps.backends")  # fm.backends is the function
 
 
-def load() -> ModuleType:
+def load(path: Path | None = None) -> ModuleType:
     """The module, compiled if need be."""
-    spec = importlib.util.spec_from_file_location("_emulated", native.build("_emulated"))
+    path = native.build("_emulated") if path is None else path
+    spec = importlib.util.spec_from_file_location("_emulated", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -14,8 +14,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def build(target: str) -> Path:
+def build(target: str, *options: str, tree: Path | None = None) -> Path:
     """Compile what has changed of a CMake target; the library. Skips where there is no compiler.
+
+    Another configuration (``options``) takes a ``tree`` of its own.
 
     Raises RuntimeError, with what the compiler said, where the sources are at fault.
     """
@@ -23,13 +25,15 @@ def build(target: str) -> Path:
     compiler = os.environ.get("CXX", "c++").split()[0]
     cmake, ninja, _ = (_find(name) for name in ("cmake", "ninja", compiler))
     # A tree of its own: that of the install is set up anew where its settings change.
-    tree = ROOT / "build" / f"tests-{sysconfig.get_config_var('EXT_SUFFIX').split('.')[1]}"
+    if tree is None:
+        tree = ROOT / "build" / f"tests-{sysconfig.get_config_var('EXT_SUFFIX').split('.')[1]}"
     if not (tree / "build.ninja").exists():
         _run(
             cmake, "-S", str(ROOT), "-B", str(tree), "-G", "Ninja",
             f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            *options,
         )  # fmt: skip
     _run(cmake, "--build", str(tree), "--target", target)
     names = {f"{target}.so", f"{target}.dylib", f"lib{target}.a"}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from pathlib import Path
 
 import checks
 import cuda_emulated
 import flashmaps as fm
+import native
 import pytest
 import torch
 from checks import Checked
@@ -131,6 +133,15 @@ def test_numbers_that_are_none_give_no_index_beyond_the_map(emulated: Watched) -
         )
         assert ((fields.argmax >= 0) & (fields.argmax < 37)).all()
         assert ((fields.column_argmax >= 0) & (fields.column_argmax < 37)).all()
+
+
+@pytest.mark.slow  # compiles the kernels again
+def test_exponentials_may_be_multiplied_instead(tmp_path: Path, emulated: Watched) -> None:
+    made = native.build("_emulated", "-DFLASHMAPS_POLYNOMIAL=4", tree=tmp_path)
+    emulated.native = cuda_emulated.load(made)
+    checked = Checked(Problem((1, 2, 70, 135, 64)), torch.float16, "cuda", "cpu")
+    for name in ("lse", "reductions", "product", "return_probability"):
+        OPERATIONS[name](checked)
 
 
 # What runs, and what it takes.
