@@ -63,7 +63,7 @@ def test_drawn_scenes_are_scored_beside_simple_ways(done):
     scenes = results["scenes"]
     assert scenes["pairs"] == 2 and scenes["points"] == 2 * demo.SCENE_POINTS
     assert not scenes["calibrated"]  # a model without a match.json
-    assert list(scenes["methods"])[0] == scenes["method"] == "keys on keys, hard"
+    assert next(iter(scenes["methods"])) == scenes["method"] == "keys on keys, hard"
     assert {"identity", "random", "SIFT", "best token there is"} <= set(scenes["methods"])
     assert scenes["methods"]["best token there is"]["pck@0.1"] >= 0.9
 

@@ -312,6 +312,9 @@ def study(
             help="How many noises to average, to try; may be repeated.", show_default="1 2 4"
         ),
     ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where the model runs, such as cuda.", show_default="cpu")
+    ] = None,
     keep: Annotated[
         bool, typer.Option("--keep", help="Write match.json beside the model's weights too.")
     ] = False,
@@ -338,7 +341,7 @@ def study(
     results = run(
         out, model=model, pairs=pairs, points=points, test_pairs=test_pairs, seed=seed,
         compare=compare or tuple(COMPARE), timesteps=timestep or TIMESTEPS, sizes=size or (None,),
-        noises=noises or NOISES, keep=keep, overwrite=overwrite, progress=True,
+        noises=noises or NOISES, device=device, keep=keep, overwrite=overwrite, progress=True,
     )  # fmt: skip
     from flashmaps.evaluation.study_report import tables
 

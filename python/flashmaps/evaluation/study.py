@@ -70,6 +70,7 @@ def study(
     sizes: Sequence[int | None] = (None,),
     noises: Sequence[int] = NOISES,
     resamples: int = RESAMPLES,
+    device: str | None = None,
     keep: bool = False,
     overwrite: bool = False,
     plots: bool = True,
@@ -88,6 +89,8 @@ def study(
         compare, timesteps, sizes, noises: what to try; sizes in pixels that the model sees, None
             being what it was trained on; noises are how many are averaged.
         resamples: of the bootstrap over pairs.
+        device: where the model runs, for instance "cuda"; default: where it is. Maps of the search
+            are computed on the CPU.
         keep: write match.json beside the model's weights too, where fm.match finds it; the model
             must be "builtin" or a folder.
         overwrite: throw away a study of other settings in ``out``.
@@ -109,7 +112,7 @@ def study(
     if min(noises) < 1:
         raise ValueError(f"noises={tuple(noises)}; wanted at least one noise each")
     check_replaceable(out, MARKER)
-    pipe = load_model(model)
+    pipe = load_model(model, device=device)
     beside = folder_of(pipe) if keep else None
     if keep and beside is None:
         raise ValueError("keep: the model was not loaded from a folder, so nothing can lie in it")
@@ -128,6 +131,7 @@ def study(
         "sizes": list(sizes),
         "noises": list(noises),
         "resamples": resamples,
+        "device": device,
     }
     folder = Path(out)
     if open_folder(folder, asked, overwrite) and (folder / "results.json").is_file():
