@@ -12,7 +12,7 @@ FLASHMAPS_DEVICE std::int64_t element_index() {
   return std::int64_t(block_index().x) * block_size() + thread_index();
 }
 
-FLASHMAPS_KERNEL(kElementThreads, 1)
+FLASHMAPS_KERNEL(kElementThreads, 4)
 void prepare_kernel(FLASHMAPS_PARAMETER PrepareArguments a) {
   const std::int64_t at = element_index();
   if (at >= a.rows * a.count) return;
@@ -22,7 +22,7 @@ void prepare_kernel(FLASHMAPS_PARAMETER PrepareArguments a) {
 }
 
 // Splits come in the tokens' order.
-FLASHMAPS_KERNEL(kElementThreads, 1)
+FLASHMAPS_KERNEL(kElementThreads, 4)
 void combine_kernel(FLASHMAPS_PARAMETER CombineArguments a) {
   const std::int64_t at = element_index();
   if (at >= a.count) return;
@@ -45,7 +45,7 @@ void combine_kernel(FLASHMAPS_PARAMETER CombineArguments a) {
   write_state(a.out, at, all, a.of_columns, all.argtop);
 }
 
-FLASHMAPS_KERNEL(kElementThreads, 1)
+FLASHMAPS_KERNEL(kElementThreads, 4)
 void combine_lse_kernel(FLASHMAPS_PARAMETER CombineLseArguments a) {
   const std::int64_t at = element_index();
   const std::int64_t elements = a.rows * a.count;
