@@ -31,7 +31,9 @@ class Whole:
 def summary(results: list[Result], wanted: int) -> str:
     """One line about correctness."""
     wrong = sum(result.error is not None for result in results)
-    line = f"{len(results) - wrong} checks passed, {wrong} failed"
+    refused = sum(result.refused for result in results)
+    line = f"{len(results) - wrong - refused} checks passed, {wrong} failed"
+    line += f", {refused} refused with a reason" if refused else ""
     missing = wanted - len(results)
     return line + (f", {missing} not run (no time, or not for --quick)" if missing > 0 else "")
 
@@ -60,12 +62,17 @@ def markdown(whole: Whole) -> str:
         f"{summary(whole.results, whole.wanted)}.",
         "",
     ]
-    passed = Counter((r.backend, r.check.split("/")[-1]) for r in whole.results if r.error is None)
-    failed = Counter((r.backend, r.check.split("/")[-1]) for r in whole.results if r.error)
-    lines += ["| backend | operation | passed | failed |", "| --- | --- | ---: | ---: |"]
+    counts: dict[str, Counter[tuple[str, str]]] = {
+        name: Counter() for name in ("passed", "failed", "refused")
+    }
+    for r in whole.results:
+        outcome = "failed" if r.error else "refused" if r.refused else "passed"
+        counts[outcome][r.backend, r.check.split("/")[-1]] += 1
+    lines += ["| backend | operation | " + " | ".join(counts) + " |"]
+    lines += ["| --- | --- | ---: | ---: | ---: |"]
     lines += [
-        f"| {backend} | {name} | {passed[backend, name]} | {failed[backend, name]} |"
-        for backend, name in sorted(passed | failed)
+        f"| {of[0]} | {of[1]} | " + " | ".join(str(count[of]) for count in counts.values()) + " |"
+        for of in sorted(set().union(*counts.values()))
     ]
     if whole.cases:
         rates = whole.rates
@@ -122,7 +129,8 @@ def write(whole: Whole, folder: Path) -> list[Path]:
     everything["results"] = [
         each for each in everything["results"] if each["error"] is not None
     ]  # those that passed are counted
-    everything["passed"] = sum(result.error is None for result in whole.results)
+    everything["passed"] = sum(r.error is None and not r.refused for r in whole.results)
+    everything["refused"] = sum(r.refused for r in whole.results)
     files = [folder / f"{name}.json", folder / f"{name}.md"]
     write_text(files[0], json.dumps(everything, indent=1) + "\n")
     write_text(files[1], markdown(whole))
