@@ -65,7 +65,8 @@ def test_drawn_scenes_are_scored_beside_simple_ways(done):
     assert not scenes["calibrated"]  # a model without a match.json
     assert next(iter(scenes["methods"])) == scenes["method"] == "keys on keys, hard"
     assert {"identity", "random", "SIFT", "best token there is"} <= set(scenes["methods"])
-    assert scenes["methods"]["best token there is"]["pck@0.1"] >= 0.9
+    shares = {name: score["pck@0.1"] for name, score in scenes["methods"].items()}
+    assert shares.pop("best token there is") > max(shares.values())
 
 
 def test_points_of_a_scene_are_spread():

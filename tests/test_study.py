@@ -16,7 +16,7 @@ from flashmaps.evaluation import study as study_module
 from flashmaps.evaluation.search import Questions, Search, passes
 from flashmaps.evaluation.store import APART, Store
 from flashmaps.evaluation.study import study
-from flashmaps.evaluation.study_report import best_of, short
+from flashmaps.evaluation.study_report import best_of, confidence_auroc, short
 from flashmaps.evaluation.threads import fit_threads
 from flashmaps.evaluation.worlds import Worlds
 from flashmaps.match import COMPARE, cross_map
@@ -256,6 +256,17 @@ def test_the_report_ranks_the_values_of_an_axis():
     assert title == "readout" and [row[0] for row in rows] == ["soft", "hard"]
     assert rows[1][2] == "30.0 [0.0, 100.0]"
     assert short(FINE) == "up 2.0" and short("mid_block.attentions.0.x.attn1") == "mid.0"
+
+
+def test_the_confidence_is_told_the_way_it_points():
+    wrong = {"0.1": {"auroc": 0.2, "auroc_interval": [0.1, 0.4]}}
+    test = {
+        "headline": {"pck": "0.1"},
+        "scores": {"kk": {"scores": {"confidence": {"wrong": wrong}}}},
+    }
+    area, interval = confidence_auroc(test)
+    assert area == pytest.approx(0.8) and interval == pytest.approx([0.6, 0.9])
+    assert confidence_auroc({**test, "scores": {"kk": {"scores": {}}}}) is None
 
 
 def test_the_command_passes_its_options_on(monkeypatch, tmp_path):

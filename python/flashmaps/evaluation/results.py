@@ -267,6 +267,8 @@ def _scores(
             }
         bad = relative[here] > headline
         report["risk_coverage"] = _risks(score, bad, counts[:, units])
+        if name == "confidence":  # says of itself which way it points
+            report["risk_coverage"]["keep_first"] = "high"
         low = report["risk_coverage"]["keep_first"] == "low"
         report["risk"] = _curve(score if low else -score, bad, float(here.mean()))
         report["reliability"] = reliability(score, ~bad)

@@ -40,7 +40,7 @@ from flashmaps.evaluation.run import (
 )
 from flashmaps.evaluation.search import NOISES, TIMESTEPS, Questions, Search, Trial, passes
 from flashmaps.evaluation.store import Store
-from flashmaps.evaluation.study_report import page
+from flashmaps.evaluation.study_report import confidence_auroc, page
 from flashmaps.evaluation.threads import fit_threads
 from flashmaps.evaluation.worlds import SIDE, Worlds
 from flashmaps.files import check_replaceable, write_json, write_text
@@ -298,12 +298,11 @@ def _measured(results: dict[str, Any]) -> dict[str, Any]:
     """The numbers of match.json: where these settings come from and what they reach."""
     test, asked = results["test"], results["settings"]
     one = test["methods"][test["headline"]["method"]]["pck"][test["headline"]["pck"]]
-    scores = next(iter(test["scores"].values()))["scores"]
-    confidence = scores.get("confidence", {}).get("wrong", {}).get(test["headline"]["pck"], {})
+    confidence = confidence_auroc(test)
     return {
         "chosen_on": f"{asked['pairs']} pairs of the world's validation split",
         "test": f"{test['pairs']} pairs of the test split, {TEST_NOISES} noises",
         "pck@" + test["headline"]["pck"]: round(one["per_point"], 4),
         "interval": one["per_point_interval"],
-        "confidence_auroc": confidence.get("auroc"),
+        "confidence_auroc": None if confidence is None else round(confidence[0], 4),
     }

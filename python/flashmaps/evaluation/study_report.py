@@ -80,7 +80,8 @@ def page(results: dict[str, Any], *, plots: bool = True) -> str:
         f"show, each with {len(test['noises'])} noises; intervals are over pairs, all noises of a "
         f"pair together. PCK@{test['headline']['pck']} of {test['headline']['method']} by noise: "
         + ", ".join(f"{100 * each:.1f}" for each in test["noises"])
-        + ".",
+        + "."
+        + _told(confidence_auroc(test)),
         "",
         # The same page as `flashmaps eval` writes, a level lower.
         *(f"#{line}" if line.startswith("#") else line for line in _test_lines(test, plots)),
@@ -122,6 +123,24 @@ def best_of(trials: list[dict[str, Any]], axis: str) -> tuple[str, list[list[str
         for value, each in ranked[:_SHOWN]
     ]
     return title, rows
+
+
+def confidence_auroc(test: dict[str, Any]) -> tuple[float, list[float] | None] | None:
+    """How often a wrong match has less confidence than a right one, and its interval."""
+    scores = next(iter(test["scores"].values()))["scores"]
+    found = scores.get("confidence", {}).get("wrong", {}).get(test["headline"]["pck"], {})
+    if found.get("auroc") is None:
+        return None
+    # The report has it the other way round: how often the wrong one has the higher score.
+    interval = found["auroc_interval"]
+    turned = None if interval is None else [1 - value for value in reversed(interval)]
+    return 1 - found["auroc"], turned
+
+
+def _told(confidence: tuple[float, list[float] | None] | None) -> str:
+    if confidence is None:
+        return ""
+    return f" The confidence ranks wrong matches with AUROC {number(*confidence, 3)}."
 
 
 def _order(trial: dict[str, Any]) -> tuple[float, float, float]:
