@@ -217,15 +217,15 @@ def write(path: str | Path, results: dict[str, Any], pictures: str | Path) -> No
 
 
 def _best_line(results: dict[str, Any]) -> str:
-    """One honest sentence: where FlashMaps' hard matches stand among the methods."""
-    methods = results["methods"]
+    """One honest sentence: where FlashMaps' matches stand among the methods."""
+    methods, settings = results["methods"], results["settings"]
     ranked = sorted(methods, key=lambda name: methods[name]["median_error_px"])
-    name = f"{READING[results['settings']['compare']]}, hard"
+    name = f"{READING[settings['compare']]}, {settings['readout']}"
     place = ranked.index(name) + 1
     score = methods[name]
     attention, first = methods["queries on keys, hard"], methods[ranked[0]]
     return (
-        f"Hard matches ({name.removesuffix(', hard')}) are {score['median_error_px']:.1f} pixels "
+        f"Matches ({name}) are {score['median_error_px']:.1f} pixels "
         f"off in the median and within 5 % of the image for {score['pck@0.05']:.1%} of the pixels: "
         f"place {place} of {len(ranked)} methods by median error (first: {ranked[0]}, "
         f"{first['median_error_px']:.1f} pixels). Attention proper, queries on keys, is "
