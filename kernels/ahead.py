@@ -262,8 +262,7 @@ def compile_launch(launch: Launch, architecture: str) -> Any:
         else GPUTarget("hip", architecture, 64)
     )
     source = ASTSource(launch.kernel, *_signature(launch))
-    options = {"num_warps": launch.tiling.warps, "num_stages": launch.tiling.stages}
-    return triton.compile(source, target=target, options=options)
+    return triton.compile(source, target=target, options=launch.tiling.options)
 
 
 def examine(launch: Launch, architecture: str) -> Compiled:

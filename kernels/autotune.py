@@ -33,24 +33,22 @@ from flashmaps.kernels.ahead import (
 )
 from flashmaps.kernels.settings import KINDS, TABLE, Settings, architecture_of, settings_of
 
-Tiles = tuple[tuple[int, int, int, int], ...]  # rows, columns, warps, stages
+Tiles = tuple[tuple[int, ...], ...]  # rows, columns, warps, stages
 
 _HALF: Tiles = (
     (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2),
-    (64, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 1),
+    (64, 32, 8, 1), (64, 32, 4, 2), (32, 32, 4, 2), (16, 32, 4, 1),
+)  # fmt: skip
+_FULL: Tiles = (
+    (64, 64, 8, 2), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 1), (32, 32, 4, 2), (32, 32, 8, 2),
+    (16, 32, 4, 1), (16, 16, 4, 1),
 )  # fmt: skip
 _COMPOSED: Tiles = (
-    (128, 64, 8, 2),
-    (128, 32, 8, 3),
-    (64, 64, 8, 2),
-    (64, 64, 4, 2),
-    (32, 32, 4, 2),
-)
-_FULL: Tiles = (
-    (64, 64, 8, 2), (64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 2), (16, 32, 4, 1), (16, 16, 4, 1),
+    (128, 64, 8, 2), (128, 32, 8, 3), (64, 64, 8, 2), (64, 64, 4, 2), (32, 32, 4, 2),
 )  # fmt: skip
 # All keys in a tile: rows count only.
 _WHOLE: Tiles = ((64, 256, 8, 2), (64, 256, 8, 1), (32, 256, 8, 2), (16, 256, 8, 1))
+_REGISTERS = 255  # the most that a thread can have on NVIDIA's cards
 
 _ROWS = ("entropy", "max", "argmax", "expectation")
 _COLUMNS = ("column_sum", "column_entropy", "column_max", "column_argmax")
@@ -58,8 +56,19 @@ _TOPK = ("topk_values", "topk_indices")
 _ANY: tuple[tuple[str, ...], ...] = (_ROWS, _COLUMNS, ("dense",), _TOPK)
 
 
-def candidates(kind: str, bits: int) -> Tiles:
-    """The tiles to try, the most promising first."""
+def candidates(architecture: str, kind: str, bits: int) -> list[tuple[int, ...]]:
+    """The tilings to try, the most promising first.
+
+    On NVIDIA's cards each also with all registers to itself: where several programs would fit
+    beside each other but for a few registers, the assembler spills those.
+    """
+    tiles = _tiles(kind, bits)
+    if not architecture.startswith("sm_"):
+        return list(tiles)
+    return [each for tile in tiles for each in (tile, (*tile, _REGISTERS))]
+
+
+def _tiles(kind: str, bits: int) -> Tiles:
     if kind == "whole":
         return _WHOLE
     if bits == 32 and kind != "composed":
@@ -154,11 +163,9 @@ def fits(architecture: str, kind: str, bits: int, width: int, tiling: tuple[int,
     return True
 
 
-def first_that_fits(
-    architecture: str, kind: str, bits: int, width: int
-) -> tuple[int, int, int, int] | None:
+def first_that_fits(architecture: str, kind: str, bits: int, width: int) -> tuple[int, ...] | None:
     """The first of the candidates, or None."""
-    for tiling in candidates(kind, bits):
+    for tiling in candidates(architecture, kind, bits):
         if fits(architecture, kind, bits, width, tiling):
             return tiling
     return None
@@ -179,15 +186,15 @@ def ahead(architecture: str, only: list[str]) -> dict[str, dict[str, list[int]]]
         for (kind, bits, width), job in zip(classes, jobs, strict=True):
             found = job.result()
             print(f"{architecture} {kind} {bits}/{width}: {found}", flush=True)
-            table[kind][f"{bits}/{width}"] = list(found or candidates(kind, bits)[-1])
+            table[kind][f"{bits}/{width}"] = list(found or candidates(architecture, kind, bits)[-1])
     return table
 
 
-def fastest(architecture: str, kind: str, bits: int, width: int) -> tuple[int, int, int, int]:
+def fastest(architecture: str, kind: str, bits: int, width: int) -> tuple[int, ...]:
     """The fastest of the candidates that fit, on the GPU that is here."""
     case = next(cases(kind, bits, width))
-    times: dict[tuple[int, int, int, int], float] = {}
-    for tiling in candidates(kind, bits):
+    times: dict[tuple[int, ...], float] = {}
+    for tiling in candidates(architecture, kind, bits):
         if not fits(architecture, kind, bits, width, tiling):
             continue
         changed = with_tiling(settings_of(architecture), kind, f"{bits}/{width}", tiling)

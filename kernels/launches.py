@@ -52,9 +52,7 @@ class Launch:
     scores: int = 0  # how many q k it computes, of all heads
 
     def run(self) -> None:
-        self.kernel[(self.programs,)](
-            **self.arguments, num_warps=self.tiling.warps, num_stages=self.tiling.stages
-        )
+        self.kernel[(self.programs,)](**self.arguments, **self.tiling.options)
 
 
 @dataclass
@@ -252,7 +250,7 @@ class _View:
             return found
         keys = max(16, _power_of_two(self.problem.num_keys))
         rows, columns = (keys, found.rows) if self.keys_kept else (found.rows, keys)
-        return Tiling(rows, columns, found.warps, found.stages)
+        return found._replace(rows=rows, columns=columns)
 
 
 def _power_of_two(number: int) -> int:

@@ -36,6 +36,13 @@ class Tiling(NamedTuple):
     columns: int
     warps: int
     stages: int
+    registers: int = 0  # that a thread may have; 0: NVIDIA's assembler weighs them against spills
+
+    @property
+    def options(self) -> dict[str, int]:
+        """For triton."""
+        found = {"num_warps": self.warps, "num_stages": self.stages}
+        return found | ({"maxnreg": self.registers} if self.registers else {})
 
 
 @dataclass(frozen=True)

@@ -194,7 +194,7 @@ def _check_large(tokens: int, heads: int, dtype: torch.dtype, backend: str, devi
 
 def check_compiled(backend: str, device: str) -> None:
     """torch.compile with its own backend, in one graph."""
-    query, key = (torch.randn(1, 2, 300, 40, device=device) for _ in range(2))
+    query, key = (torch.randn(1, 2, 300, 40, device=device).half() for _ in range(2))
 
     def statistics(query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, ...]:
         lazy = fm.AttentionMap(2 * query, key, backend=backend)
