@@ -135,8 +135,18 @@ def test_an_atomic_would_be_seen(architecture: str, cache: None) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_variant_compiles(architecture: str, cache: None) -> None:
     found = ahead.examine_cases(list(ahead.every_case()), architecture, workers=2)
-    wrong = [(str(case), each) for case, each in found if each.problems()]
+    wrong = [
+        (str(case), each)
+        for case, each in found
+        if each.problems()
+        and not (spills_a_little(case, architecture) and each.spills < 32 and not each.atomics)
+    ]
     assert len(found) > 100 and not wrong, "\n".join(map(str, wrong))
+
+
+def spills_a_little(case: ahead.Case, architecture: str) -> bool:
+    """What no tile compiles for without spilling some registers (docs/kernels.md)."""
+    return architecture == "sm_100" and case.dtype == torch.float32 and case.dim > 64
 
 
 # What runs, and what it takes.
