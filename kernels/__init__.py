@@ -8,6 +8,7 @@ Importing this package never imports triton: `backend` does, when something runs
 | `reducers` | what each statistic makes of a tile |
 | `passes` | the kernels |
 | `launches` | which kernels a request takes, in which tiles |
+| `composing` | the same for compositions |
 | `settings`, settings.json | the tiles of each architecture |
 | `backend` | `supports` and `reduce`, what all backends have |
 | `ahead` | compiles kernels without a GPU and reads what came of it |

@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 from flashmaps._problem import Problem, Request
-from flashmaps.kernels.launches import Launch, Run, compose, reduce
+from flashmaps.kernels.composing import compose
+from flashmaps.kernels.launches import Launch, Run, reduce
 from flashmaps.kernels.settings import Settings, settings_of
 from torch import Tensor
 

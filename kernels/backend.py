@@ -81,19 +81,19 @@ def reduce(problem: Problem, request: Request) -> dict[str, Tensor]:
 
 def composes(first: Problem, second: Problem, request: Request) -> bool:
     """Whether `compose` does this; if not, `flashmaps.strips` does with dense pieces of maps."""
-    from flashmaps.kernels import launches
+    from flashmaps.kernels import composing
 
-    return launches.composes(first, second, request.names)
+    return composing.composes(first, second, request.names)
 
 
 def plan_compose(first: Problem, second: Problem, request: Request) -> Cost:
     """What `compose` takes."""
-    from flashmaps.kernels import launches
+    from flashmaps.kernels import composing
     from flashmaps.kernels.settings import settings_here
 
     device = first.query.device
     here = settings_here(torch.device("cuda") if device.type == "meta" else device)
-    strips, workspace = launches.strips_for(first, second, request, here)
+    strips, workspace = composing.strips_for(first, second, request, here)
     dense = Request(("dense",))
     again = 1 if strips.blocks == 1 else -(-first.num_queries // strips.rows)
     passes = [1 + (first.lse is None), again + (second.lse is None)]
@@ -107,14 +107,14 @@ def plan_compose(first: Problem, second: Problem, request: Request) -> Cost:
 
 def compose(first: Problem, second: Problem, request: Request) -> dict[str, Tensor]:
     """Statistics of the rows of A A', whose entries go from the product to the reducers."""
-    from flashmaps.kernels import launches
+    from flashmaps.kernels import composing, launches
     from flashmaps.kernels.settings import settings_here
 
     run = launches.run_to_compose(request, settings_here(first.query.device))
     if first.query.is_cuda:
         with torch.cuda.device(first.query.device):
-            outputs = launches.compose(first, second, request, run)
+            outputs = composing.compose(first, second, request, run)
     else:
-        outputs = launches.compose(first, second, request, run)
+        outputs = composing.compose(first, second, request, run)
     _last.workspace = run.workspace
     return outputs

@@ -20,7 +20,7 @@ import checks
 import interpreted
 import triton
 import triton.language as tl
-from flashmaps.kernels import INTERPRETING, ahead, launches, settings
+from flashmaps.kernels import INTERPRETING, ahead, composing, launches, settings
 
 pytestmark = pytest.mark.skipif(
     INTERPRETING, reason="TRITON_INTERPRET is set: the interpreter gets a process of its own"
@@ -213,7 +213,7 @@ def test_strips_of_a_composition_fill_the_budget(
 ) -> None:
     problem = meta_problem(5, tokens, tokens, 64)
     request = Request(ROWS, memory_budget=None if budget is None else budget * 2**20)
-    cut, workspace = launches.strips_for(
+    cut, workspace = composing.strips_for(
         problem, problem, request, settings.settings_of(architecture)
     )
     assert workspace <= (budget or 64) * 2**20
@@ -224,16 +224,16 @@ def test_strips_of_a_composition_fill_the_budget(
 def test_the_smallest_budget_of_a_composition_is_enough_for_it() -> None:
     problem = meta_problem(2, 300, 300, 64)
     here = settings.settings_of("sm_90")
-    least = launches.strips_for(problem, problem, Request(ROWS, memory_budget=1), here)[1]
-    again = launches.strips_for(problem, problem, Request(ROWS, memory_budget=least), here)[1]
+    least = composing.strips_for(problem, problem, Request(ROWS, memory_budget=1), here)[1]
+    again = composing.strips_for(problem, problem, Request(ROWS, memory_budget=least), here)[1]
     assert 0 < again == least
 
 
 def test_compositions_of_row_statistics_have_a_kernel() -> None:
     plain = meta_problem(5, 64, 64, 64)
-    assert launches.composes(plain, plain, ROWS)
-    assert not launches.composes(plain, plain, (*ROWS, "column_max"))
-    assert not launches.composes(plain, plain._replace(normalize="rows"), ROWS)
+    assert composing.composes(plain, plain, ROWS)
+    assert not composing.composes(plain, plain, (*ROWS, "column_max"))
+    assert not composing.composes(plain, plain._replace(normalize="rows"), ROWS)
 
 
 def test_many_maps_are_taken_in_chunks() -> None:
