@@ -133,13 +133,17 @@ def test_pictures_repeat_with_their_number(photo_packages):
     from flashmaps.models.pictures import Pictures
 
     pictures, again = (Pictures(size=32, count=12, photos=0.5) for _ in range(2))
-    captions = set()
+    captions, kinds = set(), set()
     for index in range(12):
-        pixels, texts = pictures[index]
+        pixels, texts, shown = pictures[index]
         assert pixels.shape == (32, 32, 3) and pixels.dtype == np.uint8
+        assert shown.shape == (8, 8, 2)
+        kinds.add("known" if (shown >= 0).all() else "unknown" if (shown < 0).all() else "both")
         assert np.array_equal(pixels, again[index][0]) and texts == again[index][1]
+        assert np.array_equal(shown, again[index][2])
         assert len(texts) == 3
         captions.update(texts)
+    assert kinds == {"known", "unknown"}  # scenes and photos
     assert any("photo of" in text for text in captions)  # of both kinds
     assert any(text.startswith("a ") and "photo" not in text for text in captions)
 
@@ -172,7 +176,7 @@ def train(folder: Path, *options: str) -> None:
 def last_state(folder: Path) -> list[torch.Tensor]:
     """All tensors of the UNet stage's checkpoint: weights, optimizer, averages."""
     paths = sorted((folder / "work" / "unet").glob("custom_checkpoint_*.pkl"))
-    assert len(paths) == 5
+    assert len(paths) == 6
     states = [torch.load(path, weights_only=False) for path in paths[:4]]
     return [leaf for leaf in tree_leaves(states) if isinstance(leaf, torch.Tensor)]
 

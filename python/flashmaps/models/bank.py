@@ -16,17 +16,23 @@ from transformers import CLIPTokenizer
 
 from flashmaps.files import whole_folder
 
-from .pictures import Pictures
+from .alignment import SQUARES
+from .pictures import REDUCTION, Pictures
 
 _MARKER = "bank.json"
 _CHUNK = 64
 
 
 class Bank:
-    """A folder of pictures: ``images.npy``, uint8 [n, size, size, 3], and their captions."""
+    """A folder of pictures, their captions and what they show.
+
+    ``images.npy``: uint8 [n, size, size, 3]; ``labels.npy``: int16 [n, side, side, 2], see
+    :func:`flashmaps.models.alignment.labels`.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.images = np.load(folder / "images.npy", mmap_mode="c")
+        self.labels = np.load(folder / "labels.npy", mmap_mode="c")
         self.captions: list[list[str]] = json.loads((folder / "captions.json").read_text())
 
     def __len__(self) -> int:
@@ -50,6 +56,7 @@ def open_bank(folder: Path, pictures: Pictures, workers: int) -> Bank:
         for name, value in vars(pictures).items()
         if name in ("size", "count", "seed", "photo_share", "alone_share")
     }
+    recipe["labels"] = SQUARES
     marker = folder / _MARKER
     if not (marker.is_file() and json.loads(marker.read_text()) == recipe):
         _draw(folder, pictures, recipe, workers)
@@ -58,15 +65,20 @@ def open_bank(folder: Path, pictures: Pictures, workers: int) -> Bank:
 
 def _draw(folder: Path, pictures: Pictures, recipe: dict[str, Any], workers: int) -> None:
     loader: Any = DataLoader(pictures, _CHUNK, num_workers=workers, collate_fn=list)  # type: ignore[arg-type]
-    shape = (len(pictures), pictures.size, pictures.size, 3)
+    count, side = len(pictures), pictures.size // REDUCTION
+    shape = (count, pictures.size, pictures.size, 3)
     captions: list[tuple[str, ...]] = []
     with whole_folder(folder, _MARKER) as new:
         images = np.lib.format.open_memmap(new / "images.npy", "w+", np.uint8, shape)
+        labels = np.lib.format.open_memmap(
+            new / "labels.npy", "w+", np.int16, (count, side, side, 2)
+        )
         for chunk in tqdm(loader, desc=folder.name, mininterval=5):
-            for image, texts in chunk:
-                images[len(captions)] = image
+            for image, texts, shown in chunk:
+                images[len(captions)], labels[len(captions)] = image, shown
                 captions.append(texts)
         images.flush()
+        labels.flush()
         (new / "captions.json").write_text(json.dumps(captions))
         (new / _MARKER).write_text(json.dumps(recipe))
 

@@ -10,6 +10,7 @@ from typing import Any
 from .architecture import Parts
 from .photos import SKIMAGE_PHOTOS, SKLEARN_PHOTOS
 from .pictures import Pictures
+from .unet import DROPPED
 
 TEMPLATE = """\
 ---
@@ -46,7 +47,8 @@ dtype.
 Seed {seed}; on {hardware}.{init}
 AdamW, warm-up, then a constant learning rate with a cosine fall in the last part, bfloat16
 autocast, exponential moving average of the weights. VAE loss: L1 + MSE + L1 of the differences
-between neighbours + 1e-5 KL. UNet loss: min-SNR weighting (gamma 5), 10 % of captions dropped.
+between neighbours + 1e-5 KL. UNet loss: min-SNR weighting (gamma 5), {dropped:.0%} of captions
+dropped.{alignment}
 `python -m flashmaps.models.train` trains it anew, with options for each of these numbers; where a
 stage was ended by the clock, the learning rate followed the clock, and the result is alike but not
 the same to the bit.
@@ -72,6 +74,12 @@ by danielbuechele and flower.jpg by vultilion.
 It knows the drawn world and {count} photos, and the words of their captions; of anything else it
 has no idea. Not for producing images.
 """
+
+ALIGNMENT = """
+To it is added {:g} times the alignment loss of `flashmaps.models.alignment`: linear layers, thrown
+away afterwards, read from two of the decoder's blocks which part of which object each token shows,
+and where on it. That is supervision by the drawn world's truth (its training split): how well this
+model matches scenes of the world is not what diffusion alone teaches."""
 
 
 def model_card(parts: Parts, work: Path, args: argparse.Namespace) -> str:
@@ -109,6 +117,8 @@ def model_card(parts: Parts, work: Path, args: argparse.Namespace) -> str:
         skimage=", ".join(SKIMAGE_PHOTOS),
         sklearn=" and ".join(SKLEARN_PHOTOS),
         check=_check(work / "check.json"),
+        dropped=DROPPED,
+        alignment=ALIGNMENT.format(args.alignment) * (args.alignment > 0),
         count=len(SKIMAGE_PHOTOS) + len(SKLEARN_PHOTOS),
     )
 

@@ -8,8 +8,10 @@ import numpy as np
 
 from flashmaps.world import Options, Split
 
+from .alignment import labels, unknown
 from .photos import Photos
 
+REDUCTION = 4  # pixels a side of what a latent stands for
 # One object with nothing before it: what a caption's word looks like is learnt from these first.
 ALONE = Options(objects=(1, 1), occluders=(0, 0), clutter=(0, 3))
 
@@ -44,14 +46,18 @@ class Pictures:
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, tuple[str, ...]]:
-        """Pixels, uint8 [size, size, 3], and three captions."""
+    def __getitem__(self, index: int) -> tuple[np.ndarray, tuple[str, ...], np.ndarray]:
+        """Pixels, uint8 [size, size, 3], three captions, and what the latents' cells show.
+
+        The last as :func:`flashmaps.models.alignment.labels` has it.
+        """
         rng = np.random.default_rng((self.seed, index))
         is_photo, is_alone = rng.random(2) < (self.photo_share, self.alone_share)
+        side = self.size // REDUCTION
         if is_photo:
-            return self._photos.patch(rng)
+            return *self._photos.patch(rng), unknown(side)
         scene = (self.lone if is_alone else self.scenes)[index]
-        return scene.image, scene.captions
+        return scene.image, scene.captions, labels(scene, side)
 
     @cached_property
     def _photos(self) -> Photos:
