@@ -35,7 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "bank": 24_576, "workers": 2, "compile": False, "warmup": 200,
         "vae_steps": 4000, "vae_batch": 16, "vae_crop": 64, "vae_lr": 1e-3, "vae_ema": 0.998,
         "unet_steps": 100_000, "unet_batch": 16, "unet_lr": 5e-4, "unet_ema": 0.999,
-        "alignment": 0.03,
+        "alignment": 0.1,
         "log_every": 10, "save_every": 100, "samples_every": 1000,
     },
     "h200": {
@@ -43,14 +43,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "vae_steps": 1_000_000, "vae_batch": 64, "vae_crop": 128, "vae_lr": 1e-3, "vae_ema": 0.999,
         "vae_minutes": 5.0,
         "unet_steps": 1_000_000, "unet_batch": 512, "unet_lr": 1e-3, "unet_ema": 0.9995,
-        "alignment": 0.03,
+        "alignment": 0.1,
         "unet_minutes": 14.0,
         "log_every": 50, "save_every": 1000, "samples_every": 4000,
     },
     "tiny": {
         "bank": 8, "workers": 0, "compile": False, "warmup": 2,
         "vae_steps": 4, "vae_batch": 2, "vae_crop": 16, "vae_lr": 1e-3, "vae_ema": 0.99,
-        "unet_steps": 4, "unet_batch": 2, "unet_lr": 1e-3, "unet_ema": 0.99, "alignment": 0.03,
+        "unet_steps": 4, "unet_batch": 2, "unet_lr": 1e-3, "unet_ema": 0.99, "alignment": 0.1,
         "log_every": 1, "save_every": 2, "samples_every": 1000,
     },
 }  # fmt: skip

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.training_utils import compute_snr
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from .architecture import Parts
 from .bank import Bank, encode, tokenize
 from .loop import Loop
 
-SNR_GAMMA = 5.0  # min-SNR weighting; without it the nearly noiseless steps drown the rest
+SNR_GAMMA = 5.0  # steps with less noise than that count less: nearly all they ask for is noise
 DROPPED = 0.2  # share of captions replaced by "", which guidance needs, and matching without one
 _STEPS = 1000
 _HELD_OUT = 99  # a purpose for generators that no step uses
@@ -34,11 +34,11 @@ def train_unet(
 ) -> Loop:
     """Fit UNet and text encoder; returns the loop, which has their averages.
 
-    The loss is min-SNR weighted (gamma 5), which makes it a weighted error of the clean latents,
-    min(SNR, 5) |z - z'|^2, whatever is predicted: noise and velocity can be compared by it. A
-    half-width UNet on 64-pixel scenes, 600 steps of each, held out: noise 0.0709, velocity 0.0718;
-    in the noisiest quarter, where a picture takes shape, 0.0179 and 0.0128. So velocity is the
-    default.
+    The loss is the squared error of what is predicted times min(1, 5 / SNR). For noise that is
+    min-SNR weighting. For velocity, the default, it is Stable Diffusion 2's own loss but for the
+    nearly noiseless steps; min-SNR proper would divide it by SNR + 1 as well, which leaves a
+    hundredth of the weight at t = 900 and a third at t = 500, where a picture takes shape.
+
     With ``args.alignment`` above 0, so much of the loss of :mod:`flashmaps.models.alignment` is
     added, each picture weighted by the share of the signal in it (alpha_bar).
     ``publish`` is called now and then, with the averages in the modules and the step as a name.
@@ -54,10 +54,7 @@ def train_unet(
     loop = Loop("unet", modules, args, deadline, weight_decay=1e-2)
     device, scheduler = loop.device, parts.scheduler
     if device.type == "cpu":
-        # Here the backward of torch's fused attention takes eight times its forward: a step of 64
-        # pictures of 64 pixels took 1.08 s with it and 0.64 s with plain matrix products.
-        parts.unet.set_attn_processor(AttnProcessor())
-        parts.text_encoder.set_attn_implementation("eager")
+        _use_plain_attention(parts)
     latents, tokens = _latents(parts, bank, args, device), bank.tokens(parts.tokenizer).to(device)
     parts.vae.to(device)
     shown = torch.from_numpy(bank.labels).to(device)
@@ -66,7 +63,7 @@ def train_unet(
     empty = tokenize(parts.tokenizer, [""]).to(device)
     signal = compute_snr(scheduler, torch.arange(_STEPS)).to(device)
     velocity = scheduler.config.prediction_type == "v_prediction"
-    weights = signal.clamp(max=SNR_GAMMA) / (signal + 1 if velocity else signal)
+    weights = signal.clamp(max=SNR_GAMMA) / signal
     unet = torch.compile(parts.unet, dynamic=False) if args.compile else parts.unet
 
     share = scheduler.alphas_cumprod.to(device)
@@ -93,7 +90,9 @@ def train_unet(
         value = error(unet, clean, ids, t, noise).mean()
         if args.alignment <= 0:
             return value, {}
-        told = reader([seen.pop(name) for name in alignment.LAYERS], shown[chosen], share[t])
+        clear = slice(max(1, count // 2))  # t is in order; behind lies more noise than picture
+        outputs = [seen.pop(name)[clear] for name in alignment.LAYERS]
+        told = reader(outputs, shown[chosen[clear]], share[t[clear]])
         return value + args.alignment * told, {"aligned": told.detach(), "noise": value.detach()}
 
     def samples() -> dict[str, float]:
@@ -111,6 +110,26 @@ def train_unet(
 
     loop.run(loss, samples)
     return loop
+
+
+def _use_plain_attention(parts: Parts) -> None:
+    """Matrix products and a softmax instead of torch's fused attention, for maps of up to 256^2.
+
+    On CPU the fused one's backward takes eight times its forward: a step of 64 pictures of 64
+    pixels took 1.08 s with it and 0.64 s so. From 1024 tokens on it is the faster one.
+    """
+    unet = parts.unet
+    finest = "down_blocks.0.", f"up_blocks.{len(unet.config.up_block_types) - 1}."
+    many = unet.config.sample_size > 16
+    unet.set_attn_processor(
+        {
+            name: AttnProcessor2_0()
+            if many and ".attn1." in name and name.startswith(finest)
+            else AttnProcessor()
+            for name in unet.attn_processors
+        }
+    )
+    parts.text_encoder.set_attn_implementation("eager")
 
 
 def _keep(seen: dict[str, Tensor], name: str, module: Any, _given: Any, output: Tensor) -> None:
