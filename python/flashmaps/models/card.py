@@ -47,8 +47,8 @@ dtype.
 Seed {seed}; on {hardware}.{init}
 AdamW, warm-up, then a constant learning rate with a cosine fall in the last part, bfloat16
 autocast, exponential moving average of the weights. VAE loss: L1 + MSE + L1 of the differences
-between neighbours + 1e-5 KL. UNet loss: squared error times min(1, 5 / SNR), {dropped:.0%} of captions
-dropped.{alignment}
+between neighbours + 1e-5 KL. UNet loss: squared error times min(1, 5 / SNR);
+{dropped:.0%} of captions dropped.{alignment}
 `python -m flashmaps.models.train` trains it anew, with options for each of these numbers; where a
 stage was ended by the clock, the learning rate followed the clock, and the result is alike but not
 the same to the bit.
