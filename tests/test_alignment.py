@@ -80,3 +80,27 @@ def test_layers_exist_in_the_miniature():
     parts = build(TINY)
     for name in alignment.LAYERS:
         assert parts.unet.get_submodule(name + ".attn1") is not None
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_plain_attention_computes_the_same(size):
+    from flashmaps.models.architecture import Sizes, build
+    from flashmaps.models.unet import _use_plain_attention
+
+    parts = build(
+        Sizes(unet=(8, 8, 16), heads=(1, 1, 2), text=8, text_layers=1, groups=4, image=size)
+    )
+    ids = torch.arange(77)[None]
+
+    def predicted():
+        latents = torch.randn(
+            1, 4, size // 4, size // 4, generator=torch.Generator().manual_seed(0)
+        )
+        with torch.no_grad():
+            return parts.unet(latents, 500, parts.text_encoder(ids)[0]).sample
+
+    fused = predicted()
+    _use_plain_attention(parts)
+    kinds = [type(processor).__name__ for processor in parts.unet.attn_processors.values()]
+    assert kinds.count("AttnProcessor2_0") == (3 if size == 128 else 0)  # of the 1024 tokens
+    torch.testing.assert_close(predicted(), fused)
