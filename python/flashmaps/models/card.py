@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from .architecture import Parts
 from .photos import SKIMAGE_PHOTOS, SKLEARN_PHOTOS
 from .pictures import Pictures
-from .unet import DROPPED
+from .unet import DROPPED, LOSS_WEIGHT
 
 TEMPLATE = """\
 ---
@@ -36,19 +37,18 @@ dtype.
 
 ## Training
 
-| | VAE | UNet and text encoder |
-| --- | --- | --- |
-| iterations | {vae[step]} | {unet[step]} |
-| pictures seen, with repetition | {vae[samples]} | {unet[samples]} |
-| hours | {vae_hours:.2f} | {unet_hours:.2f} |
-| loss, mean of the last tenth | {vae_loss:.4f} (L1 {vae_l1:.4f}) | {unet_loss:.4f} |
-| held out | {psnr} | loss {held_out} |
+VAE: {vae[step]} iterations, {vae[samples]} pictures with repetition, {vae_hours:.2f} hours; loss
+{vae_loss:.4f} (mean of the last tenth), L1 {vae_l1:.4f}; held out, {psnr}. The loss is L1 + MSE +
+L1 of the differences between neighbours + 1e-5 KL.
 
-Seed {seed}; on {hardware}.{init}
+UNet and text encoder{trainings}:
+
+{unet}
+
+Seed {seed}; on {hardware}.
 AdamW, warm-up, then a constant learning rate with a cosine fall in the last part, bfloat16
-autocast, exponential moving average of the weights. VAE loss: L1 + MSE + L1 of the differences
-between neighbours + 1e-5 KL. UNet loss: squared error times min(1, 5 / SNR);
-{dropped:.0%} of captions dropped.{alignment}
+autocast, exponential moving average of the weights. UNet loss: squared error, times the weight in
+the table; {dropped:.0%} of captions dropped.{alignment}
 `python -m flashmaps.models.train` trains it anew, with options for each of these numbers; where a
 stage was ended by the clock, the learning rate followed the clock, and the result is alike but not
 the same to the bit.
@@ -82,10 +82,35 @@ and where on it. That is supervision by the drawn world's truth (its training sp
 model matches scenes of the world is not what diffusion alone teaches."""
 
 
+def trainings(work: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What the UNet and the text encoder went through, one after the other; the last is this one.
+
+    The earlier ones are those of the weights that ``--init`` started from, if they tell.
+    """
+    lines = _lines(work)
+    earlier = [line["earlier"] for line in lines if line.get("earlier")]
+    unet = _stage(lines, "unet")
+    held_out = [line["held_out_loss"] for line in unet if "held_out_loss" in line]
+    loss = _recent(unet, "noise" if args.alignment > 0 else "loss")
+    this = {
+        "pixels": args.size,
+        "iterations": _last(unet)["step"],
+        "batch": args.unet_batch,
+        "pictures": _last(unet)["samples"],
+        "hours": round(_last(unet)["seconds"] / 3600, 2),
+        "learning rate": args.unet_lr,
+        "weight": LOSS_WEIGHT,
+        "alignment": args.alignment,
+        "loss": round(loss, 4) if math.isfinite(loss) else None,
+        "held out": round(held_out[-1], 4) if held_out else None,
+    }
+    return [*(earlier[-1] if earlier else []), this]
+
+
 def model_card(parts: Parts, work: Path, args: argparse.Namespace) -> str:
     """The card's markdown, with all numbers from the training's own files in ``work``."""
-    lines = [json.loads(line) for line in (work / "log.jsonl").read_text().splitlines()]
-    vae, unet = (_stage(lines, name) for name in ("vae", "unet"))
+    lines = _lines(work)
+    vae, unet = _stage(lines, "vae"), trainings(work, args)
     facts = json.loads((work / "vae-done" / "facts.json").read_text())
     counts = {
         name: sum(p.numel() for p in getattr(parts, name).parameters())
@@ -93,24 +118,20 @@ def model_card(parts: Parts, work: Path, args: argparse.Namespace) -> str:
     }
     pictures = Pictures()
     kinds = {"psnr_world": "scenes", "psnr_photos": "photos"}
-    held_out = [line["held_out_loss"] for line in unet if "held_out_loss" in line]
     return TEMPLATE.format(
         sizes=", ".join(f"{n.replace('_', ' ')} {c / 1e6:.2f} M" for n, c in counts.items()),
         prediction={"v_prediction": "velocity", "epsilon": "noise"}[
             parts.scheduler.config.prediction_type
         ],
         vae=_last(vae),
-        unet=_last(unet),
+        trainings=", one training after the other" * (len(unet) > 1),
+        unet=_table(unet),
         vae_hours=_last(vae)["seconds"] / 3600,
-        unet_hours=_last(unet)["seconds"] / 3600,
         vae_loss=_recent(vae, "loss"),
         vae_l1=_recent(vae, "l1"),
-        unet_loss=_recent(unet, "loss"),
         psnr=", ".join(f"{facts[key]:.1f} dB PSNR ({name})" for key, name in kinds.items()),
-        held_out=f"{held_out[-1]:.4f}" if held_out else "not measured",
         seed=args.seed,
         hardware=" and ".join(dict.fromkeys(x["hardware"] for x in lines if x["stage"] == "run")),
-        init=_init(lines),
         bank=args.bank,
         world=1 - pictures.photo_share,
         photos=pictures.photo_share,
@@ -132,9 +153,19 @@ def _stage(lines: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     return [merged[step] for step in sorted(merged)]
 
 
-def _init(lines: list[dict[str, Any]]) -> str:
-    names = dict.fromkeys(line["init"] for line in lines if "init" in line)
-    return f" Started from the weights of an earlier training ({', '.join(names)})." * bool(names)
+def _table(rows: list[dict[str, Any]]) -> str:
+    """One column for each training, its numbers below each other."""
+    head = f"| | {' | '.join(f'{i}.' for i in range(1, len(rows) + 1))} |"
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    body = []
+    for name in names:
+        values = (row.get(name) for row in rows)
+        body.append(f"| {name} | {' | '.join('' if v is None else str(v) for v in values)} |")
+    return "\n".join([head, "| --- |" + " --- |" * len(rows), *body])
+
+
+def _lines(work: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (work / "log.jsonl").read_text().splitlines()]
 
 
 def _last(entries: list[dict[str, Any]]) -> dict[str, Any]:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
 
-from flashmaps.files import whole_folder
+from flashmaps.files import whole_folder, write_json
 
 from .architecture import Parts
 from .vocabulary import write_vocabulary
+
+HISTORY = "training.json"
 
 
 def as_pipeline(parts: Parts) -> Any:
@@ -32,8 +35,10 @@ def as_pipeline(parts: Parts) -> Any:
     return pipe
 
 
-def export(parts: Parts, folder: Path, card: str) -> None:
+def export(parts: Parts, folder: Path, card: str, trainings: Sequence[dict[str, Any]]) -> None:
     """Save copies of `parts` in float16 to `folder`, with `card` as its README.md.
+
+    ``trainings`` goes to training.json, for the card of whoever trains on from there.
 
     The folder is written under a temporary name beside its place and then renamed, so a reader
     never meets half a model.
@@ -48,6 +53,13 @@ def export(parts: Parts, folder: Path, card: str) -> None:
         write_vocabulary(staging / "tokenizer")
         _load_in_float32_unless_asked(staging / "text_encoder" / "config.json")
         (staging / "README.md").write_text(card)
+        write_json(staging / HISTORY, list(trainings))
+
+
+def read_trainings(folder: Path) -> list[dict[str, Any]]:
+    """What the weights in an exported folder went through; nothing if it does not say."""
+    path = folder / HISTORY
+    return json.loads(path.read_text()) if path.is_file() else []
 
 
 def _load_in_float32_unless_asked(config: Path) -> None:

@@ -21,8 +21,8 @@ import torch
 
 from .architecture import TINY, Parts, Sizes, build
 from .bank import open_bank
-from .card import model_card
-from .export import as_pipeline, export
+from .card import model_card, trainings
+from .export import as_pipeline, export, read_trainings
 from .loop import Paused
 from .pictures import Pictures
 from .sheet import CAPTIONS, write_sheet
@@ -35,7 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "bank": 24_576, "workers": 2, "compile": False, "warmup": 200,
         "vae_steps": 4000, "vae_batch": 16, "vae_crop": 64, "vae_lr": 1e-3, "vae_ema": 0.998,
         "unet_steps": 100_000, "unet_batch": 16, "unet_lr": 5e-4, "unet_ema": 0.999,
-        "alignment": 0.1,
+        "alignment": 0.2,
         "log_every": 10, "save_every": 100, "samples_every": 1000,
     },
     "h200": {
@@ -43,14 +43,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "vae_steps": 1_000_000, "vae_batch": 64, "vae_crop": 128, "vae_lr": 1e-3, "vae_ema": 0.999,
         "vae_minutes": 5.0,
         "unet_steps": 1_000_000, "unet_batch": 512, "unet_lr": 1e-3, "unet_ema": 0.9995,
-        "alignment": 0.1,
+        "alignment": 0.2,
         "unet_minutes": 14.0,
         "log_every": 50, "save_every": 1000, "samples_every": 4000,
     },
     "tiny": {
         "bank": 8, "workers": 0, "compile": False, "warmup": 2,
         "vae_steps": 4, "vae_batch": 2, "vae_crop": 16, "vae_lr": 1e-3, "vae_ema": 0.99,
-        "unet_steps": 4, "unet_batch": 2, "unet_lr": 1e-3, "unet_ema": 0.99, "alignment": 0.1,
+        "unet_steps": 4, "unet_batch": 2, "unet_lr": 1e-3, "unet_ema": 0.99, "alignment": 0.2,
         "log_every": 1, "save_every": 2, "samples_every": 1000,
     },
 }  # fmt: skip
@@ -106,7 +106,7 @@ def train(args: argparse.Namespace, deadline: float) -> None:
     )
 
     def publish(name: str) -> None:
-        export(parts, args.out, model_card(parts, args.work, args))
+        export(parts, args.out, model_card(parts, args.work, args), trainings(args.work, args))
         (args.work / "samples").mkdir(exist_ok=True)
         write_sheet(pipe, args.work / "samples" / f"{name}.jpg", **options)
 
@@ -137,9 +137,16 @@ def _log_run(args: argparse.Namespace) -> None:
     """The log's line for this call: what runs it, for the model card."""
     on_gpu = torch.cuda.is_available() and not args.cpu
     hardware = torch.cuda.get_device_name() if on_gpu else f"{args.threads} CPU threads"
-    line = {"stage": "run", "hardware": hardware, "torch": torch.__version__, "seed": args.seed}
+    line: dict[str, Any] = {
+        "stage": "run",
+        "hardware": hardware,
+        "torch": torch.__version__,
+        "seed": args.seed,
+    }
     if args.init is not None:
         line["init"] = ", ".join(args.init_parts)
+        if "unet" in args.init_parts:
+            line["earlier"] = read_trainings(args.init)
     with open(args.work / "log.jsonl", "a") as log:
         log.write(json.dumps(line) + "\n")
 

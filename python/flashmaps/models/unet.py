@@ -19,6 +19,7 @@ from .bank import Bank, encode, tokenize
 from .loop import Loop
 
 SNR_GAMMA = 5.0  # steps with less noise than that count less: nearly all they ask for is noise
+LOSS_WEIGHT = f"min(1, {SNR_GAMMA:g} / SNR)"
 DROPPED = 0.2  # share of captions replaced by "", which guidance needs, and matching without one
 _STEPS = 1000
 _HELD_OUT = 99  # a purpose for generators that no step uses
