@@ -103,7 +103,6 @@ def test_packaged_vocabulary_is_the_one_of_its_tokenizer(pipeline):
     assert json.loads((folder / "vocab.json").read_text()) == pipeline.tokenizer.get_vocab()
 
 
-@pytest.mark.xfail(reason="the packaged weights are of the first training, without the world")
 def test_packaged_tokenizer_is_the_one_the_code_builds(pipeline):
     from flashmaps.models.vocabulary import build_tokenizer
 

@@ -38,8 +38,9 @@ dtype.
 ## Training
 
 VAE: {vae[step]} iterations, {vae[samples]} pictures with repetition, {vae_hours:.2f} hours; loss
-{vae_loss:.4f} (mean of the last tenth), L1 {vae_l1:.4f}; held out, {psnr}. The loss is L1 + MSE +
-L1 of the differences between neighbours + 1e-5 KL.
+{vae_loss:.4f} (mean of the last tenth), L1 {vae_l1:.4f}; held out,
+{psnr}. The loss is L1 + MSE + L1 of the differences
+between neighbours + 1e-5 KL.
 
 UNet and text encoder{trainings}:
 
@@ -48,16 +49,16 @@ UNet and text encoder{trainings}:
 Seed {seed}; on {hardware}.
 AdamW, warm-up, then a constant learning rate with a cosine fall in the last part, bfloat16
 autocast, exponential moving average of the weights. UNet loss: squared error, times the weight in
-the table; {dropped:.0%} of captions dropped.{alignment}
+the table.{alignment}
 `python -m flashmaps.models.train` trains it anew, with options for each of these numbers; where a
 stage was ended by the clock, the learning rate followed the clock, and the result is alike but not
 the same to the bit.
 
 ## Data
 
-{bank} pictures, drawn once: {world:.0%} scenes of `flashmaps.world`, training split, half of them
-with one object alone, with the world's captions; and {photos:.0%} random crops, flips and colour
-jitter of photos that the installed packages carry:
+Drawn once: {world:.0%} scenes of `flashmaps.world`, training split, half of them with one object
+alone, with the world's captions; and {photos:.0%} random crops, flips and colour jitter of photos
+that the installed packages carry:
 
 - scikit-image: {skimage};
 - scikit-learn: {sklearn}.
@@ -70,6 +71,7 @@ by danielbuechele and flower.jpg by vultilion.
 ## What it can do
 
 {check}
+`docs/samples.jpg` of FlashMaps' sources is its sheet of samples.
 
 It knows the drawn world and {count} photos, and the words of their captions; of anything else it
 has no idea. Not for producing images.
@@ -96,7 +98,9 @@ def trainings(work: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
         "pixels": args.size,
         "iterations": _last(unet)["step"],
         "batch": args.unet_batch,
-        "pictures": _last(unet)["samples"],
+        "pictures drawn": args.bank,
+        "pictures seen": _last(unet)["samples"],
+        "captions dropped": DROPPED,
         "hours": round(_last(unet)["seconds"] / 3600, 2),
         "learning rate": args.unet_lr,
         "weight": LOSS_WEIGHT,
@@ -132,13 +136,11 @@ def model_card(parts: Parts, work: Path, args: argparse.Namespace) -> str:
         psnr=", ".join(f"{facts[key]:.1f} dB PSNR ({name})" for key, name in kinds.items()),
         seed=args.seed,
         hardware=" and ".join(dict.fromkeys(x["hardware"] for x in lines if x["stage"] == "run")),
-        bank=args.bank,
         world=1 - pictures.photo_share,
         photos=pictures.photo_share,
         skimage=", ".join(SKIMAGE_PHOTOS),
         sklearn=" and ".join(SKLEARN_PHOTOS),
         check=_check(work / "check.json"),
-        dropped=DROPPED,
         alignment=ALIGNMENT.format(args.alignment) * (args.alignment > 0),
         count=len(SKIMAGE_PHOTOS) + len(SKLEARN_PHOTOS),
     )
