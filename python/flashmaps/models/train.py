@@ -5,6 +5,12 @@
 DIR of --work keeps the drawn pictures, checkpoints, sample sheets and the log of losses
 (log.jsonl); with --resume a call goes on from there. The same command runs on CPU and GPU. A preset
 is a set of defaults: "cpu" for hours on a few cores, "h200" for 25 minutes on one large GPU.
+
+On a CPU a picture of 64 pixels costs a quarter of one of 128, and much of what is learnt from it
+holds at 128. The packaged weights were trained so, their card tells how long:
+
+    python -m flashmaps.models.train --out SMALL --work SMALLER --size 64 --unet-batch 64
+    python -m flashmaps.models.train --out DIR --work OTHER --init SMALL
 """
 
 from __future__ import annotations
