@@ -50,6 +50,12 @@ def test_weights_are_half_precision_and_under_12_megabytes():
                 assert tensor.dtype == torch.float16 or not tensor.is_floating_point(), name
 
 
+def test_no_file_of_it_names_a_folder_of_the_machine_it_was_made_on():
+    for path in builtin_folder().rglob("*.json"):
+        if path.parent.name != "tokenizer":
+            assert '"/' not in path.read_text() and "_name_or_path" not in path.read_text(), path
+
+
 def test_self_attention_runs_at_32_16_and_8(pipeline):
     tokens = {}
 
@@ -222,6 +228,8 @@ def test_training_resumes_to_the_bit_and_exports_a_pipeline(
     assert not list(parts.rglob("*.partial"))
     assert (parts / "work" / "samples" / "last.jpg").is_file()
     card = (parts / "model" / "README.md").read_text()
+    for config in (parts / "model").glob("*/config.json"):  # the VAE was loaded from a checkpoint
+        assert "_name_or_path" not in config.read_text()
     assert "VAE: 4 iterations, 8 pictures" in card and "| iterations | 4 |" in card
     pipe = StableDiffusionPipeline.from_pretrained(parts / "model", torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)

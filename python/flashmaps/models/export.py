@@ -52,6 +52,8 @@ def export(parts: Parts, folder: Path, card: str, trainings: Sequence[dict[str, 
         pipeline.save_pretrained(staging)
         write_vocabulary(staging / "tokenizer")
         _load_in_float32_unless_asked(staging / "text_encoder" / "config.json")
+        for config in staging.glob("*/config.json"):
+            _forget_origin(config)
         (staging / "README.md").write_text(card)
         write_json(staging / HISTORY, list(trainings))
 
@@ -60,6 +62,13 @@ def read_trainings(folder: Path) -> list[dict[str, Any]]:
     """What the weights in an exported folder went through; nothing if it does not say."""
     path = folder / HISTORY
     return json.loads(path.read_text()) if path.is_file() else []
+
+
+def _forget_origin(config: Path) -> None:
+    """diffusers writes down which folder a part was loaded from; nobody else has that folder."""
+    values = json.loads(config.read_text())
+    values.pop("_name_or_path", None)
+    config.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _load_in_float32_unless_asked(config: Path) -> None:

@@ -38,7 +38,7 @@ def train_unet(
     The loss is the squared error of what is predicted times min(1, 5 / SNR). For noise that is
     min-SNR weighting. For velocity, the default, it is Stable Diffusion 2's own loss but for the
     nearly noiseless steps; min-SNR proper would divide it by SNR + 1 as well, which leaves a
-    hundredth of the weight at t = 900 and a third at t = 500, where a picture takes shape.
+    hundredth of the weight at t = 900 and a quarter at t = 500, where a picture takes shape.
 
     With ``args.alignment`` above 0, so much of the loss of :mod:`flashmaps.models.alignment` is
     added, each picture weighted by the share of the signal in it (alpha_bar).
