@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from flashmaps.world import Scene
 from flashmaps.world.categories import CATEGORIES
 
-# The decoder's blocks that read: at half the latents' side, and at the full one.
+# The decoder's blocks that are read: at half the latents' side, and at the full one.
 LAYERS = (
     "up_blocks.1.attentions.1.transformer_blocks.0",
     "up_blocks.2.attentions.0.transformer_blocks.0",

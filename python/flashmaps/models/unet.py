@@ -65,9 +65,8 @@ def train_unet(
     signal = compute_snr(scheduler, torch.arange(_STEPS)).to(device)
     velocity = scheduler.config.prediction_type == "v_prediction"
     weights = signal.clamp(max=SNR_GAMMA) / signal
-    unet = torch.compile(parts.unet, dynamic=False) if args.compile else parts.unet
-
     share = scheduler.alphas_cumprod.to(device)
+    unet = torch.compile(parts.unet, dynamic=False) if args.compile else parts.unet
 
     def error(model: Any, clean: Tensor, ids: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         noisy = scheduler.add_noise(clean, noise, t)
