@@ -41,6 +41,7 @@ lint: setup  ## check style and types
 	$(BIN)/ruff format --check .
 	$(if $(FORMATTED),$(BIN)/clang-format --dry-run -Werror $(FORMATTED))
 	$(BIN)/mypy
+	PYTHONPATH=. $(BIN)/lint-imports --no-logo
 
 format: setup  ## put Python and C++ sources into the project's style
 	$(BIN)/ruff check --fix-only .

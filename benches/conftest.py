@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import flashmaps.cpu
+import flashmaps.maps.backends.cpu
 import measure
 import pytest
 import report
@@ -29,7 +29,7 @@ _SECONDS = 0.7  # of rounds for each contestant of a case, about
 
 def extension() -> tuple[str, float] | None:
     """The compiled module and when it was built: numbers of two builds do not make one table."""
-    module = flashmaps.cpu._C
+    module = flashmaps.maps.backends.cpu._C
     return None if module is None else (module.__file__, Path(module.__file__).stat().st_mtime)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-import flashmaps.cpu
+import flashmaps.maps.backends.cpu
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from rivals import COMPILED, KEOPS, OURS, SDPA, Contestant
@@ -37,18 +37,18 @@ def peak_workspace(run: Callable[[], Any]) -> tuple[int, Any]:
 @contextmanager
 def _cpp() -> Iterator[list[int]]:
     most = [0]
-    reduce = flashmaps.cpu.reduce
+    reduce = flashmaps.maps.backends.cpu.reduce
 
     def watched(*args: Any) -> Any:
         result = reduce(*args)
-        most[0] = max(most[0], flashmaps.cpu.last_workspace_bytes())
+        most[0] = max(most[0], flashmaps.maps.backends.cpu.last_workspace_bytes())
         return result
 
-    flashmaps.cpu.reduce = watched
+    flashmaps.maps.backends.cpu.reduce = watched
     try:
         yield most
     finally:
-        flashmaps.cpu.reduce = reduce
+        flashmaps.maps.backends.cpu.reduce = reduce
 
 
 def _flat(result: Any) -> Iterator[torch.Tensor]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import flashmaps as fm
 import torch
-from flashmaps.grids import centres
+from flashmaps.maps.grids import centres
 from shapes import Shape, qk
 from torch import Tensor
 

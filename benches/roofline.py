@@ -16,9 +16,9 @@ import platform
 import re
 
 import flashmaps as fm
-import flashmaps.cpu
+import flashmaps.maps.backends.cpu
 import torch
-from flashmaps.doctor import _processor
+from flashmaps.app.doctor import _processor
 
 
 class Roofline:
@@ -43,7 +43,8 @@ def machine() -> dict[str, str | int]:
     """What a reader needs to know about where the numbers come from; nothing that names a host."""
     return {
         "cpu": re.sub(r"\((R|TM|r|tm)\)|\bCPU\b|@.*", "", _processor()).strip(),
-        "instruction_set": flashmaps.cpu.instruction_set() or "none (reference backend)",
+        "instruction_set": flashmaps.maps.backends.cpu.instruction_set()
+        or "none (reference backend)",
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

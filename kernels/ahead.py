@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flashmaps._problem import Problem, Request
 from flashmaps.kernels.composing import compose
 from flashmaps.kernels.launches import Launch, Run, reduce
 from flashmaps.kernels.settings import Settings, settings_of
+from flashmaps.maps.problem import Problem, Request
 from torch import Tensor
 
 # What a program may have of shared memory, in bytes. (NVIDIA: CUDA programming guide, "technical

@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 
 import torch
-from flashmaps._problem import Cost, Problem, Request, cost_of
 from flashmaps.kernels import INTERPRETING, unavailable_reason
+from flashmaps.maps.problem import Cost, Problem, Request, cost_of
 from torch import Tensor
 
 _last = threading.local()
@@ -65,7 +65,7 @@ def plan(problem: Problem, request: Request) -> Cost:
 
 
 def reduce(problem: Problem, request: Request) -> dict[str, Tensor]:
-    """Every requested field; see `flashmaps.reference.reduce` for what each one is."""
+    """Every requested field; see `reference.reduce` for what each one is."""
     from flashmaps.kernels import launches
     from flashmaps.kernels.settings import settings_here
 
@@ -80,7 +80,7 @@ def reduce(problem: Problem, request: Request) -> dict[str, Tensor]:
 
 
 def composes(first: Problem, second: Problem, request: Request) -> bool:
-    """Whether `compose` does this; if not, `flashmaps.strips` does with dense pieces of maps."""
+    """Whether `compose` does this; if not, `strips.py` does with dense pieces of maps."""
     from flashmaps.kernels import composing
 
     return composing.composes(first, second, request.names)

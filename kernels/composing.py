@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from flashmaps._problem import Problem, Request, empty_outputs
 from flashmaps.kernels import passes
 from flashmaps.kernels.launches import (
     _OPTIONAL,
@@ -29,6 +28,7 @@ from flashmaps.kernels.launches import (
     some_maps,
 )
 from flashmaps.kernels.settings import Settings, Tiling
+from flashmaps.maps.problem import Problem, Request, empty_outputs
 from torch import Tensor
 
 _INNER = 32  # numbers between A and A' that are multiplied at once

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from flashmaps._problem import Problem, Request, empty_outputs
 from flashmaps.kernels import passes
 from flashmaps.kernels.settings import Settings, Tiling
+from flashmaps.maps.problem import Problem, Request, empty_outputs
 from torch import Tensor
 
 # Bytes beyond inputs and outputs, unless the request's budget is less: maps are taken in chunks
@@ -125,7 +125,7 @@ def _on_meta(of: Problem) -> Problem:
 
 
 def reduce(problem: Problem, request: Request, run: Run) -> dict[str, Tensor]:
-    """Every field of ``request.names``; see `flashmaps.reference.reduce` for what each one is."""
+    """Every field of ``request.names``; see `reference.reduce` for what each one is."""
     outputs = empty_outputs(problem, request)
     per_map = problem.num_queries * 4 * (problem.heads + _lines(problem))
     if request.partner is not None:

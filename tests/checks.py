@@ -14,7 +14,7 @@ import flashmaps as fm
 import oracle
 import torch
 from contract import Subject
-from flashmaps.backends import get
+from flashmaps.maps.backends.choice import get
 from problems import Problem, grids, inputs, plain, truth
 from torch import Tensor
 

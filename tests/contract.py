@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import flashmaps as fm
 import oracle
 import torch
-from flashmaps.attention_map import REDUCTIONS
+from flashmaps.maps.attention_map import REDUCTIONS
 from torch import Tensor
 
 

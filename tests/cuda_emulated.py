@@ -16,11 +16,11 @@ from typing import Any
 import native
 import pytest
 import torch
-from flashmaps import cuda
-from flashmaps._problem import Problem, Request
+from flashmaps.maps.backends import cuda
+from flashmaps.maps.problem import Problem, Request
 from torch import Tensor
 
-backends = importlib.import_module("flashmaps.backends")  # fm.backends is the function
+backends = importlib.import_module("flashmaps.maps.backends.choice")  # fm.backends is the function
 
 
 def load(path: Path | None = None) -> ModuleType:

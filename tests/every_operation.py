@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import flashmaps as fm
 import torch
-from flashmaps.attention_map import REDUCTIONS
+from flashmaps.maps.attention_map import REDUCTIONS
 from torch import Tensor
 
 Place = Callable[[Tensor], Tensor]
@@ -98,7 +98,8 @@ class Guarded:
 
 
 def main() -> None:
-    from flashmaps import _problem, cpu
+    from flashmaps.maps import problem as _problem
+    from flashmaps.maps.backends import cpu
 
     guarded = Guarded()
 

@@ -44,7 +44,9 @@ def test_an_explicit_backend_that_cannot_run_raises_with_the_reason(name: str) -
 
 
 def test_cpu_without_its_extension_raises_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flashmaps.cpu._missing", "the C++ extension is not built: no compiler")
+    monkeypatch.setattr(
+        "flashmaps.maps.backends.cpu._missing", "the C++ extension is not built: no compiler"
+    )
     with pytest.raises(RuntimeError, match=r"'cpu' cannot run this: .* not built: no compiler"):
         fm.AttentionMap(QUERY, KEY, backend="cpu")
     assert fm.AttentionMap(QUERY, KEY).backend == "reference"

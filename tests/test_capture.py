@@ -9,7 +9,7 @@ import weakref
 import flashmaps as fm
 import pytest
 import torch
-from flashmaps.capture import capture, find_layers
+from flashmaps.diffusion.capture import capture, find_layers
 from tiny_pipeline import tiny_pipeline, tiny_unet
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,9 +11,9 @@ from typing import Any
 import flashmaps as fm
 import pytest
 import torch
-from flashmaps.capture import capture, find_layers
-from flashmaps.compiled import _observe
-from flashmaps.observe import attention_layers
+from flashmaps.diffusion.capture import capture, find_layers
+from flashmaps.diffusion.compiled import _observe
+from flashmaps.diffusion.observe import attention_layers
 from tiny_adapters import (
     GainProcessor,
     MatmulProcessor,

@@ -10,8 +10,8 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from flashmaps.capture import capture
-from flashmaps.observe import ContextWatch, attention_layers
+from flashmaps.diffusion.capture import capture
+from flashmaps.diffusion.observe import ContextWatch, attention_layers
 from tiny_adapters import (
     GainProcessor,
     ModuleProcessor,

@@ -7,8 +7,8 @@ import sys
 
 import numpy as np
 import pytest
-from flashmaps import cli
-from flashmaps.commands import make_app
+from flashmaps.app import cli
+from flashmaps.app.commands import make_app
 from PIL import Image
 from tiny_pipeline import tiny_pipeline
 from typer.testing import CliRunner
@@ -78,7 +78,7 @@ def test_demo_refuses_an_occupied_folder(tmp_path):
 
 def test_bench_outside_a_checkout_says_how(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("flashmaps.commands.__file__", str(tmp_path / "a" / "b" / "c.py"))
+    monkeypatch.setattr("flashmaps.app.commands.__file__", str(tmp_path / "a" / "b" / "c" / "d.py"))
     result = run("bench")
     assert result.exit_code == 2 and "make bench" in result.stderr
 
@@ -106,7 +106,8 @@ def test_help_names_the_commands():
 
 def test_heavy_packages_are_imported_when_they_are_used():
     code = (
-        "import sys, flashmaps.match, flashmaps.plots, flashmaps.report, flashmaps.demo\n"
+        "import sys, flashmaps.matching.match, flashmaps.matching.plots\n"
+        "import flashmaps.app.report, flashmaps.app.demo\n"
         "heavy = {'diffusers', 'transformers', 'matplotlib', 'PIL', 'skimage', 'typer', 'jinja2'};"
         "print(sorted(heavy & set(sys.modules)))"
     )

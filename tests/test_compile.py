@@ -9,8 +9,8 @@ from dataclasses import fields
 import flashmaps as fm
 import pytest
 import torch
-from flashmaps import ops
-from flashmaps._problem import Request
+from flashmaps.maps import operators as ops
+from flashmaps.maps.problem import Request
 from torch import Tensor
 
 Function = Callable[[str, Tensor, Tensor], "tuple[Tensor, ...] | Tensor"]

@@ -15,9 +15,9 @@ import torch
 from checks import Checked
 from cuda_emulated import Watched, shapes
 from cuda_problems import CASE_NAMES, CASES, OPERATIONS
-from flashmaps import cuda
-from flashmaps._problem import Problem as Described
-from flashmaps._problem import Request
+from flashmaps.maps.backends import cuda
+from flashmaps.maps.problem import Problem as Described
+from flashmaps.maps.problem import Request
 from problems import Problem
 
 module, emulated = cuda_emulated.module, cuda_emulated.emulated  # fixtures

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from flashmaps import cuda
+from flashmaps.maps.backends import cuda
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100")

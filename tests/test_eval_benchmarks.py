@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flashmaps.evaluation import points as carried
 from flashmaps.evaluation import warps
-from flashmaps.evaluation.benchmark import open_benchmark
 from flashmaps.evaluation.methods import Outcome
+from flashmaps.evaluation.opening import open_benchmark
 from flashmaps.evaluation.results import summarise
 from flashmaps.evaluation.run import point_rows
 

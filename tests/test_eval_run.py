@@ -8,15 +8,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from flashmaps.commands import make_app
+from flashmaps.app.commands import make_app
+from flashmaps.diffusion.features import Features
 from flashmaps.evaluation import methods as methods_module
 from flashmaps.evaluation import run as run_module
 from flashmaps.evaluation.benchmark import Pair
 from flashmaps.evaluation.methods import FREE, Methods, method_names
 from flashmaps.evaluation.results import THRESHOLDS, TITLES
 from flashmaps.evaluation.run import evaluate
-from flashmaps.pairs import SCORES
-from flashmaps.pipelines import Features
+from flashmaps.matching.pairs import SCORES
 from tiny_pipeline import tiny_pipeline
 from typer.testing import CliRunner
 

@@ -13,8 +13,8 @@ from flashmaps.evaluation import points as carried
 from flashmaps.evaluation.benchmark import Pair
 from flashmaps.evaluation.methods import Outcome
 from flashmaps.evaluation.run import point_rows
-from flashmaps.match import pixel_field
-from flashmaps.pairs import SCORES
+from flashmaps.matching.match import pixel_field
+from flashmaps.matching.pairs import SCORES
 
 RNG = np.random.default_rng(0)
 BLANK = np.zeros((100, 200, 3), np.float32)
@@ -324,7 +324,7 @@ def test_points_move_as_pixels_of_a_match_do(size, other):
     found = carried.soft(pixels, matched, grid, size, other)
     np.testing.assert_allclose(found, field, atol=1e-3)
     chosen = torch.randint(15, (24,), generator=generator)
-    from flashmaps.grids import centres
+    from flashmaps.maps.grids import centres
 
     field = pixel_field(centres(target_grid)[chosen], grid, size, other, smooth=False)
     tokens = carried.tokens_at(pixels, grid, size)

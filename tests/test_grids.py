@@ -7,7 +7,7 @@ import math
 import oracle
 import pytest
 import torch
-from flashmaps.grids import cell_index, centres, square_grid
+from flashmaps.maps.grids import cell_index, centres, square_grid
 
 
 def test_square_grid() -> None:

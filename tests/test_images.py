@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from flashmaps.images import fit_size, load_image, resize, to_model_input
+from flashmaps.diffusion.images import fit_size, load_image, resize, to_model_input
 from PIL import Image
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)

@@ -8,7 +8,7 @@ import test_operations as contract_tests
 import torch
 from contract import Subject
 from every_operation import outputs
-from flashmaps import cpu
+from flashmaps.maps.backends import cpu
 from problems import CASE_NAMES, CASES, Problem, inputs, plain, truth
 
 BUILDS = cpu._C.instruction_sets() if fm.backends()["cpu"] else []

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from flashmaps.latents import encode, invert, noised, plan_inversion
+from flashmaps.diffusion.latents import encode, invert, noised, plan_inversion
 from tiny_models import FAMILY
 from tiny_pipeline import tiny_pipeline
 
@@ -209,7 +209,7 @@ def test_the_flow_of_normal_data_is_to_stay(prediction):
 @pytest.mark.parametrize("name", ["sd15", "sd2", "sd21", "sdxl"])
 def test_sampling_comes_back_and_twice_the_steps_halve_the_error(name, tmp_path):
     """DDIM is a first-order method, whatever the model: the error is C / steps."""
-    from flashmaps.pipelines import _conditions, _denoiser, _encode_prompt
+    from flashmaps.diffusion.features import _conditions, _denoiser, _encode_prompt
 
     pipe = FAMILY[name].build(tmp_path)
     z, errors = LATENT[:1], []

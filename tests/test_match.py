@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from flashmaps import evaluation
-from flashmaps.confidence import Calibration, Term
-from flashmaps.grids import centres
-from flashmaps.match import (
+from flashmaps.diffusion.features import Features, features
+from flashmaps.maps.grids import centres
+from flashmaps.matching.confidence import Calibration, Term
+from flashmaps.matching.match import (
     BETWEEN,
     TEMPERATURE,
     cross_map,
@@ -21,8 +22,7 @@ from flashmaps.match import (
     place_points,
     token_at,
 )
-from flashmaps.pipelines import Features, features
-from flashmaps.readout import READOUTS
+from flashmaps.matching.readout import READOUTS
 from safetensors.torch import load_file
 from tiny_pipeline import tiny_pipeline
 
@@ -254,7 +254,7 @@ def test_match_from_pixels_to_files(pipe, tmp_path):
 
 
 def test_saving_is_whole_or_not_at_all(shifted, tmp_path, monkeypatch):
-    from flashmaps import plots
+    from flashmaps.matching import plots
 
     taken = tmp_path / "taken"
     taken.mkdir()

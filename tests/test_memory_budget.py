@@ -19,10 +19,12 @@ import numpy as np
 import pytest
 import torch
 from contract import Subject
-from flashmaps import _problem, reference, strips
-from flashmaps._problem import Request
-from flashmaps.attention_map import REDUCTIONS
-from flashmaps.backends import plan_pass
+from flashmaps.maps import problem as _problem
+from flashmaps.maps import strips
+from flashmaps.maps.attention_map import REDUCTIONS
+from flashmaps.maps.backends import reference
+from flashmaps.maps.backends.choice import plan_pass
+from flashmaps.maps.problem import Request
 from problems import CASE_NAMES, CASES, inputs, plain, truth
 from torch import Tensor
 from workspaces import flat, output_bytes, peak

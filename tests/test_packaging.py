@@ -93,7 +93,7 @@ def test_without_a_compiler_the_wheel_is_built_and_says_why_it_is_slow(tree: Pat
         note = wheel.read("flashmaps/_native_build_failed.txt").decode()
         entry_points = wheel.read("flashmaps-0.1.0.dist-info/entry_points.txt").decode()
     assert "/nonexistent/c++" in note and "Install a C++20 compiler" in note
-    assert "flashmaps = flashmaps.cli:main" in entry_points
+    assert "flashmaps = flashmaps.app.cli:main" in entry_points
     assert {"flashmaps/py.typed", "flashmaps/kernels/__init__.py"} <= names
     assert not [name for name in names if name.startswith("flashmaps/_C.")]
     # Everything in the package's folders is shipped: modules, the built-in model, templates.

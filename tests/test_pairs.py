@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from flashmaps import pairs
-from flashmaps.match import COMPARE, match_features
-from flashmaps.pairs import all_pairs, match_pairs, write_pairs
-from flashmaps.pipelines import Features
+from flashmaps.diffusion.features import Features
+from flashmaps.matching import pairs
+from flashmaps.matching.match import COMPARE, match_features
+from flashmaps.matching.pairs import all_pairs, match_pairs, write_pairs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WIDTH, HEADS = 8, 3

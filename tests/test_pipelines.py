@@ -9,9 +9,9 @@ import flashmaps as fm
 import numpy as np
 import pytest
 import torch
-from flashmaps import pipelines
-from flashmaps.latents import plan_inversion
-from flashmaps.pipelines import features, load_model
+from flashmaps.diffusion import features as pipelines
+from flashmaps.diffusion.features import features, load_model
+from flashmaps.diffusion.latents import plan_inversion
 from tiny_adapters import add_ip_adapter
 from tiny_models import FAMILY
 from tiny_pipeline import tiny_pipeline, tiny_unet
@@ -357,7 +357,7 @@ def test_cosines_of_half_precision_are_computed_in_full(pipe):
     """1 / TEMPERATURE times the rounding of a bfloat16 norm would change a map by a third."""
     from dataclasses import replace
 
-    from flashmaps.match import cross_map
+    from flashmaps.matching.match import cross_map
 
     (found,) = features(pipe, PHOTO, layers=LAYERS, size=64)
     half = replace(found, query=found.query.bfloat16(), key=found.key.bfloat16())

@@ -16,8 +16,8 @@ from diffusers.models.attention_processor import (
     AttnProcessor2_0,
     FusedAttnProcessor2_0,
 )
-from flashmaps import processors
-from flashmaps.processors import attend
+from flashmaps.diffusion import processors
+from flashmaps.diffusion.processors import attend
 from tiny_adapters import add_ip_adapter, add_lora, image_prompts
 from tiny_models import FAMILY
 from tiny_pipeline import tiny_unet, tiny_vae

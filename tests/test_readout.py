@@ -5,8 +5,8 @@ from __future__ import annotations
 import flashmaps as fm
 import pytest
 import torch
-from flashmaps.grids import centres
-from flashmaps.readout import READOUTS, read, read_map
+from flashmaps.maps.grids import centres
+from flashmaps.matching.readout import READOUTS, read, read_map
 
 GRID = (7, 9)
 CENTRES = centres(GRID, dtype=torch.float64)
@@ -54,7 +54,7 @@ def test_flat_and_empty_rows_give_numbers():
 
 
 def test_a_map_is_read_as_its_rows_are(monkeypatch):
-    from flashmaps import readout
+    from flashmaps.matching import readout
 
     torch.manual_seed(0)
     A = fm.AttentionMap(

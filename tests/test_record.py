@@ -12,7 +12,7 @@ import flashmaps as fm
 import numpy as np
 import pytest
 import torch
-from flashmaps.capture import capture
+from flashmaps.diffusion.capture import capture
 from tiny_models import FAMILY
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -9,9 +9,9 @@ import flashmaps as fm
 import numpy as np
 import pytest
 import torch
-from flashmaps.confidence import SCORES, Calibration, Term, term
-from flashmaps.loading import load_model
-from flashmaps.settings import FILE, MatchSettings, fingerprint, settings_of
+from flashmaps.diffusion.loading import load_model
+from flashmaps.matching.confidence import SCORES, Calibration, Term, term
+from flashmaps.matching.settings import FILE, MatchSettings, fingerprint, settings_of
 from tiny_pipeline import tiny_pipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -9,8 +9,7 @@ import flashmaps as fm
 import numpy as np
 import pytest
 import torch
-from flashmaps.commands import make_app
-from flashmaps.confidence import SCORES
+from flashmaps.app.commands import make_app
 from flashmaps.evaluation import calibrate
 from flashmaps.evaluation import study as study_module
 from flashmaps.evaluation.search import Questions, Search, passes
@@ -19,8 +18,9 @@ from flashmaps.evaluation.study import study
 from flashmaps.evaluation.study_report import best_of, confidence_auroc, short
 from flashmaps.evaluation.threads import fit_threads
 from flashmaps.evaluation.worlds import Worlds
-from flashmaps.match import COMPARE, cross_map
-from flashmaps.settings import FILE, MatchSettings, settings_of
+from flashmaps.matching.confidence import SCORES
+from flashmaps.matching.match import COMPARE, cross_map
+from flashmaps.matching.settings import FILE, MatchSettings, settings_of
 from tiny_pipeline import tiny_pipeline
 from typer.testing import CliRunner
 
@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pipe(folder):
-    from flashmaps.pipelines import load_model
+    from flashmaps.diffusion.features import load_model
 
     return load_model(str(folder))
 
@@ -101,7 +101,7 @@ def test_a_pass_is_computed_once(store, asked, monkeypatch):
     assert torch.equal(again.features(settings)[0].key, first)
     assert again.grid(COARSE, None, 7) == (8, 8)
     assert [path.name for path in store.folder.rglob("t7-*")] == ["t7-seed0.safetensors"]
-    assert APART == 1_000_003  # as in flashmaps.pipelines
+    assert APART == 1_000_003  # as in flashmaps.diffusion.features
 
 
 # -- the search ------------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ def test_a_study_from_scenes_to_settings(folder, tmp_path, monkeypatch):
     assert len(results["test"]["noises"]) == 3 and results["test"]["pairs"] == 2
     assert results["test"]["points"] == 3 * 2 * 4
 
-    from flashmaps.pipelines import load_model
+    from flashmaps.diffusion.features import load_model
 
     found = settings_of(load_model(str(folder)))
     assert json.loads((folder / FILE).read_text()) == json.loads((out / FILE).read_text())

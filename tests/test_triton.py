@@ -12,7 +12,7 @@ from pathlib import Path
 import flashmaps as fm
 import pytest
 import torch
-from flashmaps._problem import Problem, Request
+from flashmaps.maps.problem import Problem, Request
 
 pytest.importorskip("triton", reason="triton is not installed (pip install triton, on Linux)")
 

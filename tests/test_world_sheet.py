@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from flashmaps import world
-from flashmaps.commands import make_app
+from flashmaps.app.commands import make_app
 from PIL import Image
 from typer.testing import CliRunner
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import flashmaps as fm
 import torch
-from flashmaps import cpu
+from flashmaps.maps.backends import cpu
 from torch.profiler import ProfilerActivity, profile
 
 

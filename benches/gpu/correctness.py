@@ -21,8 +21,8 @@ from pathlib import Path
 
 import flashmaps as fm
 import torch
-from flashmaps._problem import Request
-from flashmaps.backends import get
+from flashmaps.maps.backends.choice import get
+from flashmaps.maps.problem import Request
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -82,7 +82,7 @@ def check(name: str, operation: str, backend: str, device: str) -> Result:
     except AssertionError as wrong:
         error = str(wrong)
     except Exception as wrong:
-        # What a backend does not do it says in these words (flashmaps.backends).
+        # What a backend does not do it says in these words (flashmaps.maps.backends.choice).
         refused = str(wrong).startswith(f"backend {backend!r} cannot run this: ")
         error = None if refused else traceback.format_exc()
     return Result(backend, f"{name}/{operation}", error, time.perf_counter() - start, refused)

@@ -9,7 +9,7 @@ namespace flashmaps {
 enum class DType : int { Float32 = 0, Float64 = 1, Float16 = 2, BFloat16 = 3 };
 enum class Normalize : int { Block = 0, Rows = 1, Columns = 2 };
 
-// A = sum_h w_h softmax(scale * Q_h K_h^T + bias); python/flashmaps/_problem.py has the meanings.
+// A = sum_h w_h softmax(scale * Q_h K_h^T + bias); python/flashmaps/maps/problem.py has the meanings.
 // T below is the compute type: double for Float64, else float.
 struct Problem {
   std::uintptr_t query = 0;                     // [B, H, N, d], strides in elements
@@ -40,7 +40,7 @@ struct Operands {
   std::uintptr_t partner_line_mass = 0;  // T [P, M, lines] of the map back, where it is normalised
 };
 
-// One pointer a field of python/flashmaps/_problem.py; 0 means that it was not asked for.
+// One pointer a field of python/flashmaps/maps/problem.py; 0 means that it was not asked for.
 struct Outputs {
   std::uintptr_t lse = 0, entropy = 0, max = 0, argmax = 0, expectation = 0, diagonal = 0,
                  return_probability = 0, product = 0, dense = 0, topk_values = 0, topk_indices = 0,

@@ -9,18 +9,17 @@ torch.Size([1, 256])
 
 from __future__ import annotations
 
-from flashmaps._validation import checks
-from flashmaps.attention_map import AttentionMap, Reductions
-from flashmaps.backends import backends
-from flashmaps.budget import memory_budget
-from flashmaps.capture import capture
-from flashmaps.composition import Composition, compose
-from flashmaps.cross_self import CrossSelfAttnProcessor
-from flashmaps.match import Match, match
-from flashmaps.planning import Ceilings, Plan
-from flashmaps.processors import MapAttnProcessor
-from flashmaps.record import Entry, Record
-from flashmaps.statistics import (
+from flashmaps.diffusion.capture import capture
+from flashmaps.diffusion.cross_self import CrossSelfAttnProcessor
+from flashmaps.diffusion.processors import MapAttnProcessor
+from flashmaps.diffusion.record import Entry, Record
+from flashmaps.diffusion.words import WordMaps, word_maps
+from flashmaps.maps.attention_map import AttentionMap, Reductions
+from flashmaps.maps.backends.choice import backends
+from flashmaps.maps.budget import memory_budget
+from flashmaps.maps.composition import Composition, compose
+from flashmaps.maps.planning import Ceilings, Plan
+from flashmaps.maps.statistics import (
     Nims,
     RoundTrip,
     inverse_mapping_entropy,
@@ -30,7 +29,8 @@ from flashmaps.statistics import (
     plan_round_trip,
     round_trip,
 )
-from flashmaps.words import WordMaps, word_maps
+from flashmaps.maps.validation import checks
+from flashmaps.matching.match import Match, match
 
 __version__ = "0.1.0"
 

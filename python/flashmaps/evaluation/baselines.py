@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashmaps.grids import Grid
-from flashmaps.images import Image, resize
-from flashmaps.pipelines import Features
+from flashmaps.diffusion.features import Features
+from flashmaps.diffusion.images import Image, resize
+from flashmaps.maps.grids import Grid
 
 UNTRAINED_SEED = 0
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from flashmaps.confidence import SCORES, Calibration, Term, term
 from flashmaps.evaluation.metrics import aurc, auroc, calibration_error, reliability
+from flashmaps.matching.confidence import SCORES, Calibration, Term, term
 
 FOLDS = 5
 # NIMS is undefined for most points, and is the ratio of two others.
@@ -36,7 +36,7 @@ def fit(
         scores: [n] of each of TAKEN, at every point.
         right: [n] bool, whether the match of the point is right.
         pair: [n], which pair a point is of.
-        tolerance, of, fitted_on: see :class:`flashmaps.confidence.Calibration`.
+        tolerance, of, fitted_on: see :class:`flashmaps.matching.confidence.Calibration`.
 
     None, and no candidates, where there are fewer than FOLDS pairs or all matches are right or all
     wrong: there is nothing to learn then.

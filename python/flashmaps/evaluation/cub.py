@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
+from flashmaps.diffusion.images import load_image
 from flashmaps.evaluation.benchmark import Pair, need_files
-from flashmaps.images import load_image
 
 DEFAULT_PAIRS = 1000
 _LISTS = (

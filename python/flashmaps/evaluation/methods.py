@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashmaps.confidence import SCORES
+from flashmaps.diffusion.features import Features, features
+from flashmaps.diffusion.images import Image
 from flashmaps.evaluation import points as carried
 from flashmaps.evaluation.baselines import colours, dense_sift, nearest, unit_rows, untrained
 from flashmaps.evaluation.benchmark import Pair
-from flashmaps.images import Image
-from flashmaps.match import READING, between_of, cross_map, place_points
-from flashmaps.pairs import match_pairs
-from flashmaps.pipelines import Features, features
-from flashmaps.settings import MatchSettings, fingerprint
+from flashmaps.matching.confidence import SCORES
+from flashmaps.matching.match import READING, between_of, cross_map, place_points
+from flashmaps.matching.pairs import match_pairs
+from flashmaps.matching.settings import MatchSettings, fingerprint
 
 __all__ = ["Methods", "Outcome", "fingerprint", "judged_by", "method_names"]
 
@@ -54,7 +54,8 @@ class Outcome:
 
     Attributes:
         found: method to [n, 2], (x, y) in target pixels.
-        scores: comparison to score (of ``flashmaps.confidence.SCORES``, and "confidence" where
+        scores: comparison to score (of ``flashmaps.matching.confidence.SCORES``, and "confidence"
+        where
             there is a calibration) to [n], NaN where undefined.
         grids: (height, width) of the source's and of the target's tokens.
     """
@@ -99,7 +100,8 @@ class Methods:
         compare: which of "kk", "qk", "qq" to match by.
         backend: what computes the maps.
         seed: of the method "random".
-        options: for :func:`flashmaps.pipelines.features`; ``prompt`` may hold "{category}", and
+        options: for :func:`flashmaps.diffusion.features.features`; ``prompt`` may hold
+        "{category}", and
             with ``same_noise=False`` every image gets noise of its own.
         settings: temperature, normalisation, readout and calibration of ``settings.compare``; the
             other comparisons have the defaults.

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flashmaps.grids import Grid, centres
+from flashmaps.maps.grids import Grid, centres
 
 Size = tuple[int, int]  # (height, width) in pixels
 

@@ -23,8 +23,8 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from flashmaps.diffusion.images import load_image
 from flashmaps.evaluation.benchmark import Pair, choose, need_files
-from flashmaps.images import load_image
 
 VOC = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from flashmaps.confidence import SCORES
 from flashmaps.evaluation import bootstrap
 from flashmaps.evaluation.metrics import (
     aurc,
@@ -25,7 +24,8 @@ from flashmaps.evaluation.metrics import (
     resampled_median,
     risk_coverage,
 )
-from flashmaps.match import READING
+from flashmaps.matching.confidence import SCORES
+from flashmaps.matching.match import READING
 
 Table = dict[str, np.ndarray]
 

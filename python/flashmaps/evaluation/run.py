@@ -18,18 +18,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from flashmaps.backends import check_name
+from flashmaps.diffusion.features import BUILTIN, load_model
 from flashmaps.evaluation import markdown
-from flashmaps.evaluation.benchmark import Benchmark, Pair, open_benchmark
+from flashmaps.evaluation.benchmark import Benchmark, Pair
 from flashmaps.evaluation.bootstrap import RESAMPLES
 from flashmaps.evaluation.methods import Methods, Outcome, fingerprint, judged_by, method_names
+from flashmaps.evaluation.opening import open_benchmark
 from flashmaps.evaluation.results import CURVE, Table, summarise
 from flashmaps.evaluation.threads import fit_threads
 from flashmaps.files import check_replaceable, whole_file, write_json, write_text
-from flashmaps.match import COMPARE
-from flashmaps.pairs import need_pyarrow
-from flashmaps.pipelines import BUILTIN, load_model
-from flashmaps.settings import MatchSettings, settings_of
+from flashmaps.maps.backends.choice import check_name
+from flashmaps.matching.match import COMPARE
+from flashmaps.matching.pairs import need_pyarrow
+from flashmaps.matching.settings import MatchSettings, settings_of
 
 MARKER = "run.json"
 WHOLE = "points.parquet"
@@ -74,14 +75,14 @@ def evaluate(
         out: folder to write. One that holds an unfinished run of the same settings is continued,
             and of a finished one the report is made anew from its points.
         model, layers, timestep, seeds, size, same_noise: see
-            :func:`flashmaps.pipelines.features`; any Stable Diffusion folder will do. Those left
-            out are the model's own, as for :func:`flashmaps.match`.
+            :func:`flashmaps.diffusion.features.features`; any Stable Diffusion folder will do.
+            Those left out are the model's own, as for :func:`flashmaps.match`.
         prompt: the text the model sees; "{category}" stands for the pair's.
         device: where the model runs, for instance "cuda"; default: where it is.
         dtype: "float32", "float16" or "bfloat16"; default: as it is.
         compare: one or several of "kk", "qk", "qq", "features"; default the model's own.
         settings: in place of the model's own.
-        backend: what computes the maps; see :func:`flashmaps.backends`.
+        backend: what computes the maps; see :func:`flashmaps.maps.backends.choice`.
         resamples: of the bootstrap.
         overwrite: throw away what a run of other settings left in ``out``.
         plots: draw them too; they take some seconds.

@@ -24,8 +24,8 @@ from flashmaps.evaluation.benchmark import Benchmark
 from flashmaps.evaluation.bootstrap import resample
 from flashmaps.evaluation.results import Points
 from flashmaps.evaluation.store import Store
-from flashmaps.match import BETWEEN, COMPARE, NORMALIZE, between_of, place_points
-from flashmaps.settings import MatchSettings
+from flashmaps.matching.match import BETWEEN, COMPARE, NORMALIZE, between_of, place_points
+from flashmaps.matching.settings import MatchSettings
 
 TIMESTEPS = (1, 51, 101, 201, 301, 401)
 NOISES = (1, 2, 4)  # how many are averaged

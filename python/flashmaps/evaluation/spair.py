@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from flashmaps.diffusion.images import load_image
 from flashmaps.evaluation.benchmark import Pair, choose, need_files
-from flashmaps.images import load_image
 
 SPLITS = ("test", "val", "trn")
 

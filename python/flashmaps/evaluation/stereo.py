@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from flashmaps.diffusion.images import Image
 from flashmaps.evaluation.benchmark import Pair, draw
-from flashmaps.images import Image
 
 TILES = (6, 8)  # rows and columns of tiles of the left view, which intervals draw again
 

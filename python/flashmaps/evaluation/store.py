@@ -14,18 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashmaps.capture import capture
+from flashmaps.diffusion.capture import capture
+from flashmaps.diffusion.features import Features, block_of, block_outputs, features
+from flashmaps.diffusion.images import Image
+from flashmaps.diffusion.observe import find_layers
 from flashmaps.files import whole_file
-from flashmaps.grids import Grid
-from flashmaps.images import Image
-from flashmaps.match import COMPARE
-from flashmaps.observe import find_layers
-from flashmaps.pipelines import Features, block_of, block_outputs, features
-from flashmaps.settings import MatchSettings
+from flashmaps.maps.grids import Grid
+from flashmaps.matching.match import COMPARE
+from flashmaps.matching.settings import MatchSettings
 
 BATCH = 8  # images that the model sees together
 _KEPT = 24  # tensors that stay in memory: those of the layers that are being compared
-# Seeds of the second image of a pair when noise is to differ, as flashmaps.pipelines has them.
+# Seeds of the second image of a pair when noise is to differ, as `features` has them.
 APART = 1_000_003
 WHAT = ("query", "key", "output")
 

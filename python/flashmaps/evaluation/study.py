@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from flashmaps.diffusion.features import BUILTIN, load_model
 from flashmaps.evaluation.benchmark import Benchmark
 from flashmaps.evaluation.bootstrap import RESAMPLES
 from flashmaps.evaluation.calibrate import TAKEN, fit
@@ -44,10 +45,9 @@ from flashmaps.evaluation.study_report import confidence_auroc, page
 from flashmaps.evaluation.threads import fit_threads
 from flashmaps.evaluation.worlds import SIDE, Worlds
 from flashmaps.files import check_replaceable, write_json, write_text
-from flashmaps.match import COMPARE, between_of, check_options
-from flashmaps.pairs import need_pyarrow
-from flashmaps.pipelines import BUILTIN, load_model
-from flashmaps.settings import FILE, MatchSettings, fingerprint, folder_of
+from flashmaps.matching.match import COMPARE, between_of, check_options
+from flashmaps.matching.pairs import need_pyarrow
+from flashmaps.matching.settings import FILE, MatchSettings, fingerprint, folder_of
 
 MARKER = "run.json"
 TEST_NOISES = 3

@@ -22,8 +22,8 @@ from importlib import resources
 
 import numpy as np
 
+from flashmaps.diffusion.images import Image, load_image, resize
 from flashmaps.evaluation.benchmark import Pair, draw
-from flashmaps.images import Image, load_image, resize
 
 KINDS = ("affine", "homography", "thin-plate", "photometric")
 

@@ -177,7 +177,9 @@ def check(
 
 def main(argv: list[str] | None = None) -> None:
     """Check a pipeline folder; `argv` as on the command line."""
-    from flashmaps.loading import load_model
+    from diffusers import StableDiffusionPipeline
+
+    from flashmaps.models import builtin_folder
 
     parser = argparse.ArgumentParser(
         prog="python -m flashmaps.models.check",
@@ -196,8 +198,12 @@ def main(argv: list[str] | None = None) -> None:
     add("--workers", type=int, default=2)
     options = vars(parser.parse_args(argv))
     work = options.pop("work")
-    device = "cuda" if torch.cuda.is_available() else None
-    found = check(load_model(options.pop("model"), device=device), **options)
+    model = options.pop("model")
+    pipe = StableDiffusionPipeline.from_pretrained(
+        builtin_folder() if model == "builtin" else model, local_files_only=True
+    ).to("cuda" if torch.cuda.is_available() else "cpu")
+    pipe.set_progress_bar_config(disable=True)
+    found = check(pipe, **options)
     write_json(work / "check.json", found)
     print(f"scenes {found['scenes']:.3f}  after the VAE {found['reconstructions']:.3f}")
     print(f"generated {found['generated']:.3f}  {found['by_category']}")

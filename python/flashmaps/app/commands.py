@@ -1,0 +1,469 @@
+"""The commands of the command line: match, demo, eval, study, world, doctor and bench."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+# Errors whose message tells the user what to mend; anything else is a bug and shows its traceback.
+_MISTAKES = (ValueError, OSError, ImportError)
+_EXIT_MISTAKE = 2
+
+Model = Annotated[
+    str, typer.Option(help="'builtin', a Stable Diffusion folder, or a hub id such as owner/name.")
+]
+Layers = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Pattern of self-attention layers; may be repeated.",
+        show_default="the model's own, or of the decoder",
+    ),
+]
+_OWN = "the model's own"
+Timestep = Annotated[
+    list[int] | None,
+    typer.Option(
+        help="Noise level shown to the model: 0 is none, 999 nearly all; may be repeated.",
+        show_default=f"{_OWN}, or 1",
+    ),
+]
+Seed = Annotated[
+    list[int] | None,
+    typer.Option(
+        help="Noise seed; repeat it to average over several.", show_default=f"{_OWN}, or 0"
+    ),
+]
+Compare = Annotated[
+    str | None,
+    typer.Option(
+        help="kk, qq, features: keys, queries or block outputs by cosine. qk: attention.",
+        show_default=f"{_OWN}, or kk",
+    ),
+]
+Backend = Annotated[str, typer.Option(help="What computes the maps; flashmaps doctor lists them.")]
+
+
+def make_app() -> typer.Typer:
+    """The commands as one typer application; see :func:`flashmaps.app.cli.main`."""
+    app = typer.Typer(
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        help="Numbers from attention maps that are never built.",
+    )
+    for command in (match, demo, world, doctor, bench):
+        app.command()(_friendly(command))
+    app.command("eval")(_friendly(evaluate))
+    app.command("study")(_friendly(study))
+    return app
+
+
+def _friendly(command: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (typer.Exit, typer.Abort):  # typer's own, which are RuntimeErrors
+            raise
+        except (*_MISTAKES, RuntimeError) as error:
+            if os.environ.get("FLASHMAPS_DEBUG"):
+                raise
+            print(f"flashmaps: {error}", file=sys.stderr)
+            print("(set FLASHMAPS_DEBUG=1 to see where this happened)", file=sys.stderr)
+            raise typer.Exit(_EXIT_MISTAKE if isinstance(error, _MISTAKES) else 1) from None
+
+    return run
+
+
+def match(
+    source: Annotated[Path, typer.Argument(help="Image file.")],
+    target: Annotated[Path, typer.Argument(help="Image file to find the source's points in.")],
+    model: Model = "builtin",
+    layers: Layers = None,
+    timestep: Timestep = None,
+    seed: Seed = None,
+    prompt: Annotated[str, typer.Option(help="Text the model sees.")] = "",
+    size: Annotated[
+        int | None,
+        typer.Option(
+            help="Longer side in pixels that the model sees; more pixels, more tokens.",
+            show_default="what the model was trained on",
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("flashmaps-match"),
+    compare: Compare = None,
+    backend: Backend = "auto",
+) -> None:
+    """Match two images: writes correspondences, statistics and pictures to a folder."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from flashmaps.app.doctor import require
+    from flashmaps.diffusion.images import load_image
+    from flashmaps.files import check_replaceable
+
+    require("diffusers", "transformers", "PIL", "matplotlib")
+    check_replaceable(out, "match.json")
+    first, second = load_image(source, "SOURCE"), load_image(target, "TARGET")
+    console = Console()
+    with console.status("loading the model"):
+        _quiet_libraries()
+        from flashmaps.diffusion.features import load_model
+        from flashmaps.matching.match import match as match_images
+
+        pipe = load_model(model)
+    found = match_images(
+        first, second, model=pipe, layers=layers or None, timestep=timestep or None,
+        seeds=seed or None, prompt=prompt, size=size, compare=compare, backend=backend,
+        progress=True,
+    )  # fmt: skip
+    with console.status("drawing"):
+        found.save(out)
+    table = Table(title=f"{source} to {target}", title_justify="left", show_header=False)
+    for name, value in found.summary().items():
+        if isinstance(value, list):
+            shown = (" x " if name.endswith(("size", "grid")) else "\n").join(map(str, value))
+        else:
+            shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+        table.add_row(name.replace("_", " "), shown)
+    console.print(table)
+    console.print(f"Written to {out}: match.json, correspondences.safetensors and five pictures.")
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("demo-output"),
+    model: Model = "builtin",
+    layers: Layers = None,
+    timestep: Timestep = None,
+    seed: Seed = None,
+    size: Annotated[int, typer.Option(help="Longer side in pixels that the model sees.")] = 288,
+    compare: Compare = None,
+    backend: Backend = "auto",
+) -> None:
+    """Match a real stereo pair and drawn scenes, score them against the truth, write a report."""
+    from rich.console import Console
+
+    _quiet_libraries()
+    from flashmaps.app import demo as job
+    from flashmaps.app import report
+    from flashmaps.app.doctor import require
+
+    require("diffusers", "transformers", "skimage", "sklearn", "matplotlib", "jinja2")
+    results = job.run(
+        out, model=model, layers=layers or None, timestep=timestep or None, seeds=seed or None,
+        size=size, compare=compare, backend=backend, progress=True,
+    )  # fmt: skip
+    console = Console()
+    for table in report.tables(results):
+        console.print(table)
+        console.print()
+    console.print(f"Report: {Path(out, 'report.html').absolute().as_uri()}", soft_wrap=True)
+
+
+def evaluate(
+    benchmark: Annotated[
+        str,
+        typer.Argument(help="world, stereo, warps, spair, pf-pascal, pf-willow or cub."),
+    ],
+    pairs: Annotated[
+        int | None,
+        typer.Option(help="How many pairs.", show_default="50; 1000 of cub; all of the others"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Draws the pairs, the warps and the points.")] = 0,
+    points: Annotated[
+        int | None,
+        typer.Option(
+            help="Points of a pair, where the truth is dense.", show_default="256; 4096 of stereo"
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of a public benchmark, as it is published.")
+    ] = None,
+    split: Annotated[
+        str,
+        typer.Option(
+            help="Split: test, val or trn of a public benchmark; test or validation of world."
+        ),
+    ] = "test",
+    image_size: Annotated[
+        int | None,
+        typer.Option(help="Pixels a side of the images that world draws.", show_default="256"),
+    ] = None,
+    model: Model = "builtin",
+    layers: Layers = None,
+    timestep: Timestep = None,
+    noise_seed: Seed = None,
+    different_noise: Annotated[
+        bool, typer.Option("--different-noise", help="Noise of its own for every image.")
+    ] = False,
+    prompt: Annotated[
+        str, typer.Option(help="Text the model sees; {category} stands for the pair's.")
+    ] = "",
+    size: Annotated[
+        int | None,
+        typer.Option(
+            help="Longer side in pixels that the model sees; more pixels, more tokens.",
+            show_default="what the model was trained on",
+        ),
+    ] = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="kk, qq, qk or features, as in match; may be repeated.",
+            show_default=f"{_OWN}, or kk",
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where the model runs, such as cuda.", show_default="cpu")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16.", show_default="as it is")
+    ] = None,
+    backend: Backend = "auto",
+    resamples: Annotated[int, typer.Option(help="Resamples of the bootstrap.")] = 1000,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write.", show_default="flashmaps-eval-BENCHMARK")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Throw away a run of other settings in the folder.")
+    ] = False,
+) -> None:
+    """Score matches, and what predicts wrong ones, on a benchmark, beside baselines.
+
+    An interrupted run goes on where it was when the same command is given again.
+    """
+    from rich.console import Console
+    from rich.markup import escape
+
+    from flashmaps.app.doctor import require
+    from flashmaps.evaluation.run import evaluate as run
+
+    require("diffusers", "transformers", "skimage", "sklearn", "scipy", "matplotlib", "pyarrow")
+    _quiet_libraries()
+    folder = Path(f"flashmaps-eval-{benchmark}") if out is None else out
+    results = run(
+        benchmark, folder, pairs=pairs, points=points, seed=seed, data=data, split=split,
+        image_size=image_size, model=model, compare=compare or None, layers=layers or None,
+        timestep=timestep or None, prompt=prompt, seeds=noise_seed or None, size=size,
+        same_noise=False if different_noise else None, device=device, dtype=dtype, backend=backend,
+        resamples=resamples, overwrite=overwrite, progress=True,
+    )  # fmt: skip
+    from flashmaps.evaluation.markdown import tables
+
+    console = Console()
+    _show(console, tables(results))
+    console.print(
+        f"Written to {escape(str(folder))}: results.md, results.json, points.parquet, plots."
+    )
+
+
+def _show(console: Any, tables: list[tuple[str, list[str], list[list[str]]]]) -> None:
+    """Titled tables of text, the first column to the left."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    for title, header, rows in tables:
+        table = Table(
+            title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0)
+        )
+        for index, name in enumerate(header):
+            table.add_column(name, justify="left" if index == 0 else "right")
+        for row in rows:
+            table.add_row(*(escape(cell) for cell in row))
+        console.print(table)
+        console.print()
+
+
+def study(
+    model: Model = "builtin",
+    pairs: Annotated[int, typer.Option(help="Pairs of the validation split to choose on.")] = 96,
+    points: Annotated[int, typer.Option(help="Points of each pair.")] = 20,
+    test_pairs: Annotated[
+        int, typer.Option(help="Pairs of the test split, looked at once, at the end.")
+    ] = 204,
+    seed: Annotated[int, typer.Option(help="Draws the pairs and the points.")] = 0,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(help="What to try to compare; may be repeated.", show_default="all"),
+    ] = None,
+    timestep: Annotated[
+        list[int] | None,
+        typer.Option(help="To try; may be repeated.", show_default="1 51 101 201 301 401"),
+    ] = None,
+    size: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Longer side that the model sees, to try; may be repeated.",
+            show_default="what the model was trained on",
+        ),
+    ] = None,
+    noises: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="How many noises to average, to try; may be repeated.", show_default="1 2 4"
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where the model runs, such as cuda.", show_default="cpu")
+    ] = None,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Write match.json beside the model's weights too.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("flashmaps-study"),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Throw away a study of other settings in it.")
+    ] = False,
+) -> None:
+    """Find how a model matches best, and calibrate its confidence, on scenes of the world.
+
+    Chooses on the validation split and scores the choice once on the test split. An interrupted
+    study goes on where it was when the same command is given again.
+    """
+    from rich.console import Console
+    from rich.markup import escape
+
+    from flashmaps.app.doctor import require
+    from flashmaps.evaluation.search import NOISES, TIMESTEPS
+    from flashmaps.evaluation.study import study as run
+    from flashmaps.matching.match import COMPARE
+
+    require("diffusers", "transformers", "skimage", "sklearn", "scipy", "matplotlib", "pyarrow")
+    _quiet_libraries()
+    results = run(
+        out, model=model, pairs=pairs, points=points, test_pairs=test_pairs, seed=seed,
+        compare=compare or tuple(COMPARE), timesteps=timestep or TIMESTEPS, sizes=size or (None,),
+        noises=noises or NOISES, device=device, keep=keep, overwrite=overwrite, progress=True,
+    )  # fmt: skip
+    from flashmaps.evaluation.study_report import tables
+
+    console = Console()
+    _show(console, tables(results))
+    console.print(f"Written to {escape(str(out))}: match.json, results.md, results.json, plots.")
+    if keep:
+        console.print("match.json lies beside the model's weights too.")
+
+
+def world(
+    out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("world.png"),
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    size: Annotated[int, typer.Option(help="Pixels a side of each scene.")] = 128,
+    count: Annotated[int, typer.Option(help="How many scenes.")] = 24,
+    pairs: Annotated[int, typer.Option(help="How many pairs, with true matches.")] = 12,
+    category: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this category; may be repeated.", show_default="all"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Another seed, other scenes.")] = 0,
+    alone: Annotated[bool, typer.Option(help="One object a scene, and nothing else.")] = False,
+) -> None:
+    """Draw a contact sheet of the world: scenes with their truth, and pairs with true matches."""
+    from rich.console import Console
+
+    from flashmaps.app.doctor import require
+    from flashmaps.files import whole_file
+    from flashmaps.world import CATEGORIES, Options, Split
+    from flashmaps.world import pairs as pairs_of
+    from flashmaps.world.sheet import contact_sheet
+
+    require("PIL")
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"--out {str(out)!r} must end in .png")
+    if pairs < 0:
+        raise ValueError(f"--pairs {pairs} must be 0 or more")
+    options = Options(categories=tuple(category or CATEGORIES))
+    if alone:
+        options = replace(options, objects=(1, 1), occluders=(0, 0), clutter=(0, 0))
+    scenes = Split(split, size=size, count=count, seed=seed, options=options)
+    pairs_or_none = pairs_of(split, pairs, seed=seed, size=size, options=options) if pairs else None
+    console = Console()
+    with whole_file(out) as file, console.status("drawing"):
+        contact_sheet(scenes, count, pairs_or_none).save(file, format="PNG")
+    console.print(f"Written: {out}", soft_wrap=True)
+
+
+def doctor() -> None:
+    """Show versions, backends, threads and GPU, and what is missing and how to get it."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from flashmaps.app.doctor import examine
+
+    found = examine()
+    console = Console()
+    table = Table(show_header=False, box=None)
+    for section in ("versions", "system"):
+        for name, value in found[section].items():
+            table.add_row(name, escape(str(value)))
+    table.add_row("gpu", escape("; ".join(found["gpu"]) or "none that torch can use"))
+    table.add_row("cpu kernel", escape(found["cpu kernel"]))
+    table.add_row("built-in model", escape(found["builtin model"]))
+    console.print(table)
+    console.print("\n[bold]Backends[/bold]")
+    table = Table(show_header=False, box=None)
+    for name, state in found["backends"].items():
+        mark = "[green]yes[/green]" if state["available"] else "[yellow]no[/yellow]"
+        table.add_row(f"  {name}", mark, escape(state["reason"]))
+    console.print(table)
+    if not found["missing"]:
+        console.print("\nAll optional packages are installed.")
+        return
+    console.print("\n[bold]Not installed[/bold] (only what you use needs to be)")
+    table = Table(show_header=False, box=None)
+    for each in found["missing"]:
+        table.add_row(f"  {each['package']}", f"for {each['for']}", escape(each["get"]))
+    console.print(table)
+
+
+def bench(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(help="Passed on to pytest, after --.")
+    ] = None,
+) -> None:
+    """Run the benchmarks of a checkout, each case beside its rivals."""
+    folder = _benches()
+    if folder is None:
+        raise ValueError(
+            "the benchmarks are not part of the installed package; get the source code, and run "
+            "`flashmaps bench` (or `make bench`) inside it"
+        )
+    if find_spec("pytest_benchmark") is None:
+        raise ImportError(
+            "the benchmarks need pytest-benchmark; install it with: pip install pytest-benchmark"
+        )
+    print(f"Benchmarks of {folder}: some minutes on every core. Ctrl-C stops them.", flush=True)
+    command = [sys.executable, "-m", "pytest", str(folder), *(arguments or [])]
+    raise typer.Exit(subprocess.run(command, cwd=folder.parent).returncode)
+
+
+def _benches() -> Path | None:
+    """benches/ of the checkout we are in, or the one this package runs from."""
+    here = Path.cwd()
+    for root in (here, *here.parents, Path(__file__).resolve().parents[3]):
+        if (root / "benches").is_dir() and (root / "python" / "flashmaps").is_dir():
+            return root / "benches"
+    return None
+
+
+def _quiet_libraries() -> None:
+    """Keep the loading bars and notes of diffusers and transformers off the terminal."""
+    # Set before they are imported, since they also note things while being imported.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if find_spec("diffusers") is None or find_spec("transformers") is None:
+        return  # load_model says how to get them
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()

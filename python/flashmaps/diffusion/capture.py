@@ -1,0 +1,422 @@
+"""Observe the attention of a diffusers model while it runs, without touching its output.
+
+    with fm.capture(pipe, kind="self", reduce=("entropy", "argmax")) as rec:
+        pipe("a photo of a cat")
+    for entry in rec:
+        print(entry.layer, entry.grid, entry.entropy.mean())
+
+Q and K are seen as the attention sees them, layer by layer, and either kept (O(N d) numbers, from
+which lazy maps are made later) or reduced at once to statistics of the map. The N x M map is never
+built.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashmaps.diffusion.compiled import (
+    attach_traceable,
+    compiled_modules,
+    refuse_checkpointing,
+    uncompiled,
+)
+from flashmaps.diffusion.layouts import (
+    KINDS,
+    Forward,
+    called_with,
+    guides_in_two_passes,
+    image_tokens,
+    layout,
+    rotary,
+    rotates,
+    text_tokens,
+)
+from flashmaps.diffusion.observe import (
+    AttentionCall,
+    ContextWatch,
+    Listener,
+    ProcessorCall,
+    attach,
+    attention_layers,
+    choose_layers,
+    detach,
+    find_layers,
+    key_mask,
+    refuse_unobservable,
+    unwatch_context,
+    watch_context,
+)
+from flashmaps.diffusion.record import Entry, Record, of_guidance, resolutions, whole_numbers
+from flashmaps.diffusion.recorder import Recorder
+from flashmaps.maps.grids import Grid
+
+__all__ = ["Entry", "Record", "capture", "denoisers", "find_layers"]
+
+GUIDANCE = ("conditional", "unconditional")
+
+# Which part of guidance a forward pass is, by its name: that of its cache context, or, where the
+# pipeline gives it none, ours for a further pass of a step.
+_AGAIN, _SKIPS = "the same latents again", "with layers skipped"
+_PASSES = {
+    "cond": "conditional",
+    "uncond": "unconditional",
+    _AGAIN: "unconditional",
+    _SKIPS: "other",
+}
+
+
+class capture:
+    """Context manager that records chosen attention layers of a running model (example above).
+
+    Args:
+        pipe_or_model: a diffusers pipeline (its ``unet`` or ``transformer`` is observed; layers of
+            a second one, ``transformer_2``, have that name before theirs), or such a model.
+        layers: one or several patterns in the manner of :mod:`fnmatch` on full layer names.
+        kind: "self", "cross", "joint" or "image_prompt", or several; None records all.
+        resolution: image grids of the layers to record: n for (n, n), a tuple (height, width), or
+            a list of these; None records all.
+        steps: which denoising steps to record, counted from 0: an int, a collection or a range of
+            ints, or a function of the index; None records all. Guidance in two forward passes
+            counts as one step.
+        keep, reduce, pool_to, block: what is kept, and what is computed at once; see
+            :class:`flashmaps.diffusion.recorder.Recorder`. ``keep="qk"`` keeps Q and K of every
+            pass; ``reduce=("entropy", "argmax", "density", ...)`` keeps for each layer the mean of
+            these statistics over passes, and ``keep="statistics"`` with it those of each pass.
+        guidance: with classifier-free guidance, record only the ``"conditional"`` or the
+            ``"unconditional"`` half. A run without guidance is conditional. Guidance is told from
+            the pipeline, which must be the one that runs, and from the batch holding the same
+            latents twice; docs/models.md has the exceptions.
+        dtype, device: convert the recorded Q and K, for instance ``device="cpu"``.
+
+    Yields a :class:`Record`. Forward passes in the thread that entered are recorded, those of other
+    threads are not. On exit every processor is the very object it was before, also after an
+    exception; captures may be nested, may be left in any order, and may be entered again.
+
+    Raises ValueError when no layer matches, and RuntimeError when an attention path cannot be
+    observed (it does not call scaled_dot_product_attention), naming the layer and the remedy. Warns
+    when the model ran and nothing was recorded.
+
+    A compiled model is compiled once more for captures, and its first graph is used again after
+    them. Give the compiled one: ``capture(torch.compile(unet))``, not ``capture(unet)``. CUDA
+    graphs, and attention that is not compiled in one piece, are refused.
+    """
+
+    def __init__(
+        self,
+        pipe_or_model: Any,
+        layers: str | Iterable[str] = "*",
+        *,
+        kind: str | Iterable[str] | None = None,
+        resolution: Any = None,
+        steps: int | Iterable[int] | Callable[[int], bool] | None = None,
+        keep: str | None = None,
+        reduce: Any = (),
+        pool_to: Grid = (16, 16),
+        block: str | None = None,
+        guidance: str | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self._pipe = pipe_or_model
+        self._given = denoisers(pipe_or_model)
+        self._models = {name: uncompiled(model) for name, model in self._given.items()}
+        compiled_modules(self._given.values())  # refuses CUDA graphs
+        self._layers = _find_layers(self._models, layers)
+        for name, layer in self._layers.items():
+            refuse_unobservable(name, layer.processor)
+        self._kinds = _kinds(kind)
+        self._grids = None if resolution is None else resolutions(resolution)
+        self._wanted_step = step_filter(steps)
+        if guidance is not None and guidance not in GUIDANCE:
+            raise ValueError(
+                f"guidance={guidance!r}; choose 'conditional', 'unconditional' or None (both)"
+            )
+        self._guidance = guidance
+        self._recorder = Recorder(
+            keep=keep, reduce=reduce, pool_to=pool_to, block=block, dtype=dtype, device=device
+        )
+        self._thread: int | None = None
+        self._step = -1
+        self._passes: set[str | None] = set()  # of the step, by name: see `_name`
+        self._shown: tuple[Any, Any] = (None, None)  # last: latents (a weak reference), timestep
+        self._contexts: dict[nn.Module, ContextWatch | None] = {}
+        self._forward: Forward | None = None
+        self._grid_of: tuple[Any, dict[str, Any]] = (None, {})
+        # What happened, to say why nothing was recorded.
+        self._recorded = self._ran = self._ran_elsewhere = False
+        self._seen: Counter[str] = Counter()
+        self._undo = contextlib.ExitStack()
+        self._stand_ins: dict[str, Any] = {}
+        self._compiled: set[nn.Module] = set()
+
+    def __enter__(self) -> Record:
+        if self._thread is not None:
+            raise RuntimeError("this capture is already active; make a second one to nest them")
+        self._compiled = compiled_modules(self._given.values())
+        self._thread = threading.get_ident()
+        try:
+            self._attach(self._compiled)
+        except BaseException:
+            self.__exit__(*sys.exc_info())
+            raise
+        return self._recorder.record
+
+    def _attach(self, compiled: set[nn.Module]) -> None:
+        # torch.compile leaves the hooks of a model outside, but would compile their functions too.
+        # (Only where there is need: this loads torch._dynamo, which takes a second.)
+        outside = torch.compiler.disable if compiled else lambda hook: hook
+        for model in self._models.values():
+            before = model.register_forward_pre_hook(
+                outside(self._before_forward), with_kwargs=True
+            )
+            after = model.register_forward_hook(outside(self._after_forward), always_call=True)
+            self._contexts[model] = watch_context(model, self)
+            self._undo.callback(before.remove)
+            self._undo.callback(after.remove)
+            self._undo.callback(unwatch_context, model, self)
+        for name, layer in self._layers.items():
+            listener = Listener(self, name, self._is_wanted, self._observe)
+            put = attach_traceable if layer in compiled else attach
+            self._stand_ins[name] = stand_in = put(layer, listener)
+            self._undo.callback(detach, layer, stand_in, self)
+        # The other compiled layers too, so that the graph is the same whichever are chosen.
+        for name, layer in _find_layers(self._models, "*").items() if compiled else ():
+            if layer in compiled and name not in self._layers:
+                stand_in = attach_traceable(layer, Listener(self, name, _never, self._observe))
+                self._undo.callback(detach, layer, stand_in, self)
+
+    def __exit__(self, *exception: object) -> None:
+        self._undo.close()
+        self._stand_ins.clear()
+        self._contexts.clear()
+        self._compiled.clear()
+        self._thread = self._forward = None
+        self._grid_of = (None, {})
+        self._shown = (None, None)
+        self._recorder.end()
+        if not any(exception) and not self._recorded and (why := self._why_nothing()):
+            warnings.warn(f"nothing was recorded: {why}", stacklevel=2)
+
+    def _why_nothing(self) -> str | None:
+        """Why there are no entries; None where the model did not run."""
+        if self._seen:
+            seen = ", ".join(f"{count} of kind {what}" for what, count in self._seen.items())
+            return (
+                f"the layers ran ({seen}), but none had the kind, resolution and guidance asked for"
+            )
+        if self._ran:
+            return "the model ran, but none of the chosen layers did"
+        if self._step >= 0:
+            return f"the model ran {self._step + 1} steps, of which steps= chose none"
+        if self._ran_elsewhere:
+            return "the model ran in another thread than the one that entered the capture"
+        return None
+
+    def __deepcopy__(self, memo: Any) -> capture:
+        return self  # a copy of a captured model has its hooks, but is another model: see below
+
+    # -- the model's forward passes ----------------------------------------------------------------
+
+    def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        if model not in self._contexts:  # a copy that was made within
+            return
+        if threading.get_ident() != self._thread:
+            self._ran_elsewhere = True
+            return
+        refuse_checkpointing(self._compiled)
+        for name, stand_in in self._stand_ins.items():
+            if self._layers[name].processor is not stand_in:
+                raise RuntimeError(
+                    f"the processor of layer {name!r} was replaced while it was captured "
+                    "(attention slicing, fuse_qkv_projections and load_ip_adapter do that; do it "
+                    "before `fm.capture`. Pipelines with perturbed attention guidance do it to "
+                    "their pag_applied_layers: choose other layers)"
+                )
+        given = called_with(model, args, kwargs)
+        # A step may have several passes, each with a name; one without a name begins a step.
+        called = self._name(model, given)
+        ours = called in (_AGAIN, _SKIPS)
+        another = called not in self._passes and (ours or None not in self._passes | {called})
+        if not (self._passes and another):
+            self._step += 1
+            self._passes = set()
+        self._passes.add(called)
+        if not self._wanted_step(self._step):
+            self._forward = None
+            return
+        self._ran = True
+        timestep = given.get("timestep")
+        if isinstance(timestep, Tensor):  # a copy: the pipeline's own would keep all of them alive
+            timestep = timestep.detach().flatten()[:1].clone()
+        self._forward = Forward(
+            step=self._step,
+            timestep=timestep,
+            text=text_tokens(given),
+            guidance=self._guidance_of(model, given, called),
+            **self._image_tokens(model, given),
+        )
+
+    def _after_forward(self, model: nn.Module, args: tuple, output: Any) -> None:
+        # Gradient checkpointing runs layers a second time, in backward: that is not recorded.
+        if threading.get_ident() == self._thread and model in self._contexts:
+            self._forward = None
+
+    def _image_tokens(self, model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+        ids = given.get("img_ids")
+        if ids is None:
+            return image_tokens(model, given)
+        if self._grid_of[0] is not ids:  # reading ids makes a GPU wait: once for each image
+            self._grid_of = (ids, image_tokens(model, given))
+        return self._grid_of[1]
+
+    def _name(self, model: nn.Module, given: dict[str, Any]) -> str | None:
+        """What tells this pass from others of its step; None: nothing does."""
+        watch = self._contexts[model]
+        if watch is not None and watch.name is not None:
+            return watch.name
+        if given.get("skip_layers"):  # SD3's skip-layer guidance
+            return _SKIPS
+        # Many pipelines with two passes do not name them (image to image, Kontext, ControlNet).
+        if isinstance(self._pipe, nn.Module) or not guides_in_two_passes(model):
+            return None
+        latents, timestep = given.get("hidden_states"), given.get("timestep")
+        last, before = self._shown
+        again = last is not None and last() is latents and _equal(timestep, before)
+        self._shown = (weakref.ref(latents), timestep) if isinstance(latents, Tensor) else (None, 0)
+        return _AGAIN if again else None
+
+    def _guidance_of(self, model: nn.Module, given: dict[str, Any], name: str | None) -> str | None:
+        """Which part of guidance this pass is; None: no guidance, or none that is known of."""
+        if name in _PASSES:
+            return _PASSES[name]
+        is_pipe = not isinstance(self._pipe, nn.Module)
+        if is_pipe and name is None and guides_in_two_passes(model):
+            return "conditional"
+        # Properties of a pipeline that never ran raise AttributeError.
+        told = getattr(self._pipe, "do_classifier_free_guidance", None)
+        perturbs = getattr(self._pipe, "do_perturbed_attention_guidance", False)
+        if perturbs or (told and hasattr(self._pipe, "image_guidance_scale")):
+            return "other"
+        no = told is not None and not told  # not `is False`: a numpy scale makes a numpy bool
+        asks = self._guidance is not None or is_pipe
+        latent = given.get("sample", given.get("hidden_states"))
+        if no or not asks or not isinstance(latent, Tensor) or len(latent) % 2:
+            return None
+        first, second = latent.detach().chunk(2)  # both halves start from the same latents
+        return "both" if torch.equal(first, second) else None
+
+    # -- the layers --------------------------------------------------------------------------------
+
+    def _is_wanted(self) -> bool:
+        return self._forward is not None and threading.get_ident() == self._thread
+
+    def _observe(
+        self, layer: str, call: ProcessorCall, index: int, attention: AttentionCall
+    ) -> None:
+        at = self._forward
+        assert at is not None
+        query, key = attention.query, attention.key
+        tokens, keys = query.shape[-2], key.shape[-2]
+        found = layout(call.attn, call.processor, call.context, index, tokens, keys, at)
+        self._seen[found.kind] += 1
+        if self._kinds is not None and found.kind not in self._kinds:
+            return
+        if self._grids is not None and found.grid not in self._grids:
+            return
+        mask, alike = key_mask(attention.mask, query.shape[0])
+        entry = Entry(
+            layer=layer,
+            step=at.step,
+            kind=found.kind,
+            query=query,
+            key=key,
+            scale=attention.scale,
+            grid=found.grid,
+            frames=found.frames,
+            queries=found.queries,
+            keys=found.keys,
+            guidance=at.guidance,
+            causal=attention.causal,
+            rotary=rotary(call.processor, call.arguments, tokens, query.shape[-1]),
+            rotated=rotates(call.arguments) and found.kind != "image_prompt",
+            _mask=mask,
+            _mask_alike=alike,
+            _timestep=at.timestep,
+        )
+        chosen = entry if self._guidance is None else of_guidance(entry, self._guidance)
+        if chosen is not None:
+            self._recorder.take(chosen)
+            self._recorded = self._recorded or len(self._recorder.record) > 0
+
+
+def denoisers(pipe_or_model: Any) -> dict[str, nn.Module]:
+    """The models that denoise, each with what its layers' names begin with.
+
+    A pipeline's ``unet`` or ``transformer``, and a second one where it has it; or the model itself.
+    """
+    if isinstance(pipe_or_model, nn.Module):
+        return {"": pipe_or_model}
+    found = {}
+    for name, prefix in (
+        ("unet", ""),
+        ("transformer", ""),
+        ("transformer_2", "transformer_2."),
+    ):
+        model = getattr(pipe_or_model, name, None)
+        if isinstance(model, nn.Module):
+            found[prefix] = model
+    if not found:
+        raise TypeError(
+            "capture needs a diffusers pipeline with a `unet` or `transformer`, or such a model; "
+            f"got {type(pipe_or_model).__name__}"
+        )
+    return found
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return type(one) is type(other) and bool(one == other)
+
+
+def _never() -> bool:
+    return False
+
+
+def _find_layers(models: dict[str, nn.Module], layers: str | Iterable[str]) -> dict[str, nn.Module]:
+    available = {
+        prefix + name: layer
+        for prefix, model in models.items()
+        for name, layer in attention_layers(model).items()
+    }
+    return choose_layers(available, layers, type(next(iter(models.values()))).__name__)
+
+
+def _kinds(kind: str | Iterable[str] | None) -> set[str] | None:
+    if kind is None:
+        return None
+    kinds = {kind} if isinstance(kind, str) else set(kind)
+    if not kinds or not kinds <= set(KINDS):
+        raise ValueError(f"kind={kind!r}; choose from {', '.join(KINDS)}")
+    return kinds
+
+
+def step_filter(
+    steps: int | Iterable[int] | Callable[[int], bool] | None,
+) -> Callable[[int], bool]:
+    """``steps=`` as a function of a step's index; see `capture`."""
+    if steps is None:
+        return lambda step: True
+    if callable(steps):
+        return steps
+    return whole_numbers("steps", steps).__contains__

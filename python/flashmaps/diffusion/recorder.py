@@ -1,0 +1,234 @@
+"""What becomes of an attention layer that was observed: copied, reduced, accumulated."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashmaps.diffusion.record import Entry, Record, same_tensor
+from flashmaps.maps.attention_map import REDUCTIONS, AttentionMap
+from flashmaps.maps.grids import Grid
+
+KEEP = ("qk", "statistics", "mean")
+# Beyond AttentionMap.reduce's own names.
+MORE_STATISTICS = ("density", "pool", "image_to_text")
+
+Statistic = Callable[[AttentionMap], Tensor]
+# An entry's statistics are attributes of it, beside these.
+_TAKEN = {each.name for each in dataclasses.fields(Entry)} | set(dir(Entry))
+
+
+class Recorder:
+    """Takes entries that still hold the layer's own Q and K, and puts into ``record`` what is kept.
+
+    Args:
+        keep: "qk": Q and K of every pass (and its statistics); "statistics": the statistics of
+            every pass; "mean": for each layer their mean over passes, in constant memory. None:
+            "mean" where ``reduce`` is given, else "qk".
+        reduce: what to compute at once: names of `AttentionMap.reduce`, computed in one pass;
+            "density": how many queries have key j as their argmax, [B, M]; "pool": the map pooled
+            to ``pool_to``; "image_to_text": every image query's attention to every text key,
+            [B, N, M]; functions of the lazy map that return a tensor, batch first, named after
+            themselves, or a mapping from names to functions.
+        pool_to: (height, width) for "pool", of queries and image keys.
+        block: the part of the map that is reduced, as in `Entry.map`.
+        dtype, device: of Q and K that are kept; device also of statistics.
+        record: where to put what is kept, for several recorders that share one; None: a new one.
+    """
+
+    def __init__(
+        self,
+        *,
+        keep: str | None = None,
+        reduce: str | Statistic | Iterable[str | Statistic] | Mapping[str, Any] = (),
+        pool_to: Grid = (16, 16),
+        block: str | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        record: Record | None = None,
+    ) -> None:
+        self.names, self.functions = _statistics(reduce)
+        if keep is None:
+            keep = "mean" if self.names or self.functions else "qk"
+        if keep not in KEEP:
+            raise ValueError(
+                f"keep={keep!r} is not known; choose from {', '.join(map(repr, KEEP))}"
+            )
+        if keep != "qk" and not (self.names or self.functions):
+            raise ValueError(
+                f"keep={keep!r} keeps statistics, but reduce names none: for example "
+                "reduce=('entropy', 'argmax')"
+            )
+        self.keep = keep
+        self.pool_to = pool_to
+        self.block = block
+        self.dtype = dtype
+        self.device = device
+        self.record = Record() if record is None else record
+        self._means: dict[Any, int] = {}  # where in the record the mean of a layer stands
+        self._rotary: tuple[Any, Any] = (None, None)  # the last one, and its copy
+
+    def take(self, entry: Entry) -> None:
+        """Record one layer of one pass; the entry's own tensors are not held on to."""
+        if self.names or self.functions:
+            try:
+                entry = dataclasses.replace(entry, statistics=self._reduce(entry))
+            except Exception as error:
+                error.add_note(
+                    f"Raised by reduce= on layer {entry.layer!r} (kind {entry.kind}, grid "
+                    f"{entry.grid}); kind=, layers= and resolution= choose which are reduced."
+                )
+                raise
+        if self.keep == "qk":
+            self.record._entries.append(self._copied(entry))
+            return
+        if not entry.statistics:  # "image_to_text" of a layer without text
+            return
+        entry = dataclasses.replace(
+            entry, query=None, key=None, lse=None, rotary=None, _mask=None, _mask_alike=None
+        )
+        if self.keep == "statistics":
+            self.record._entries.append(entry)
+        else:
+            self._accumulate(entry)
+
+    def _reduce(self, entry: Entry) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        # Autocast would round the map's own products to half precision.
+        with torch.no_grad(), torch.autocast(entry.query.device.type, enabled=False):
+            fused = [name for name in self.names if name not in MORE_STATISTICS]
+            gridded = {"expectation", "pool"} & set(self.names)
+            if gridded and entry.kind == "joint" and self.block is None:
+                raise ValueError(
+                    f"layer {entry.layer!r} attends to image and text in one sequence, which has "
+                    f"no grid for {' and '.join(sorted(gridded))}; give block='image->image'"
+                )
+            wanted = list(dict.fromkeys([*fused, *(["argmax"] if "density" in self.names else [])]))
+            if wanted or self.functions or "pool" in self.names:
+                attention_map = entry.map(self.block)
+            if "pool" in self.names:
+                image_keys = attention_map.key_grid is not None and entry.kind != "cross"
+                found, pooled = attention_map.reduce_and_pool(
+                    wanted,
+                    _no_finer(self.pool_to, attention_map.query_grid),
+                    _no_finer(self.pool_to, attention_map.key_grid) if image_keys else None,
+                )
+                found["pool"] = pooled
+            elif wanted:
+                found = attention_map.reduce(*wanted)._asdict()
+            if "density" in self.names:
+                found["density"] = _density(found["argmax"], attention_map.shape[2])
+            if "image_to_text" in self.names and "text" in entry.keys:
+                found["image_to_text"] = entry.map("image->text").to_dense()
+            for name, function in self.functions.items():
+                found[name] = _checked(name, function(attention_map), attention_map.shape[0])
+        if "density" in self.names and "argmax" not in self.names:
+            del found["argmax"]
+        return {
+            name: tensor.detach().to(self.device if self.device is not None else tensor.device)
+            for name, tensor in found.items()
+        }
+
+    def _copied(self, entry: Entry) -> Entry:
+        rotary = entry.rotary
+        if rotary is not None:
+            # All layers of a pass share one embedding; so do their entries.
+            if not same_tensor(self._rotary[0], rotary[0]):
+                self._rotary = rotary[0], tuple(_to(each, self.device) for each in rotary)
+            rotary = self._rotary[1]
+        return dataclasses.replace(
+            entry,
+            query=self._copy(entry.query),
+            key=self._copy(entry.key),
+            lse=_to(entry.lse, self.device),
+            rotary=rotary,
+            _mask=_to(entry._mask, self.device),
+        )
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        # Always a copy: a view of a fused projection would keep V alive too, and a processor that
+        # works in place would change what was recorded.
+        return tensor.detach().to(device=self.device, dtype=self.dtype, copy=True)
+
+    def _accumulate(self, entry: Entry) -> None:
+        key = _mean_of(entry)
+        entries = self.record._entries
+        at = self._means.get(key)
+        # The record may have been cleared, and others may have filled it anew.
+        if at is None or at >= len(entries) or _mean_of(entries[at]) != key:
+            self._means[key] = len(entries)
+            entries.append(entry)
+            return
+        so_far = entries[at]
+        count = so_far.count + 1
+        means = {
+            name: x if not x.is_floating_point() else so_far.statistics[name].lerp(x, 1 / count)
+            for name, x in entry.statistics.items()
+        }
+        entries[at] = dataclasses.replace(entry, statistics=means, count=count)
+
+    def end(self) -> None:
+        """Let go of what was only needed while layers ran."""
+        self._rotary = (None, None)
+
+
+def _mean_of(entry: Entry) -> tuple[Any, ...]:
+    """What entries have in common whose statistics are averaged."""
+    shapes = tuple((name, x.shape) for name, x in entry.statistics.items())
+    return (entry.layer, entry.kind, entry.guidance, entry.grid, entry.frames, shapes)
+
+
+def _checked(name: str, statistic: Any, batch: int) -> Tensor:
+    if isinstance(statistic, Tensor) and statistic.ndim and len(statistic) == batch:
+        return statistic
+    got = tuple(statistic.shape) if isinstance(statistic, Tensor) else type(statistic).__name__
+    raise TypeError(
+        f"the function {name!r} in reduce= must return a tensor, batch first: [{batch}, ...]; "
+        f"got {got}"
+    )
+
+
+def _to(tensor: Tensor | None, device: torch.device | str | None) -> Any:
+    return None if tensor is None else tensor.detach().to(device or tensor.device)
+
+
+def _density(argmax: Tensor, keys: int) -> Tensor:  # [B, N] -> [B, M]
+    """MD(j) = the number of queries i with argmax_i = j, as a float so that it averages."""
+    count = torch.zeros((argmax.shape[0], keys), dtype=torch.float32, device=argmax.device)
+    return count.scatter_add_(1, argmax, torch.ones_like(argmax, dtype=torch.float32))
+
+
+def _no_finer(wanted: Grid, grid: Grid | None) -> Grid:
+    """What is asked for, or the layer's own grid where that is coarser."""
+    return wanted if grid is None else (min(wanted[0], grid[0]), min(wanted[1], grid[1]))
+
+
+def _statistics(reduce: Any) -> tuple[tuple[str, ...], dict[str, Statistic]]:
+    """``reduce=`` as names that are known here, and functions by name."""
+    if isinstance(reduce, str) or callable(reduce):
+        reduce = (reduce,)
+    named = reduce.items() if isinstance(reduce, Mapping) else ((None, each) for each in reduce)
+    names: list[str] = []
+    functions: dict[str, Statistic] = {}
+    known = (*REDUCTIONS, *MORE_STATISTICS)
+    for name, each in named:
+        if callable(each):
+            name = str(name or getattr(each, "__name__", type(each).__name__))
+            if name in functions or name in known or name in _TAKEN:
+                raise ValueError(
+                    f"reduce= has a function named {name!r}, a name that is taken; give functions "
+                    "names of their own: reduce={'name': function}"
+                )
+            functions[name] = each
+        elif name is None and each in known:
+            names.append(each)
+        else:
+            raise ValueError(
+                f"reduce={each!r} is unknown; choose from {', '.join(known)}, or give a function "
+                "of the lazy map"
+            )
+    return tuple(dict.fromkeys(names)), functions

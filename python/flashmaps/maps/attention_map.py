@@ -1,0 +1,664 @@
+"""The lazy head-averaged attention map: Q, K and what can be asked of softmax(Q K^T) unbuilt."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
+from torch import Tensor
+
+from flashmaps.maps import operators as ops
+from flashmaps.maps.backends.choice import plan_pass, select
+from flashmaps.maps.budget import budget_in_force
+from flashmaps.maps.grids import Grid, cell_index
+from flashmaps.maps.planning import Ceilings, Plan, Step, left, plan, portion, shares
+from flashmaps.maps.problem import Cost, Problem, Request, output_bytes
+from flashmaps.maps.validation import check_count, check_k, check_operand, make_problem, need_grid
+
+if TYPE_CHECKING:
+    from flashmaps.maps.composition import Composition
+
+REDUCTIONS = (
+    "entropy",
+    "max",
+    "argmax",
+    "expectation",
+    "diagonal",
+    "column_sum",
+    "column_entropy",
+    "column_max",
+    "column_argmax",
+)
+
+# Rows are pooled this many numbers of output at a time, so that pooling keeps no N x cells matrix.
+_POOL_ELEMENTS = 2**18
+
+
+class Reductions:
+    """The results of `AttentionMap.reduce`, one attribute for each name that was asked for."""
+
+    def __init__(self, fields: dict[str, Tensor]) -> None:
+        self._fields = fields
+
+    def __getattr__(self, name: str) -> Tensor:
+        fields = self.__dict__.get("_fields", {})
+        if name in fields:
+            return fields[name]
+        raise AttributeError(f"{name!r} was not asked for: reduce() was given {list(fields)}")
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name}={list(t.shape)}" for name, t in self._fields.items())
+        return f"Reductions({shapes})"
+
+    def _asdict(self) -> dict[str, Tensor]:
+        return dict(self._fields)
+
+
+def check_reductions(names: Sequence[str]) -> tuple[str, ...]:
+    """The names without repeats, or an error that lists the reductions there are."""
+    if not names:
+        raise ValueError(f"reduce() needs at least one of {', '.join(REDUCTIONS)}")
+    for name in names:
+        if name not in REDUCTIONS:
+            raise ValueError(
+                f"reduction {name!r} is unknown; choose from {', '.join(REDUCTIONS)}"
+                + (" (top-k is A.topk(k))" if name == "topk" else "")
+            )
+    return tuple(dict.fromkeys(names))
+
+
+def stand_in(like: Problem, *shape: int) -> Tensor:
+    """An operand with a shape and nothing else, for plans."""
+    return torch.empty(shape, dtype=like.compute_dtype, device="meta")
+
+
+def row_index(
+    index: int | slice | Sequence[int] | Tensor, rows: int, device: torch.device
+) -> Tensor:
+    """``index`` as a [n] int64 tensor of rows, negatives counted from the end."""
+    if isinstance(index, slice):
+        return torch.arange(rows, device=device)[index]
+    picked = torch.as_tensor(index, device=device)
+    if picked.dtype == torch.bool or picked.dtype.is_floating_point or picked.dim() > 1:
+        raise TypeError(f"rows(index) wants whole numbers in one dimension, got {index!r}")
+    picked = picked.reshape(-1).to(torch.int64)
+    if not torch.compiler.is_compiling():
+        bad = (picked < -rows) | (picked >= rows)
+        if bool(bad.any()):
+            raise IndexError(f"row {int(picked[bad][0])} is out of range: the map has {rows} rows")
+    return torch.where(picked < 0, picked + rows, picked)
+
+
+def picked_rows(problem: Problem, picked: Tensor) -> Problem:
+    """The same map, some queries only (copies)."""
+    lse = None if problem.lse is None else problem.lse.index_select(2, picked)
+    return problem._replace(query=problem.query.index_select(2, picked), lse=lse)
+
+
+def picked_bytes(problem: Problem, count: int) -> int:
+    """What `picked_rows` copies."""
+    query, lse = problem.query, problem.lse
+    copied = query.shape[0] * query.shape[1] * query.shape[3] * query.element_size()
+    if lse is not None:
+        copied += lse.shape[0] * lse.shape[1] * lse.element_size()
+    return count * copied
+
+
+def _repeated(step: Step, count: int, size: int) -> Step:
+    """The cost of doing ``count`` rows ``size`` at a time: arithmetic of all, memory of one."""
+
+    def cost(budget: int | None) -> Cost:
+        return step.cost(budget).times(count / size)
+
+    return Step(step.held, cost)
+
+
+class Lazy:
+    """Lets torch see ``@``: ``torch.matmul(A, x)`` works, and torch.compile traces ``A @ x``."""
+
+    __matmul__: Any
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func not in (torch.matmul, Tensor.matmul):
+            return NotImplemented
+        left, right = args
+        if torch.compiler.is_compiling() and not isinstance(left, Lazy):
+            # torch.compile presents A @ x as Tensor.matmul(x, A): it swaps the operands so that the
+            # tensor comes first, and has no reverse of matmul. (x @ A itself is a TypeError.)
+            left, right = right, left
+        return left.__matmul__(right) if isinstance(left, Lazy) else NotImplemented
+
+
+class AttentionMap(Lazy):
+    """A = sum_h w_h softmax(scale * Q_h K_h^T + mask), N x M, never built (note eq. 2.1, 2.2).
+
+    Args:
+        query: [B, H, N, d], float64, float32, float16 or bfloat16, any strides.
+        key: [B', H, M, d], same dtype and device.
+        scale: multiplies Q K^T; default 1 / sqrt(d).
+        key_mask: [B', M] or [M]; bool (True may be attended, as in SDPA) or a float that is added
+            to the scaled scores.
+        head_weights: [H], >= 0, summing to 1; default 1 / H.
+        pairs: [P, 2] integers (query batch index, key batch index); default i with i. All pairs of
+            n images cost the memory of n images.
+        normalize: note eq. 2.3, reading each row as a g_h x g_w map: None or "block" (the whole map
+            sums to 1), "columns" (each of its columns does), "rows" (each of its rows does). See
+            docs/maths.md.
+        query_grid, key_grid: (height, width) of the tokens, row-major; default the square.
+        lse: [batch, H, N] per-head log-sum-exp in natural log, if attention already returned it:
+            it saves a pass where rows do not fit the cache.
+        backend: "auto", "cpu" or "reference" (see `flashmaps.maps.backends.choice`).
+
+    Half precision is accumulated, and all results are returned, in float32; float64 stays float64.
+
+    Raises:
+        TypeError, ValueError, IndexError: bad input, named. RuntimeError: the backend asked for
+            cannot run.
+
+    >>> import torch, flashmaps as fm
+    >>> A = fm.AttentionMap(torch.randn(1, 5, 64, 16), torch.randn(1, 5, 64, 16))
+    >>> A.shape, A.entropy().shape
+    ((1, 64, 64), torch.Size([1, 64]))
+    """
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        scale: float | None = None,
+        key_mask: Tensor | None = None,
+        head_weights: Tensor | Sequence[float] | None = None,
+        pairs: Tensor | Sequence[Sequence[int]] | None = None,
+        normalize: str | None = None,
+        query_grid: Grid | None = None,
+        key_grid: Grid | None = None,
+        lse: Tensor | None = None,
+        backend: str = "auto",
+    ) -> None:
+        self.problem, self.query_grid, self.key_grid = make_problem(
+            query,
+            key,
+            scale=scale,
+            key_mask=key_mask,
+            head_weights=head_weights,
+            pairs=pairs,
+            normalize=normalize,
+            query_grid=query_grid,
+            key_grid=key_grid,
+            lse=lse,
+        )
+        self.backend = select(backend, self.problem)
+        self._lse = self.problem.lse
+
+    @classmethod
+    def average(
+        cls, maps: Sequence[AttentionMap], weights: Sequence[float] | None = None
+    ) -> AttentionMap:
+        """The weighted mean of maps over layers or timesteps, as one lazy map with all their heads.
+
+        Concatenates heads (O(N d) memory). Head dimensions and scales may differ; N, M, batch,
+        pairs, masks, normalisation and dtype may not, and the first map's are used. Under
+        normalize="rows"/"columns" the mean is normalised, not each map. Half-precision maps whose
+        scales differ are kept in float32.
+        """
+        if isinstance(maps, AttentionMap):
+            raise TypeError(
+                "average() takes a sequence of AttentionMaps, got one: put it in a list"
+            )
+        if not maps:
+            raise ValueError("average() needs at least one map")
+        if weights is None:
+            weights = [1.0 / len(maps)] * len(maps)
+        if len(weights) != len(maps):
+            raise ValueError(f"weights has {len(weights)} entries for {len(maps)} maps")
+        if not math.isclose(sum(weights), 1.0, rel_tol=1e-4) or min(weights) < 0:
+            raise ValueError(f"weights must be >= 0 and sum to 1, got {list(weights)}")
+        first = maps[0]
+        for index, other in enumerate(maps):
+            if not isinstance(other, AttentionMap):
+                raise TypeError(
+                    f"maps[{index}] must be an AttentionMap, got {type(other).__name__}"
+                )
+            if (other.shape, other.dtype, other.problem.normalize) != (
+                first.shape,
+                first.dtype,
+                first.problem.normalize,
+            ):
+                raise ValueError(
+                    f"maps[{index}] is {other}, but maps[0] is {first}: only maps of one shape, "
+                    f"dtype and normalisation average"
+                )
+            if first.problem.normalize != "block" and other.key_grid != first.key_grid:
+                raise ValueError(
+                    f"maps[{index}] has key_grid {other.key_grid}, but maps[0] has "
+                    f"{first.key_grid}: their normalised lines are not the same keys"
+                )
+            for name in ("bias", "pairs"):
+                mine, theirs = getattr(first.problem, name), getattr(other.problem, name)
+                if (mine is None) != (theirs is None) or (
+                    mine is not None and not torch.equal(mine, theirs)
+                ):
+                    what = "key_mask" if name == "bias" else name
+                    raise ValueError(f"maps[{index}] has another {what} than maps[0]")
+        width = max(m.problem.query.shape[3] for m in maps)
+        scale, dtype = first.problem.scale, first.problem.query.dtype
+        # One scale for all heads: where they differ, queries take them up, in the compute dtype:
+        # rounding that to half precision would cost percents of the map.
+        alike = all((m.problem.scale, m.problem.query.dtype) == (scale, dtype) for m in maps)
+        if not alike:
+            scale, dtype = 1.0, first.dtype
+        queries, keys, heads = [], [], []
+        for one, weight in zip(maps, weights, strict=True):
+            problem = one.problem
+            pad = (0, width - problem.query.shape[3])
+            query, key = problem.query.to(dtype), problem.key.to(dtype)
+            if not alike:
+                query = query * problem.scale
+            queries.append(torch.nn.functional.pad(query, pad))
+            keys.append(torch.nn.functional.pad(key, pad))
+            each = problem.head_weights
+            if each is None:
+                each = torch.full(
+                    (problem.heads,), 1.0 / problem.heads, dtype=problem.compute_dtype
+                ).to(problem.query.device)
+            heads.append(weight * each)
+        # A log-sum-exp that was given may be that of more keys than these (a block of a joint map).
+        given = any(m.problem.lse is not None for m in maps)
+        return cls(
+            torch.cat(queries, 1),
+            torch.cat(keys, 1),
+            scale=scale,
+            key_mask=first.problem.bias,
+            head_weights=torch.cat(heads),
+            pairs=first.problem.pairs,
+            normalize=first.problem.normalize,
+            query_grid=first.query_grid,
+            key_grid=first.key_grid,
+            lse=torch.cat([m.lse for m in maps], 1) if given else None,
+            backend=first.backend,
+        )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(batch, N, M); batch is the number of pairs where pairs were given."""
+        return (self.problem.batch, self.problem.num_queries, self.problem.num_keys)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the results: float64 for float64 inputs, else float32."""
+        return self.problem.compute_dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.problem.query.device
+
+    @property
+    def lse(self) -> Tensor:
+        """log sum_j exp(scale * q_i k_j + mask_j) of every head, natural log: [batch, H, N]."""
+        if self._lse is None:
+            self._lse = self._fields("lse")["lse"]
+        return self._lse
+
+    @property
+    def mT(self) -> TransposedMap:
+        """A transposed, lazy: ``A.mT @ y``."""
+        return TransposedMap(self)
+
+    def __repr__(self) -> str:
+        return (
+            f"AttentionMap(shape={self.shape}, heads={self.problem.heads}, "
+            f"normalize={self.problem.normalize!r}, dtype={self.dtype}, backend={self.backend!r})"
+        )
+
+    def _fields(
+        self, *names: str, memory_budget: int | None = None, **operands: Any
+    ) -> dict[str, Tensor]:
+        request = Request(names, memory_budget=memory_budget, **operands)
+        return ops.reduce(self.problem, request, self.backend)
+
+    def _step(
+        self, *names: str, held: int = 0, problem: Problem | None = None, **operands: Any
+    ) -> Step:
+        """The pass of `_fields`, for plans; or of another problem on this backend."""
+        one = self.problem if problem is None else problem
+
+        def cost(budget: int | None) -> Cost:
+            request = Request(names, memory_budget=budget, **operands)
+            return plan_pass(self.backend, one, request)
+
+        return Step(held, cost)
+
+    def _product(self, name: str, operand: str, given: Tensor, x: Tensor) -> Tensor:
+        """A product with x; what was ``given`` may have had to be converted to that."""
+        converted = x.numel() * x.element_size() if given.dtype != x.dtype else 0
+        operands: dict[str, Any] = {operand: x}
+        step = self._step(name, held=converted, **operands)
+        (budget,) = shares([step], budget_in_force(None), name)
+        return self._fields(name, memory_budget=budget, **operands)[name]
+
+    @overload
+    def __matmul__(self, other: Tensor) -> Tensor: ...
+    @overload
+    def __matmul__(self, other: AttentionMap) -> Composition: ...
+    def __matmul__(self, other: Tensor | AttentionMap) -> Tensor | Composition:
+        """A @ x: [batch, M, C] -> [batch, N, C]; or A @ A', the lazy `Composition`.
+
+        In one graph of torch.compile, write fm.compose(A, A'): it cannot trace ``@`` of two maps.
+        """
+        if isinstance(other, AttentionMap):
+            from flashmaps.maps.composition import Composition
+
+            return Composition(self, other)
+        right = check_operand("x", other, self.shape[0], self.shape[2], self.problem.query)
+        return self._product("product", "right", other, right)
+
+    def to_dense(self) -> Tensor:
+        """The whole map, [batch, N, M]: 67 MB for one map of 4096 x 4096 in float32."""
+        return self._fields("dense")["dense"]
+
+    def rows(self, index: int | slice | Sequence[int] | Tensor) -> Tensor:
+        """Some rows of the map: [batch, n, M] (n = 1 for an int).
+
+        Their queries are copied; under a memory budget, as many at a time as fit.
+        """
+        picked = row_index(index, self.shape[1], self.device)
+        count = picked.shape[0]
+        size, budget = portion(
+            count, lambda n: self._rows_step(n, count), budget_in_force(None), "rows"
+        )
+        request = Request(("dense",), memory_budget=budget)
+        if size == count:
+            return ops.reduce(picked_rows(self.problem, picked), request, self.backend)["dense"]
+        out = torch.empty(
+            (self.shape[0], count, self.shape[2]), dtype=self.dtype, device=self.device
+        )
+        for start in range(0, count, size):
+            part = picked_rows(self.problem, picked[start : start + size])
+            out[:, start : start + size] = ops.reduce(part, request, self.backend)["dense"]
+        return out
+
+    def _rows_step(self, size: int, count: int) -> Step:
+        """``size`` rows of ``count``: copies of their queries, and the part unless it is all."""
+        part = 0 if size == count else self.shape[0] * size * self.shape[2] * self.problem.itemsize
+        problem = self.problem.query_rows(0, size)
+        held = picked_bytes(self.problem, size) + part + 3 * 8 * count
+        return self._step("dense", held=held, problem=problem)
+
+    def reduce(self, *names: str, memory_budget: int | None = None) -> Reductions:
+        """Any subset of the reductions in one pass over the map.
+
+        With p = A[i] (divided by its number of lines under normalize="rows"/"columns", so that it
+        is a distribution, for entropy and expectation):
+
+        - "entropy": -sum_j p_j log p_j, nats, 0 log 0 = 0: [batch, N]
+        - "max", "argmax": of the row, the lowest index among ties: [batch, N]
+        - "expectation": sum_j p_j C_j, C the cell centres of the key grid as (x, y): [batch, N, 2]
+        - "diagonal": A[i, i], for square maps: [batch, N]
+        - "column_sum": sum_i A[i, j]: [batch, M]
+        - "column_entropy": entropy over i of A[i, j] / column_sum[j] (0 for an empty column)
+        - "column_max", "column_argmax": over i: [batch, M]
+
+        ``memory_budget``: bytes that it may take beyond inputs and outputs; default what
+        `flashmaps.memory_budget` says around the call, and else whatever is fastest. `plan` says
+        what that is.
+        """
+        budget = budget_in_force(memory_budget)
+        return Reductions(self._fields(*self._checked(names), memory_budget=budget))
+
+    def _checked(self, names: Sequence[str]) -> tuple[str, ...]:
+        wanted = check_reductions(names)
+        _, queries, keys = self.shape
+        if "expectation" in wanted:
+            need_grid("key_grid", self.key_grid, keys, "expectation")
+        if "diagonal" in wanted and queries != keys:
+            raise ValueError(f"diagonal needs a square map, this one is {queries} x {keys}")
+        return wanted
+
+    def entropy(self) -> Tensor:
+        """-sum_j A_ij log A_ij in nats: [batch, N]."""
+        return self.reduce("entropy").entropy
+
+    def max(self) -> Tensor:
+        """max_j A_ij: [batch, N]."""
+        return self.reduce("max").max
+
+    def argmax(self) -> Tensor:
+        """argmax_j A_ij, the lowest j among ties: [batch, N] int64."""
+        return self.reduce("argmax").argmax
+
+    def expectation(self) -> Tensor:
+        """Mean position under each row, (x, y) in the unit square: [batch, N, 2]."""
+        return self.reduce("expectation").expectation
+
+    def diagonal(self) -> Tensor:
+        """A_ii of a square map: [batch, N]."""
+        return self.reduce("diagonal").diagonal
+
+    def column_sum(self) -> Tensor:
+        """sum_i A_ij: [batch, M]."""
+        return self.reduce("column_sum").column_sum
+
+    def column_entropy(self) -> Tensor:
+        """Entropy over i of the normalised column j, in nats: [batch, M]."""
+        return self.reduce("column_entropy").column_entropy
+
+    def column_max(self) -> Tensor:
+        """max_i A_ij: [batch, M]."""
+        return self.reduce("column_max").column_max
+
+    def column_argmax(self) -> Tensor:
+        """argmax_i A_ij, the lowest i among ties: [batch, M] int64."""
+        return self.reduce("column_argmax").column_argmax
+
+    def topk(self, k: int, *, memory_budget: int | None = None) -> tuple[Tensor, Tensor]:
+        """The k largest entries of each row, largest first: values and indices, [batch, N, k]."""
+        k = check_k(k, self.shape[2])
+        budget = budget_in_force(memory_budget)
+        fields = self._fields("topk_values", "topk_indices", k=k, memory_budget=budget)
+        return fields["topk_values"], fields["topk_indices"]
+
+    def pool(
+        self,
+        query_to: Grid | None = None,
+        key_to: Grid | None = None,
+        *,
+        memory_budget: int | None = None,
+    ) -> Tensor:
+        """A small dense map: mean over the queries of a cell, sum over the keys of a cell.
+
+        Returns [batch, h_q * w_q, h_k * w_k]; rows still sum to what they summed to. None leaves
+        that side as it is. A token falls in the cell floor(row * h' / h), floor(column * w' / w).
+        """
+        return self.reduce_and_pool((), query_to, key_to, memory_budget=memory_budget)[1]
+
+    def reduce_and_pool(
+        self,
+        names: Sequence[str],
+        query_to: Grid | None,
+        key_to: Grid | None,
+        *,
+        memory_budget: int | None = None,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The fields of `reduce(*names)` and the result of `pool`, in one pass where that is cheap.
+
+        One pass keeps each row's sums over the key cells. Where these are more numbers than the
+        row's query has, rows are pooled in portions, apart from the reductions.
+        """
+        wanted = self._checked(names) if names else ()
+        batch, queries, keys = self.shape
+        query_cells, num_query_cells = self._cells("query", query_to, self.query_grid, queries)
+        key_cells, num_key_cells = self._cells("key", key_to, self.key_grid, keys)
+        out = torch.zeros(
+            (batch, num_query_cells, num_key_cells), dtype=self.dtype, device=self.device
+        )
+        pooled: dict[str, Any] = {"cells": key_cells, "num_cells": num_key_cells}
+        budget = budget_in_force(memory_budget)
+        fields: dict[str, Tensor] = {}
+        together = wanted and num_key_cells <= self.problem.heads * self.problem.query.shape[3]
+        if together and budget is not None and not torch.compiler.is_compiling():
+            step = self._pool_step(queries, num_query_cells, num_key_cells, wanted)
+            together = step.within(budget).workspace <= budget
+        if together:
+            held = self._pool_step(queries, num_query_cells, num_key_cells).held
+            fields = self._fields(
+                *wanted, "pooled_keys", memory_budget=left(budget, held), **pooled
+            )
+            out.index_add_(1, query_cells, fields.pop("pooled_keys"))
+        else:
+            size, rest = self._pool_portion(num_query_cells, num_key_cells, budget)
+            if wanted:
+                step = self._step(*wanted, held=8 * (queries + keys))
+                one = self._pool_step(1, num_query_cells, num_key_cells)
+                given, _ = shares([step, one], budget, "reduce and pool")
+                fields = self._fields(*wanted, memory_budget=given)
+            request = Request(("pooled_keys",), memory_budget=rest, **pooled)
+            for start in range(0, queries, size):
+                stop = min(start + size, queries)
+                part = self.problem.query_rows(start, stop)
+                sums = ops.reduce(part, request, self.backend)["pooled_keys"]
+                out.index_add_(1, query_cells[start:stop], sums)
+                del sums  # before the next ones are made
+        count = torch.bincount(query_cells, minlength=num_query_cells)
+        return fields, out.div_(count[None, :, None])
+
+    def _pool_portion(
+        self, num_query_cells: int, num_key_cells: int, budget: int | None
+    ) -> tuple[int, int | None]:
+        """How many rows to pool at once, and the budget of their pass."""
+        most = max(1, _POOL_ELEMENTS // (self.shape[0] * num_key_cells))
+        return portion(
+            min(self.shape[1], most),
+            lambda size: self._pool_step(size, num_query_cells, num_key_cells),
+            budget,
+            "pool",
+        )
+
+    def _pool_step(
+        self, size: int, num_query_cells: int, num_key_cells: int, names: tuple[str, ...] = ()
+    ) -> Step:
+        """``size`` rows: their sums, beside the cell of each token and what those are made from."""
+        batch, queries, keys = self.shape
+        sums = batch * size * num_key_cells * self.problem.itemsize
+        held = sums + 8 * (queries + keys + 2 * num_query_cells)
+        cells = torch.empty(keys, dtype=torch.int64, device="meta")
+        problem = self.problem.query_rows(0, size)
+        return self._step(
+            *names, "pooled_keys", held=held, problem=problem, cells=cells, num_cells=num_key_cells
+        )
+
+    def plan(
+        self,
+        *names: str,
+        k: int = 1,
+        columns: int = 1,
+        count: int = 1,
+        query_to: Grid | None = None,
+        key_to: Grid | None = None,
+        memory_budget: int | None = None,
+        ceilings: Ceilings | None = None,
+    ) -> Plan:
+        """What an operation of this map will take, before it runs: `flashmaps.maps.planning.Plan`.
+
+        Args:
+            names: what `reduce` would be given; or one of "lse", "to_dense", "rows" (``count`` of
+                them), "topk" (with ``k``), "product" (A @ x, x with so many ``columns``),
+                "transposed_product" (A.mT @ y, likewise), "pool" (``query_to``, ``key_to``).
+            memory_budget: that the operation would be given; default the context's.
+            ceilings: rates of the machine (`flashmaps.Ceilings`), for the expected time.
+
+        Raises ValueError for a budget that the operation would refuse.
+
+        >>> import torch, flashmaps as fm
+        >>> A = fm.AttentionMap(torch.randn(1, 5, 64, 16), torch.randn(1, 5, 64, 16))
+        >>> A.plan("entropy", "max").passes
+        1
+        """
+        batch, queries, keys = self.shape
+        columns, count = check_count("columns", columns), check_count("count", count)
+        budget = budget_in_force(memory_budget)
+        what = ", ".join(names)
+        fields: tuple[str, ...] = names
+        operands: dict[str, Any] = {}
+        steps: list[Step] | None = None
+        outputs: int | None = None
+        match names:
+            case ("to_dense",):
+                fields = ("dense",)
+            case ("lse",):
+                pass
+            case ("topk",):
+                fields, operands = ("topk_values", "topk_indices"), {"k": check_k(k, keys)}
+            case ("product",):
+                operands = {"right": stand_in(self.problem, batch, keys, columns)}
+            case ("transposed_product",):
+                operands = {"left": stand_in(self.problem, batch, queries, columns)}
+            case ("rows",):
+                size, _ = portion(count, lambda n: self._rows_step(n, count), budget, what)
+                steps = [_repeated(self._rows_step(size, count), count, size)]
+                outputs = batch * count * keys * self.problem.itemsize
+            case ("pool",):
+                cells = self._num_cells("query", query_to), self._num_cells("key", key_to)
+                size, _ = self._pool_portion(*cells, budget)
+                steps = [_repeated(self._pool_step(size, *cells), queries, size)]
+                outputs = batch * cells[0] * cells[1] * self.problem.itemsize
+            case _:
+                fields = self._checked(names)
+        if steps is None or outputs is None:
+            steps = [self._step(*fields, **operands)]
+            outputs = output_bytes(self.problem, Request(fields, **operands))
+        return plan(
+            what, self.backend, steps, outputs=outputs, memory_budget=budget, ceilings=ceilings
+        )
+
+    def _num_cells(self, side: str, to: Grid | None) -> int:
+        grid, tokens = (
+            (self.query_grid, self.shape[1]) if side == "query" else (self.key_grid, self.shape[2])
+        )
+        return self._cells(side, to, grid, tokens)[1]
+
+    def _cells(
+        self, side: str, to: Grid | None, grid: Grid | None, tokens: int
+    ) -> tuple[Tensor, int]:
+        if to is None:
+            return torch.arange(tokens, device=self.device), tokens
+        height, width = need_grid(f"{side}_grid", grid, tokens, "pool")
+        try:
+            rows, columns = (int(n) for n in to)
+        except (TypeError, ValueError):
+            raise TypeError(f"{side}_to must be (height, width), got {to!r}") from None
+        if not (1 <= rows <= height and 1 <= columns <= width):
+            raise ValueError(
+                f"{side}_to = ({rows}, {columns}) must lie between (1, 1) and the {side} grid "
+                f"({height}, {width})"
+            )
+        return cell_index((height, width), (rows, columns), device=self.device), rows * columns
+
+
+class TransposedMap(Lazy):
+    """A.mT, lazy."""
+
+    def __init__(self, of: AttentionMap) -> None:
+        self.mT = of
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        batch, queries, keys = self.mT.shape
+        return (batch, keys, queries)
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        """A^T y: [batch, N, C] -> [batch, M, C]."""
+        batch, _, queries = self.shape
+        y = check_operand("y", other, batch, queries, self.mT.problem.query)
+        return self.mT._product("transposed_product", "left", other, y)
+
+    def to_dense(self) -> Tensor:
+        return self.mT.to_dense().mT
+
+    def __repr__(self) -> str:
+        return f"{self.mT!r}.mT"
