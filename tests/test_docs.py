@@ -20,6 +20,9 @@ PACKAGE = ROOT / "python/flashmaps"
 DOCUMENTS = (
     "README.md",
     "ARCHITECTURE.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "docs/cpu.md",
     "docs/maths.md",
     "docs/kernels.md",
     "docs/cuda.md",
@@ -117,8 +120,8 @@ def paths_in(document: str) -> set[str]:
 def test_named_files_exist(document: str) -> None:
     missing = []
     for name in paths_in(document) - MADE_LATER:
-        # As written from the root, from the document, or, where no folder is given, in the package.
-        places = [ROOT, (ROOT / document).parent]
+        # As written from the root, from the document, from the package, or anywhere in the package.
+        places = [ROOT, (ROOT / document).parent, PACKAGE]
         in_package = "/" not in name and any(PACKAGE.rglob(name))
         if not in_package and not any((place / name).exists() for place in places):
             missing.append(name)

@@ -29,3 +29,10 @@ def test_imports_run_one_way() -> None:
 def test_a_room_says_what_it_is_for(room: str) -> None:
     text = (ROOT / "python/flashmaps" / room / "__init__.py").read_text("utf-8")
     assert text.startswith('"""') and len(text.split('"""')[1].split()) > 10
+
+
+def test_the_picture_shows_the_imports_there_are() -> None:
+    pytest.importorskip("grimp")
+    from rooms import imports, mermaid
+
+    assert mermaid(imports()) in (ROOT / "ARCHITECTURE.md").read_text("utf-8")

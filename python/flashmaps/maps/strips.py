@@ -1,7 +1,7 @@
 """R = A A' a strip of rows at a time, from dense pieces of both maps, under a memory budget.
 
 What stands below the operator `flashmaps::compose`. A backend with kernels of its own for this
-offers ``composes``, ``compose`` and ``plan_compose`` (ARCHITECTURE.md, "How a backend joins").
+offers ``composes``, ``compose`` and ``plan_compose`` (ARCHITECTURE.md, "How to add").
 """
 
 from __future__ import annotations
