@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from flashmaps.diffusion.entry import Entry
 from flashmaps.diffusion.prompts import find, spell, words_of
-from flashmaps.diffusion.record import Entry, Record
+from flashmaps.diffusion.record import Record
 from flashmaps.models.vocabulary import build_tokenizer
 from tiny_models import FAMILY, tiny_t5_tokenizer
 from tiny_pipeline import tiny_tokenizer

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from flashmaps.diffusion.capture import capture
 from flashmaps.diffusion.cross_self import CrossSelfAttnProcessor
+from flashmaps.diffusion.entry import Entry
 from flashmaps.diffusion.processors import MapAttnProcessor
-from flashmaps.diffusion.record import Entry, Record
+from flashmaps.diffusion.record import Record
 from flashmaps.diffusion.words import WordMaps, word_maps
 from flashmaps.maps.attention_map import AttentionMap, Reductions
 from flashmaps.maps.backends.choice import backends

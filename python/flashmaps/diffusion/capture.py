@@ -30,6 +30,7 @@ from flashmaps.diffusion.compiled import (
     refuse_checkpointing,
     uncompiled,
 )
+from flashmaps.diffusion.entry import Entry
 from flashmaps.diffusion.layouts import (
     KINDS,
     Forward,
@@ -56,8 +57,9 @@ from flashmaps.diffusion.observe import (
     unwatch_context,
     watch_context,
 )
-from flashmaps.diffusion.record import Entry, Record, of_guidance, resolutions, whole_numbers
+from flashmaps.diffusion.record import Record
 from flashmaps.diffusion.recorder import Recorder
+from flashmaps.diffusion.selection import of_guidance, resolutions, whole_numbers
 from flashmaps.maps.grids import Grid
 
 __all__ = ["Entry", "Record", "capture", "denoisers", "find_layers"]

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flashmaps.diffusion.entry import Entry
 from flashmaps.diffusion.processors import Layer, MapAttnProcessor
-from flashmaps.diffusion.record import Entry
 from flashmaps.maps.attention_map import AttentionMap
 
 KEYS = ("other", "both", "source")

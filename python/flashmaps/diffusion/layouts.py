@@ -61,7 +61,7 @@ class Forward:
         tokens: image tokens of the finest level, those without a grid (reference images) included.
         text: text tokens, None without text.
         guidance: "both" (unconditional half, conditional half), "conditional", "unconditional",
-            "other" (see `flashmaps.diffusion.record.Entry`), or None: no guidance, or none that is
+            "other" (see `flashmaps.diffusion.entry.Entry`), or None: no guidance, or none that is
             known of.
     """
 

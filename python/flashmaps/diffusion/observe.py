@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from flashmaps.diffusion.record import matches, patterns
+from flashmaps.diffusion.selection import matches, patterns
 
 # Processors whose attention never calls scaled_dot_product_attention, and what to do about each.
 _USE_DEFAULT = "call `model.set_attn_processor(AttnProcessor2_0())` first"

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
 from flashmaps.diffusion.capture import denoisers, step_filter
+from flashmaps.diffusion.entry import Entry
 from flashmaps.diffusion.layouts import Forward, called_with, image_tokens, layout
 from flashmaps.diffusion.observe import (
     attention_layers,
@@ -29,7 +30,7 @@ from flashmaps.diffusion.observe import (
     key_mask,
     refuse_unobservable,
 )
-from flashmaps.diffusion.record import Entry, Record
+from flashmaps.diffusion.record import Record
 from flashmaps.diffusion.recorder import Recorder
 from flashmaps.maps.grids import Grid, square_grid
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashmaps.diffusion.record import Entry, Record, same_tensor
+from flashmaps.diffusion.entry import Entry
+from flashmaps.diffusion.record import Record
 from flashmaps.maps.attention_map import REDUCTIONS, AttentionMap
 from flashmaps.maps.grids import Grid
 
@@ -137,7 +138,7 @@ class Recorder:
         rotary = entry.rotary
         if rotary is not None:
             # All layers of a pass share one embedding; so do their entries.
-            if not same_tensor(self._rotary[0], rotary[0]):
+            if not _same_tensor(self._rotary[0], rotary[0]):
                 self._rotary = rotary[0], tuple(_to(each, self.device) for each in rotary)
             rotary = self._rotary[1]
         return dataclasses.replace(
@@ -232,3 +233,14 @@ def _statistics(reduce: Any) -> tuple[tuple[str, ...], dict[str, Statistic]]:
                 "of the lazy map"
             )
     return tuple(dict.fromkeys(names)), functions
+
+
+def _same_tensor(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether both are the same numbers in memory; views of one tensor are different objects."""
+    if one is None or other is None:
+        return one is other
+    return (one.data_ptr(), one.shape, one.stride()) == (
+        other.data_ptr(),
+        other.shape,
+        other.stride(),
+    )

@@ -22,9 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flashmaps.diffusion.entry import Entry
 from flashmaps.diffusion.images import load_image
 from flashmaps.diffusion.prompts import Span, Spelling, find, spell, spellings, words_of
-from flashmaps.diffusion.record import Entry, of_guidance
+from flashmaps.diffusion.selection import of_guidance
 from flashmaps.maps.grids import Grid
 
 if TYPE_CHECKING:

@@ -1,0 +1,71 @@
+"""Which layers, steps, grids and halves of the guidance are meant: for captures and for records."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+from flashmaps.diffusion.entry import Entry
+from flashmaps.maps.grids import Grid
+
+
+def patterns(layers: str | Iterable[str]) -> list[str]:
+    """``layers`` as a list of :mod:`fnmatch` patterns."""
+    found = [layers] if isinstance(layers, str) else list(layers)
+    for each in found:
+        if not isinstance(each, str):
+            raise TypeError(f"layers must be patterns of layer names, got {each!r}")
+    # `model.attn_processors` names layers with this ending; take its names too.
+    return [each.removesuffix(".processor") for each in found]
+
+
+def whole_numbers(name: str, value: Any) -> set[int]:
+    """One index or several, of any integer type (numpy's, torch's); ValueError for others."""
+    try:
+        found = {operator.index(value)}
+    except TypeError:
+        try:
+            found = {operator.index(each) for each in value}
+        except TypeError:
+            found = {-1}
+    if any(each < 0 for each in found):
+        raise ValueError(f"{name} must be indices of denoising steps, 0 or more; got {value!r}")
+    return found
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a layer's full name matches one of the patterns."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def resolutions(value: Any) -> set[Grid]:
+    """``resolution=`` as grids: n means (n, n), a tuple is one grid, a list has several."""
+    found = set()
+    for each in value if isinstance(value, (list, set, frozenset)) else [value]:
+        grid = (each, each) if isinstance(each, int) else each
+        if not (
+            isinstance(grid, tuple)
+            and len(grid) == 2
+            and all(isinstance(n, int) and n > 0 for n in grid)
+        ):
+            raise ValueError(
+                f"resolution={value!r}; wanted a side such as 32, a grid (height, width), or a "
+                "list of them"
+            )
+        found.add(grid)
+    if not found:
+        raise ValueError("resolution is empty; give at least one grid")
+    return found
+
+
+def of_guidance(entry: Entry, which: str) -> Entry | None:
+    """The wanted half of an entry; None if it belongs to the other half."""
+    if entry.guidance is None:  # named, so that its statistics join those of guided steps
+        named = dataclasses.replace(entry, guidance="conditional")
+        return named if which == "conditional" else None
+    if entry.guidance == "both":
+        return getattr(entry, which)
+    return entry if entry.guidance == which else None
