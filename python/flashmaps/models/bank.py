@@ -21,42 +21,47 @@ from .pictures import REDUCTION, Pictures
 
 _MARKER = "bank.json"
 _CHUNK = 64
+VIEWS = 1  # goes up when views of the same number change
 
 
 class Bank:
-    """A folder of pictures, their captions and what they show.
+    """A folder of examples: pictures, their captions, and where a view's cells come from.
 
-    ``images.npy``: uint8 [n, size, size, 3]; ``labels.npy``: int16 [n, side, side, 2], see
-    :func:`flashmaps.models.alignment.labels`.
+    ``images.npy``: uint8 [n, 3, size, size, 3]; ``where.npy``: float16 [n, side, side, 2]; see
+    :class:`flashmaps.models.pictures.Example`. ``labels`` is None unless the bank was drawn with
+    labels: then int16 [n, side, side, 2].
     """
 
     def __init__(self, folder: Path) -> None:
         self.images = np.load(folder / "images.npy", mmap_mode="c")
-        self.labels = np.load(folder / "labels.npy", mmap_mode="c")
-        self.captions: list[list[str]] = json.loads((folder / "captions.json").read_text())
+        self.where = np.load(folder / "where.npy", mmap_mode="c")
+        named = folder / "labels.npy"
+        self.labels = np.load(named, mmap_mode="c") if named.is_file() else None
+        self.captions: list[list[list[str]]] = json.loads((folder / "captions.json").read_text())
 
     def __len__(self) -> int:
         return len(self.images)
 
     def pixels(self, device: torch.device) -> Tensor:
-        """All images, uint8 [n, size, size, 3]: on a GPU in its memory, else read as needed."""
-        images = torch.from_numpy(self.images)
+        """All images, uint8 [3 n, size, size, 3]: on a GPU in its memory, else read as needed."""
+        images = torch.from_numpy(self.images).flatten(0, 1)
         return images if device.type == "cpu" else images.to(device)
 
     def tokens(self, tokenizer: CLIPTokenizer) -> Tensor:
-        """Three captions of each picture, int64 [n, 3, 77]."""
-        texts = [text for three in self.captions for text in three]
-        return tokenize(tokenizer, texts).view(len(self), 3, -1)
+        """Three captions of an example's first two pictures, int64 [n, 2, 3, 77]."""
+        texts = [text for both in self.captions for three in both for text in three]
+        return tokenize(tokenizer, texts).view(len(self), 2, 3, -1)
 
 
 def open_bank(folder: Path, pictures: Pictures, workers: int) -> Bank:
     """The bank of ``pictures`` in ``folder``, drawn by ``workers`` processes unless it is there."""
     recipe = {
-        name: value if isinstance(value, (int, float)) else None
+        name: value
         for name, value in vars(pictures).items()
         if name in ("size", "count", "seed", "photo_share", "alone_share")
     }
-    recipe["labels"] = SQUARES
+    recipe["labels"] = SQUARES if pictures.labelled else 0
+    recipe["views"] = VIEWS
     marker = folder / _MARKER
     if not (marker.is_file() and json.loads(marker.read_text()) == recipe):
         _draw(folder, pictures, recipe, workers)
@@ -66,19 +71,24 @@ def open_bank(folder: Path, pictures: Pictures, workers: int) -> Bank:
 def _draw(folder: Path, pictures: Pictures, recipe: dict[str, Any], workers: int) -> None:
     loader: Any = DataLoader(pictures, _CHUNK, num_workers=workers, collate_fn=list)  # type: ignore[arg-type]
     count, side = len(pictures), pictures.size // REDUCTION
-    shape = (count, pictures.size, pictures.size, 3)
-    captions: list[tuple[str, ...]] = []
+    cells = (count, side, side, 2)
+    captions: list[tuple[tuple[str, ...], ...]] = []
     with whole_folder(folder, _MARKER) as new:
-        images = np.lib.format.open_memmap(new / "images.npy", "w+", np.uint8, shape)
-        labels = np.lib.format.open_memmap(
-            new / "labels.npy", "w+", np.int16, (count, side, side, 2)
-        )
+
+        def array(name: str, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
+            return np.lib.format.open_memmap(new / f"{name}.npy", "w+", dtype, shape)
+
+        images = array("images", np.uint8, (count, 3, pictures.size, pictures.size, 3))
+        where = array("where", np.float16, cells)
+        labels = array("labels", np.int16, cells) if pictures.labelled else None
         for chunk in tqdm(loader, desc=folder.name, mininterval=5):
-            for image, texts, shown in chunk:
-                images[len(captions)], labels[len(captions)] = image, shown
-                captions.append(texts)
-        images.flush()
-        labels.flush()
+            for example in chunk:
+                place = len(captions)
+                images[place], where[place] = example.images, example.where
+                if labels is not None:
+                    labels[place] = example.labels
+                captions.append(example.captions)
+        del images, where, labels  # writes what is not on disk yet
         (new / "captions.json").write_text(json.dumps(captions))
         (new / _MARKER).write_text(json.dumps(recipe))
 

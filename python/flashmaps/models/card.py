@@ -93,7 +93,7 @@ def trainings(work: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     earlier = [line["earlier"] for line in lines if line.get("earlier")]
     unet = _stage(lines, "unet")
     held_out = [line["held_out_loss"] for line in unet if "held_out_loss" in line]
-    loss = _recent(unet, "noise" if args.alignment > 0 else "loss")
+    loss = _recent(unet, "noise")
     this = {
         "pixels": args.size,
         "iterations": _last(unet)["step"],

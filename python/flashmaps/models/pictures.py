@@ -2,22 +2,49 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from flashmaps.world import Options, Split
+from flashmaps.world import Options, pairs
 
 from .alignment import labels, unknown
 from .photos import Photos
+from .views import recoloured, warped
 
 REDUCTION = 4  # pixels a side of what a latent stands for
 # One object with nothing before it: what a caption's word looks like is learnt from these first.
 ALONE = Options(objects=(1, 1), occluders=(0, 0), clutter=(0, 3))
+FIRST, SECOND, VIEW = range(3)  # the views of an example, by their place
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """Pictures of one thing.
+
+    Args:
+        images: uint8 [3, size, size, 3]: a picture (``FIRST``); another of the same object, in
+            another pose, at another place and before another ground (``SECOND``); and the first one
+            again, warped and recoloured (``VIEW``). Of photos the second is a warp too.
+        captions: three of the first picture and three of the second.
+        where: float16 [side, side, 2], the point of the first picture that each cell of the view
+            shows: :func:`flashmaps.models.views.warped`.
+        labels: int16 [side, side, 2], what the first picture's cells show, see
+            :func:`flashmaps.models.alignment.labels`; None unless asked for.
+    """
+
+    images: np.ndarray
+    captions: tuple[tuple[str, ...], tuple[str, ...]]
+    where: np.ndarray
+    labels: np.ndarray | None
 
 
 class Pictures:
-    """Picture i of a split is always the same: a map-style dataset that can be pickled.
+    """Example i of a split is always the same: a map-style dataset that can be pickled.
+
+    Nothing that the world knows of its scenes is in an example but captions, and that two pictures
+    show one object; unless ``labelled`` asks for more.
 
     Args:
         split: the world's split, "train" or "validation".
@@ -26,6 +53,7 @@ class Pictures:
         seed: another seed, other pictures.
         photos: share of them that are patches of photos.
         alone: share of the world's scenes with one object alone (``ALONE``).
+        labelled: whether to say which part of which object is where.
     """
 
     def __init__(
@@ -33,31 +61,38 @@ class Pictures:
         split: str = "train",
         *,
         size: int = 128,
-        count: int = 24_576,
+        count: int = 12_288,
         seed: int = 0,
         photos: float = 0.2,
         alone: float = 0.5,
+        labelled: bool = False,
     ) -> None:
-        self.size, self.count, self.seed = size, count, seed
+        self.size, self.count, self.seed, self.labelled = size, count, seed, labelled
         self.photo_share, self.alone_share = photos, alone
-        self.scenes = Split(split, size=size, count=count, seed=seed)
-        self.lone = Split(split, size=size, count=count, seed=seed, options=ALONE)
+        self.scenes = pairs(split, count, size=size, seed=seed, same=True)
+        self.lone = pairs(split, count, size=size, seed=seed, same=True, options=ALONE)
 
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, tuple[str, ...], np.ndarray]:
-        """Pixels, uint8 [size, size, 3], three captions, and what the latents' cells show.
-
-        The last as :func:`flashmaps.models.alignment.labels` has it.
-        """
+    def __getitem__(self, index: int) -> Example:
         rng = np.random.default_rng((self.seed, index))
         is_photo, is_alone = rng.random(2) < (self.photo_share, self.alone_share)
         side = self.size // REDUCTION
+        shown = None
         if is_photo:
-            return *self._photos.patch(rng), unknown(side)
-        scene = (self.lone if is_alone else self.scenes)[index]
-        return scene.image, scene.captions, labels(scene, side)
+            first, texts = self._photos.patch(rng)
+            second, _ = warped(first, rng, side)
+            captions = texts, texts
+            shown = unknown(side) if self.labelled else None
+        else:
+            pair = (self.lone if is_alone else self.scenes)[index]
+            first, second = pair.a.image, pair.b.image
+            captions = pair.a.captions, pair.b.captions
+            shown = labels(pair.a, side) if self.labelled else None
+        view, where = warped(first, rng, side)
+        images = np.stack([first, second, recoloured(view, rng)])
+        return Example(images, captions, where, shown)
 
     @cached_property
     def _photos(self) -> Photos:

@@ -30,7 +30,7 @@ from .bank import open_bank
 from .card import model_card, trainings
 from .export import as_pipeline, export, read_trainings
 from .loop import Paused
-from .pictures import Pictures
+from .pictures import FIRST, Pictures
 from .sheet import CAPTIONS, write_sheet
 from .unet import train_unet
 from .vae import train_vae
@@ -38,25 +38,26 @@ from .vae import train_vae
 PARTS = ["vae", "unet", "text_encoder"]
 PRESETS: dict[str, dict[str, Any]] = {
     "cpu": {
-        "bank": 24_576, "workers": 2, "compile": False, "warmup": 200,
+        "bank": 12_288, "workers": 2, "compile": False, "warmup": 200,
         "vae_steps": 4000, "vae_batch": 16, "vae_crop": 64, "vae_lr": 1e-3, "vae_ema": 0.998,
         "unet_steps": 100_000, "unet_batch": 16, "unet_lr": 5e-4, "unet_ema": 0.999,
-        "alignment": 0.2,
+        "agreement": 0.2, "walks": 0.1, "mutual": 0.3125, "alignment": 0.0,
         "log_every": 10, "save_every": 100, "samples_every": 1000,
     },
     "h200": {
-        "bank": 131_072, "workers": 16, "compile": True, "warmup": 300,
+        "bank": 65_536, "workers": 16, "compile": True, "warmup": 300,
         "vae_steps": 1_000_000, "vae_batch": 64, "vae_crop": 128, "vae_lr": 1e-3, "vae_ema": 0.999,
         "vae_minutes": 5.0,
         "unet_steps": 1_000_000, "unet_batch": 512, "unet_lr": 1e-3, "unet_ema": 0.9995,
-        "alignment": 0.2,
+        "agreement": 0.2, "walks": 0.1, "mutual": 0.3125, "alignment": 0.0,
         "unet_minutes": 14.0,
         "log_every": 50, "save_every": 1000, "samples_every": 4000,
     },
     "tiny": {
         "bank": 8, "workers": 0, "compile": False, "warmup": 2,
         "vae_steps": 4, "vae_batch": 2, "vae_crop": 16, "vae_lr": 1e-3, "vae_ema": 0.99,
-        "unet_steps": 4, "unet_batch": 2, "unet_lr": 1e-3, "unet_ema": 0.99, "alignment": 0.2,
+        "unet_steps": 4, "unet_batch": 8, "unet_lr": 1e-3, "unet_ema": 0.99,
+        "agreement": 0.2, "walks": 0.1, "mutual": 0.25, "alignment": 0.0,
         "log_every": 1, "save_every": 2, "samples_every": 1000,
     },
 }  # fmt: skip
@@ -92,7 +93,9 @@ def train(args: argparse.Namespace, deadline: float) -> None:
         _start_from(parts, args.init, args.init_parts)
     bank = open_bank(
         args.work / "bank",
-        Pictures(size=sizes.image, count=args.bank, seed=args.seed),
+        Pictures(
+            size=sizes.image, count=args.bank, seed=args.seed, labelled=args.alignment > 0
+        ),
         args.workers,
     )
     count = 4 if tiny else 128
@@ -104,7 +107,7 @@ def train(args: argparse.Namespace, deadline: float) -> None:
         )
         for kind, share in (("world", 0.0), ("photos", 1.0))
     }
-    held_out = {kind: torch.from_numpy(check.images) for kind, check in checks.items()}
+    held_out = {kind: torch.from_numpy(check.images[:, FIRST]) for kind, check in checks.items()}
     parts.vae = train_vae(parts.vae, bank, held_out, args, deadline)
     pipe = as_pipeline(parts)
     options: dict[str, Any] = (
@@ -181,6 +184,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         add(f"--{stage}-lr", type=float)
         add(f"--{stage}-ema", type=float, help="decay of the averaged weights")
     add("--vae-crop", type=int, help="pixels a side that the VAE is shown; a multiple of 16")
+    add("--agreement", type=float, help="weight of views' losses on features and attention")
+    add("--walks", type=float, help="weight of the loss on walks to the same object and back")
+    add("--mutual", type=float, help="share of a batch in pairs that see each other")
     add("--alignment", type=float, help="weight of the loss of flashmaps.models.alignment; 0: none")
     add("--warmup", type=int, help="steps in which the learning rate rises")
     add("--prediction", choices=("v_prediction", "epsilon"), default="v_prediction")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flashmaps.world.anatomy import Part, pose
 from flashmaps.world.backgrounds import BACKGROUNDS, Background, sample_background
@@ -113,6 +113,14 @@ class Thing:
 
 
 @dataclass(frozen=True)
+class Looks:
+    """What an object keeps from picture to picture: its paint, not its pose."""
+
+    palette: Palette
+    texture: Texture
+
+
+@dataclass(frozen=True)
 class Flat:
     """A thing without parts or labels: clutter behind objects, occluders in front."""
 
@@ -161,8 +169,17 @@ _FLATS: tuple[Shape, ...] = (
 _POLE = Shape(box(-200, 40, 300, 60))
 
 
-def make_plan(key: tuple[object, ...], options: Options, category: str | None = None) -> Plan:
-    """The scene of a key. ``category``, if given, is that of exactly one of its objects."""
+def make_plan(
+    key: tuple[object, ...],
+    options: Options,
+    category: str | None = None,
+    looks: Looks | None = None,
+) -> Plan:
+    """The scene of a key.
+
+    ``category``, if given, is that of exactly one of its objects; ``looks``, if given, are those of
+    its first object, which is the one of the category. All else stays as the key has it.
+    """
     # Streams of their own: leaving out occluders, say, leaves all the rest as it was.
     layout = Dice(*key, "layout")
     count = layout.whole(*options.objects)
@@ -176,6 +193,8 @@ def make_plan(key: tuple[object, ...], options: Options, category: str | None = 
     made: list[Thing] = []
     for n, name in enumerate(names):
         made.append(_make_thing(name, Dice(*key, "object", n), options, sides, made))
+    if looks is not None:
+        made[0] = replace(made[0], palette=looks.palette, texture=looks.texture)
     things = sorted(made, key=lambda thing: thing.box[3])  # lower things are nearer
     dice = Dice(*key, "background")
     kind = dice.pick(options.backgrounds)

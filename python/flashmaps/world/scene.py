@@ -10,7 +10,7 @@ import numpy as np
 
 from flashmaps.world.anatomy import Category
 from flashmaps.world.categories import CATEGORIES
-from flashmaps.world.plan import Options, Plan, make_plan
+from flashmaps.world.plan import Looks, Options, Plan, make_plan
 from flashmaps.world.render import Window, mark_inside, paint, thing_patches
 from flashmaps.world.shapes import Box
 
@@ -95,6 +95,11 @@ class Scene:
     def category(self, instance: int) -> Category:
         """The category of an object."""
         return CATEGORIES[self.instances[self._checked(instance)].category]
+
+    def looks(self, instance: int) -> Looks:
+        """The paint of an object, for another picture of it."""
+        thing = self.plan.things[self._checked(instance)]
+        return Looks(thing.palette, thing.texture)
 
     def find(self, category: str) -> int:
         """The index of the one object of this category; ValueError if there is none, or several."""
@@ -243,18 +248,22 @@ class Scene:
 
 
 def make_scene(
-    key: Sequence[object], size: int, options: Options, category: str | None = None
+    key: Sequence[object],
+    size: int,
+    options: Options,
+    category: str | None = None,
+    looks: Looks | None = None,
 ) -> Scene:
     """The scene of a key, drawn at ``size`` pixels a side; the same scene at every size.
 
-    ``category``, if given, is that of exactly one of its objects.
+    ``category``, if given, is that of exactly one of its objects, and ``looks`` are that one's.
     """
     least, most = SIZES
     if not isinstance(size, int) or not least <= size <= most:
         raise ValueError(f"size={size!r} must be a whole number of pixels from {least} to {most}")
     plan, best = None, -1.0
     for attempt in range(_TRIES):
-        trial = make_plan((VERSION, *key, attempt), options, category)
+        trial = make_plan((VERSION, *key, attempt), options, category, looks)
         share = _least_visible(trial)
         if share > best:
             plan, best = trial, share

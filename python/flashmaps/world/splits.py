@@ -70,10 +70,17 @@ class Pairs:
     """Pairs of scenes with an object of the same category; see :func:`pairs`."""
 
     def __init__(
-        self, split: str, count: int, seed: int, size: int, options: Options, names: tuple[str, ...]
+        self,
+        split: str,
+        count: int,
+        seed: int,
+        size: int,
+        options: Options,
+        names: tuple[str, ...],
+        same: bool = False,
     ) -> None:
         self.split, self.count, self.seed = _check_split(split), _check_count(count), seed
-        self.size, self.options, self.names = size, options, names
+        self.size, self.options, self.names, self.same = size, options, names, same
 
     def __len__(self) -> int:
         return self.count
@@ -82,7 +89,9 @@ class Pairs:
         _check_index(index, self.count)
         category = self.names[index % len(self.names)]
         key = (self.split, "pair", self.seed, index)
-        a, b = (make_scene((*key, side), self.size, self.options, category) for side in "ab")
+        a = make_scene((*key, "a"), self.size, self.options, category)
+        looks = a.looks(a.find(category)) if self.same else None
+        b = make_scene((*key, "b"), self.size, self.options, category, looks)
         return Pair(a, b, a.find(category), b.find(category), category)
 
     def __iter__(self) -> Iterator[Pair]:
@@ -97,16 +106,20 @@ def pairs(
     size: int = 64,
     category: str | None = None,
     options: Options | None = None,
+    same: bool = False,
 ) -> Pairs:
     """``count`` pairs of scenes with one object of a category in common, made when asked for.
 
     Categories take turns, so that each has its share; ``category`` keeps to one. What else the
     scenes hold is of other categories, so that the object to match is never in doubt. The pairs of
     a split are none of its scenes.
+
+    With ``same`` both scenes show one object: the second is painted as the first is, in another
+    pose, at another place and before another ground.
     """
     options = options or Options()
     names = options.categories if category is None else (find_category(category).name,)
-    return Pairs(split, count, seed, size, options, names)
+    return Pairs(split, count, seed, size, options, names, same)
 
 
 def _check_split(name: str) -> str:
