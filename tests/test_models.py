@@ -137,17 +137,20 @@ def test_training_data_leaves_the_stereo_pair_out(photo_packages):
 def test_pictures_repeat_with_their_number(photo_packages):
     from flashmaps.models.pictures import Pictures
 
-    pictures, again = (Pictures(size=32, count=12, photos=0.5) for _ in range(2))
+    pictures, again = (Pictures(size=32, count=12, photos=0.5, labelled=True) for _ in range(2))
     captions, kinds = set(), set()
     for index in range(12):
-        pixels, texts, shown = pictures[index]
-        assert pixels.shape == (32, 32, 3) and pixels.dtype == np.uint8
-        assert shown.shape == (8, 8, 2)
-        kinds.add("known" if (shown >= 0).all() else "unknown" if (shown < 0).all() else "both")
-        assert np.array_equal(pixels, again[index][0]) and texts == again[index][1]
-        assert np.array_equal(shown, again[index][2])
-        assert len(texts) == 3
-        captions.update(texts)
+        one, two = pictures[index], again[index]
+        assert one.images.shape == (3, 32, 32, 3) and one.images.dtype == np.uint8
+        assert one.where.shape == one.labels.shape == (8, 8, 2)
+        known = (one.labels >= 0).all(), (one.labels < 0).all()
+        kinds.add("known" if known[0] else "unknown" if known[1] else "both")
+        for name in ("images", "where", "labels"):
+            assert np.array_equal(getattr(one, name), getattr(two, name)), name
+        assert one.captions == two.captions
+        for texts in one.captions:
+            assert len(texts) == 3
+            captions.update(texts)
     assert kinds == {"known", "unknown"}  # scenes and photos
     assert any("photo of" in text for text in captions)  # of both kinds
     assert any(text.startswith("a ") and "photo" not in text for text in captions)
@@ -157,8 +160,35 @@ def test_pictures_of_other_splits_and_seeds_are_others():
     from flashmaps.models.pictures import Pictures
 
     kinds = {"split": "validation"}, {"seed": 1}, {}
-    seen = [Pictures(size=32, count=1, photos=0.0, **kind)[0][0].tobytes() for kind in kinds]
-    assert len(set(seen)) == 3
+    for place in range(3):  # the picture, the second one, the view
+        seen = [
+            Pictures(size=32, count=1, photos=0.0, **kind)[0].images[place].tobytes()
+            for kind in kinds
+        ]
+        assert len(set(seen)) == 3
+
+
+def test_a_bank_keeps_examples_and_labels_only_where_they_are_asked_for(tmp_path, photo_packages):
+    from flashmaps.models.architecture import TINY, build
+    from flashmaps.models.bank import open_bank
+    from flashmaps.models.pictures import Pictures
+
+    tokenizer = build(TINY).tokenizer
+    for labelled in (False, True):
+        pictures = Pictures(size=32, count=4, photos=0.5, labelled=labelled)
+        bank = open_bank(tmp_path, pictures, 0)  # drawn anew for another recipe
+        assert (bank.labels is not None) == labelled
+        ids = bank.tokens(tokenizer)
+        assert ids.shape == (4, 2, 3, 77)
+        assert bank.pixels(torch.device("cpu")).shape == (12, 32, 32, 3)
+        for index in range(4):
+            example = pictures[index]
+            assert np.array_equal(bank.images[index], example.images)
+            assert np.array_equal(bank.where[index], example.where)
+            told = tokenizer(list(example.captions[1]), padding="max_length").input_ids
+            assert ids[index, 1].tolist() == told
+            if labelled:
+                assert np.array_equal(bank.labels[index], example.labels)
 
 
 class Killed(Exception):
@@ -181,7 +211,7 @@ def train(folder: Path, *options: str) -> None:
 def last_state(folder: Path) -> list[torch.Tensor]:
     """All tensors of the UNet stage's checkpoint: weights, optimizer, averages."""
     paths = sorted((folder / "work" / "unet").glob("custom_checkpoint_*.pkl"))
-    assert len(paths) == 6
+    assert len(paths) == 5
     states = [torch.load(path, weights_only=False) for path in paths[:4]]
     return [leaf for leaf in tree_leaves(states) if isinstance(leaf, torch.Tensor)]
 

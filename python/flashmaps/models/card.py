@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from .architecture import Parts
+from .batch import DROPPED
 from .photos import SKIMAGE_PHOTOS, SKLEARN_PHOTOS
 from .pictures import Pictures
-from .unet import DROPPED, LOSS_WEIGHT
+from .unet import LOSS_WEIGHT
 
 TEMPLATE = """\
 ---

@@ -1,8 +1,8 @@
 """Self-attention in which the pictures of a pair see each other, for training.
 
-What :class:`flashmaps.CrossSelfAttnProcessor` does with a trained model (Cao et al., MasaCtrl, 2023)
-is done here while it learns: to take the noise from one picture of an object a layer may look it up
-in another, cleaner one. Queries of one picture on keys of the other mean something then.
+What :class:`flashmaps.CrossSelfAttnProcessor` does with a trained model (Cao et al., MasaCtrl,
+2023) is done here while it learns: to take the noise from one picture of an object a layer may look
+it up in another, cleaner one. Queries of one picture on keys of the other mean something then.
 """
 
 from __future__ import annotations
@@ -85,6 +85,18 @@ class MutualAttention:
             )
         mixed = mixed.transpose(1, 2).flatten(2)
         return attn.to_out[1](attn.to_out[0](mixed))
+
+
+def share_attention(unet: Any, mutual: Mutual) -> None:
+    """Let the self-attention of the UNet's decoder ask ``mutual`` who sees whom."""
+    unet.set_attn_processor(
+        {
+            name: MutualAttention(mutual)
+            if name.startswith("up_blocks.") and ".attn1." in name
+            else processor
+            for name, processor in unet.attn_processors.items()
+        }
+    )
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

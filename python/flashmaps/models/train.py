@@ -93,9 +93,7 @@ def train(args: argparse.Namespace, deadline: float) -> None:
         _start_from(parts, args.init, args.init_parts)
     bank = open_bank(
         args.work / "bank",
-        Pictures(
-            size=sizes.image, count=args.bank, seed=args.seed, labelled=args.alignment > 0
-        ),
+        Pictures(size=sizes.image, count=args.bank, seed=args.seed, labelled=args.alignment > 0),
         args.workers,
     )
     count = 4 if tiny else 128

@@ -17,22 +17,18 @@ from .agreement import Reader, disagreement
 from .alignment import Alignment
 from .architecture import Parts
 from .bank import Bank, encode, tokenize
+from .batch import STEPS, Rows, draw
 from .loop import Loop
-from .mutual import Mutual, MutualAttention
-from .pictures import FIRST, SECOND
+from .mutual import Mutual, share_attention
+from .pictures import FIRST
 
 SNR_GAMMA = 5.0  # steps with less noise than that count less: nearly all they ask for is noise
 LOSS_WEIGHT = f"min(1, {SNR_GAMMA:g} / SNR)"
-DROPPED = 0.2  # share of captions replaced by "", which guidance needs, and matching without one
 # The decoder's blocks that views have to agree in: at half the latents' side, and at the full one.
 AGREEING = (
     "up_blocks.1.attentions.1.transformer_blocks.0",
     "up_blocks.2.attentions.0.transformer_blocks.0",
 )
-TRIPLES = 0.375  # share of a batch that is shown in three views, where they have to agree
-_CLEAR = 300  # timesteps of such views: beyond, there is more noise than picture
-_BLIND = 0.25  # share of the steps in which the noisier picture of a pair sees the other one alone
-_STEPS = 1000
 _HELD_OUT = 99  # a purpose for generators that no step uses
 
 
@@ -54,10 +50,10 @@ def train_unet(
     A batch has three kinds of pictures. Plain ones have a caption and any noise. With
     ``args.mutual`` so large a share of them are pairs of pictures of one object, a noisier and a
     cleaner one, which see each other in the decoder's self-attention
-    (:mod:`flashmaps.models.mutual`). With ``args.agreement`` or ``args.walks`` above 0 the share
-    ``TRIPLES`` is shown, without captions and with little noise, in three views, and so much of the
-    losses of :mod:`flashmaps.models.agreement` is added; of these the recoloured ones are not for
-    denoising. No label takes part in any of this.
+    (:mod:`flashmaps.models.mutual`). With ``args.agreement`` or ``args.walks`` above 0 a share is
+    shown in three views, without captions and with little noise, and so much of the losses of
+    :mod:`flashmaps.models.agreement` is added; the recoloured views are not for denoising. No label
+    takes part in any of this.
 
     With ``args.alignment`` above 0, so much of the loss of :mod:`flashmaps.models.alignment` is
     added on the plain pictures, each weighted by the share of the signal in it (alpha_bar): that is
@@ -79,28 +75,21 @@ def train_unet(
     if device.type == "cpu":
         _use_plain_attention(parts)
     agreeing = args.agreement > 0 or args.walks > 0
-    triples = max(1, int(TRIPLES * loop.batch / 3)) if agreeing else 0
-    twos = max(1, int(args.mutual * loop.batch / 2)) if args.mutual > 0 else 0
-    plain = loop.batch - 3 * triples - 2 * twos
-    if plain < 1:
-        raise ValueError(
-            f"a batch of {loop.batch} has no room for {triples} times three views, {twos} pairs and "
-            "a plain picture; give a larger --unet-batch"
-        )
+    rows = Rows.of(loop.batch, agreeing=agreeing, mutual=args.mutual)
     mutual = Mutual()
-    if twos:
-        _share_attention(parts, mutual)
+    if rows.pairs:
+        share_attention(parts.unet, mutual)
     reader = Reader(parts.unet, AGREEING) if agreeing else None
     latents = _latents(parts, bank, args, device)  # [n, 3, 2, 4, h, w]
     tokens = bank.tokens(parts.tokenizer).to(device)
     where = torch.from_numpy(bank.where).to(device)
-    shown = None if bank.labels is None else torch.from_numpy(bank.labels).to(device)
+    labels = None if bank.labels is None else torch.from_numpy(bank.labels).to(device)
     parts.vae.to(device)
     checked = encode(parts.vae, torch.from_numpy(held_out.images[:, FIRST]), 16, "held out")
     checked = checked.to(device)
     checked_tokens = held_out.tokens(parts.tokenizer)[:, FIRST, 0].to(device)
     empty = tokenize(parts.tokenizer, [""]).to(device)
-    signal = compute_snr(scheduler, torch.arange(_STEPS)).to(device)
+    signal = compute_snr(scheduler, torch.arange(STEPS)).to(device)
     velocity = scheduler.config.prediction_type == "v_prediction"
     weights = signal.clamp(max=SNR_GAMMA) / signal
     share = scheduler.alphas_cumprod.to(device)
@@ -113,54 +102,22 @@ def train_unet(
         return weights[t] * (found - wanted).square().mean(dim=(1, 2, 3))
 
     def loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        options = {"generator": loop.generator(), "device": device}
-        # Rows: the triples' first pictures, second ones, views; the pairs' noisier pictures, their
-        # cleaner ones; plain pictures.
-        chosen = torch.randint(len(latents), (triples + twos + plain,), **options)
-        three, two, one = chosen.split((triples, twos, plain))
-        example = torch.cat([three.repeat(3), two.repeat(2), one])
-        turn = torch.randint(2, (twos,), **options)  # either picture may be the noisier one
-        side = torch.randint(2, (plain,), **options)
-        if args.alignment > 0:
-            side = torch.full_like(side, FIRST)
-        view = torch.cat(
-            [torch.arange(3, device=device).repeat_interleave(triples), turn, 1 - turn, side]
-        )
-        count = len(example)
-        caption = torch.randint(3, (count,), **options)
-        dropped = torch.rand(count, 1, **options) < DROPPED
-        dropped[: 3 * triples] = True  # as images are matched
-        ids = torch.where(dropped, empty, tokens[example, view.clamp(max=SECOND), caption])
-        mean, deviation = latents[example, view].float().unbind(1)
-        clean = mean + deviation * torch.randn(mean.shape, **options)
-        noise = torch.randn(mean.shape, **options)
-        # One timestep from each of equally many parts: the same mean with less scatter.
-        noisier = _spread(twos, options)
-        t = torch.cat(
-            [
-                torch.rand(3 * triples, **options).square() * _CLEAR / _STEPS,
-                noisier,
-                noisier * torch.rand(twos, **options),
-                _spread(plain, options),
-            ]
-        )
-        t = (t * _STEPS).long().clamp(max=_STEPS - 1)
-        blind = torch.rand(1, generator=options["generator"], device=device).item() < _BLIND
-        with mutual.among(3 * triples, twos, blind):
-            errors = error(unet, clean, ids, t, noise)
-        value = torch.cat([errors[: 2 * triples], errors[3 * triples :]]).mean()
-        numbers = {"noise": value.detach()}
-        total = value
+        shown = draw(rows, latents, tokens, empty, loop.generator(), only_first=args.alignment > 0)
+        with mutual.among(rows.views.stop, rows.pairs, shown.blind):
+            errors = error(unet, shown.clean, shown.ids, shown.t, shown.noise)
+        total = rows.denoised(errors).mean()
+        numbers = {"noise": total.detach()}
         if reader is not None:
-            losses, hits = disagreement(reader.take(slice(3 * triples)), where[three])
+            losses, found = disagreement(reader.take(rows.views), where[shown.triples])
             total = total + args.agreement * (losses["features"] + losses["attention"]) / 2
             total = total + args.walks * losses["walks"]
             numbers |= {name: number.detach() for name, number in losses.items()}
-            numbers["found"] = hits
-        if shown is not None and args.alignment > 0:
-            clear = slice(count - plain, count - plain // 2)  # t is in order; behind lies noise
-            outputs = [told_of.pop(name)[clear] for name in alignment.LAYERS]
-            told = supervisor(outputs, shown[example[clear]], share[t[clear]])
+            numbers["found"] = found
+        if labels is not None and args.alignment > 0:
+            clear = slice(max(1, rows.plain // 2))  # t is in order; behind lies more noise
+            outputs = [told_of.pop(name)[rows.plainly][clear] for name in alignment.LAYERS]
+            t, example = shown.t[rows.plainly][clear], shown.example[rows.plainly][clear]
+            told = supervisor(outputs, labels[example], share[t])
             total = total + args.alignment * told
             numbers["aligned"] = told.detach()
         return total, numbers
@@ -169,7 +126,7 @@ def train_unet(
         count = len(checked)
         fixed = torch.Generator(device).manual_seed(_HELD_OUT)
         noise = torch.randn(checked[:, 0].shape, generator=fixed, device=device)
-        t = torch.arange(count, device=device) * _STEPS // count
+        t = torch.arange(count, device=device) * STEPS // count
         with loop.accelerator.autocast():
             found = [
                 error(parts.unet, checked[i, 0].float(), checked_tokens[i], t[i], noise[i])
@@ -200,26 +157,6 @@ def _use_plain_attention(parts: Parts) -> None:
         }
     )
     parts.text_encoder.set_attn_implementation("eager")
-
-
-def _spread(count: int, options: dict[str, Any]) -> Tensor:
-    """``count`` numbers of [0, 1), one from each of equally many parts, in order."""
-    return (torch.arange(count, device=options["device"]) + torch.rand(count, **options)) / max(
-        count, 1
-    )
-
-
-def _share_attention(parts: Parts, mutual: Mutual) -> None:
-    """Let the decoder's self-attention ask ``mutual`` who sees whom."""
-    unet = parts.unet
-    unet.set_attn_processor(
-        {
-            name: MutualAttention(mutual)
-            if name.startswith("up_blocks.") and ".attn1." in name
-            else processor
-            for name, processor in unet.attn_processors.items()
-        }
-    )
 
 
 def _keep(seen: dict[str, Tensor], name: str, module: Any, _given: Any, output: Tensor) -> None:

@@ -1,0 +1,246 @@
+"""Training without labels: views and where they come from, their losses, pairs that see each other."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from flashmaps import world
+from flashmaps.models.agreement import Reader, Seen, _attention, disagreement, targets
+from flashmaps.models.architecture import TINY, build
+from flashmaps.models.batch import CLEAR, Rows, draw
+from flashmaps.models.mutual import Mutual, MutualAttention, share_attention
+from flashmaps.models.pictures import FIRST, SECOND, VIEW, Pictures
+from flashmaps.models.unet import AGREEING
+from flashmaps.models.views import recoloured, warped
+
+PLANE = np.stack(np.meshgrid(np.arange(64), np.arange(64)), -1)  # its pixels say where they are
+
+
+def plane() -> np.ndarray:
+    return np.concatenate([PLANE * 4, np.zeros((64, 64, 1), int)], -1).astype(np.uint8)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_view_comes_from_where_it_says(seed):
+    view, where = warped(plane(), np.random.default_rng(seed), 16)
+    # The picture's colours are 4 (x, y) at pixel centres, so a cell's mean colour is its place.
+    found = view.reshape(16, 4, 16, 4, 3).mean((1, 3))[..., :2] / 4
+    wanted = where.astype(float) * 64 - 0.5
+    inside = ((wanted > 4) & (wanted < 58)).all(-1)  # all of the cell lies within the frame
+    assert inside.sum() > 20
+    # Colours are rounded to a quarter of a pixel; float16 has 2^-11 of 64 pixels.
+    assert np.abs(found - wanted)[inside].max() < 0.125 + 64 * 2**-11 + 0.05
+
+
+def test_views_repeat_with_their_seed_and_some_are_mirrored():
+    same = [warped(plane(), np.random.default_rng(3), 16) for _ in range(2)]
+    assert all(np.array_equal(a, b) for a, b in zip(*same, strict=True))
+    handed = []
+    for mirror in (0.0, 1.0):
+        _, where = warped(plane(), np.random.default_rng(4), 16, mirror=mirror)
+        steps = [where[8, 12] - where[8, 4], where[12, 8] - where[4, 8]]
+        handed.append(np.linalg.det(np.stack(steps).astype(float)) > 0)
+    assert handed == [True, False]
+
+
+def test_colours_change_and_places_do_not():
+    image = world.Split("train", size=64, count=1)[0].image
+    changed = [recoloured(image, np.random.default_rng(seed)) for seed in range(6)]
+    assert all(each.shape == image.shape and each.dtype == np.uint8 for each in changed)
+    assert len({each.tobytes() for each in [image, *changed]}) == 7
+    grey = np.full((8, 8, 3), 90, np.uint8)  # grain aside, one colour stays one colour
+    assert all(
+        recoloured(grey, np.random.default_rng(seed)).std((0, 1)).max() < 0.03 * 255 * 1.3
+        for seed in range(6)
+    )
+
+
+def test_an_example_shows_one_object_twice_and_no_label():
+    pictures = Pictures(size=64, count=3, photos=0.0)
+    for index in range(3):
+        example = pictures[index]
+        assert example.images.shape == (3, 64, 64, 3) and example.labels is None
+        assert example.where.shape == (16, 16, 2)
+        assert not np.array_equal(example.images[FIRST], example.images[SECOND])
+    assert VIEW == 2
+
+
+def test_two_pictures_of_one_object_have_its_paint_and_another_pose():
+    pairs = world.pairs("train", 12, same=True)
+    others = world.pairs("train", 12)
+    for pair, other in zip(pairs, others, strict=True):
+        one, two = pair.a.instances[pair.instance_a], pair.b.instances[pair.instance_b]
+        assert pair.a.looks(pair.instance_a) == pair.b.looks(pair.instance_b)
+        assert (one.category, one.colour, one.second_colour, one.texture) == (
+            two.category, two.colour, two.second_colour, two.texture,
+        )  # fmt: skip
+        assert one.box != two.box
+        assert np.array_equal(pair.a.image, other.a.image)  # only the second one is repainted
+        again = other.b.instances[other.instance_b]
+        assert two.box == again.box and two.angle == again.angle
+        assert f"{one.colour} {one.category}" in pair.b.caption
+
+
+@pytest.mark.parametrize("grid", [1, 2, 4, 8])
+def test_targets_are_bilinear_and_none_outside(grid):
+    generator = torch.Generator().manual_seed(grid)
+    where = torch.rand(2, 8, 8, 2, generator=generator) * 1.4 - 0.2
+    wanted = targets(where, grid)
+    places = where.reshape(2, grid, 8 // grid, grid, 8 // grid, 2).mean((2, 4)).flatten(1, 2)
+    inside = ((places >= 0) & (places <= 1)).all(-1)
+    torch.testing.assert_close(wanted.sum(-1), inside.float())
+    centres = (torch.arange(grid) + 0.5) / grid
+    y, x = torch.meshgrid(centres, centres, indexing="ij")
+    mean = wanted @ torch.stack([x, y], -1).flatten(0, 1)
+    # Between the outermost centres bilinear weights have their point as mean.
+    held = places.clamp(centres[0], centres[-1])
+    torch.testing.assert_close(mean[inside], held[inside], atol=1e-5, rtol=0)
+
+
+def identity(side: int, count: int) -> torch.Tensor:
+    centres = (torch.arange(side) + 0.5) / side
+    y, x = torch.meshgrid(centres, centres, indexing="ij")
+    return torch.stack([x, y], -1).expand(count, side, side, 2)
+
+
+def seen(vectors: torch.Tensor, factor: float) -> list[tuple[Seen, int]]:
+    return [(Seen(vectors, factor * vectors, factor * vectors), 1)]
+
+
+def test_losses_are_nothing_where_views_agree_and_log_n_where_all_looks_alike():
+    tokens = torch.eye(16).expand(3, 16, 16)
+    losses, found = disagreement(seen(tokens, 20.0), identity(4, 1))
+    assert set(losses) == {"features", "attention", "walks"} and found == 1
+    # Fifteen others at exp(-1 / 0.07) each, and walks through two such maps.
+    assert all(0 <= loss < 3 * 15 * math.exp(-1 / 0.07) for loss in losses.values())
+    losses, _ = disagreement(seen(torch.ones(3, 16, 16), 1.0), identity(4, 1))
+    for loss in losses.values():
+        torch.testing.assert_close(loss, torch.tensor(math.log(16)))
+
+
+def test_a_walk_may_pass_anywhere_if_it_comes_back():
+    first = torch.eye(16)
+    moved = first[torch.randperm(16, generator=torch.Generator().manual_seed(0))]
+    tokens = torch.stack([first, moved, first])
+    losses, _ = disagreement(seen(tokens, 20.0), identity(4, 1))
+    assert losses["walks"] < 1e-3
+    lost = torch.stack([first, torch.ones(16, 16), first])  # nothing there tells the way back
+    losses, _ = disagreement(seen(lost, 20.0), identity(4, 1))
+    torch.testing.assert_close(losses["walks"], torch.tensor(math.log(16)), atol=1e-3, rtol=0)
+
+
+def test_the_loss_on_attention_is_that_of_the_library_s_map():
+    import flashmaps as fm
+
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(2, 9, 8, generator=generator) for _ in range(2))
+    heads = [x.unflatten(-1, (2, 4)).transpose(1, 2) for x in (query, key)]
+    dense = fm.AttentionMap(*heads, backend="reference").to_dense()
+    torch.testing.assert_close(_attention(query, key, 2), dense)
+
+
+def test_the_reader_sees_training_and_nothing_else():
+    unet = build(TINY).unet
+    reader = Reader(unet, AGREEING)
+    given = torch.randn(3, 4, 8, 8), torch.tensor([5] * 3), torch.randn(3, 77, 8)
+    unet.train()
+    unet(*given)
+    layers = reader.take(slice(2))
+    assert [heads for _, heads in layers] == [1, 1]
+    assert [layer.output.shape for layer, _ in layers] == [(2, 16, 8), (2, 64, 8)]
+    assert all(layer.query.shape == layer.key.shape == layer.output.shape for layer, _ in layers)
+    unet.eval()
+    unet(*given)
+    with pytest.raises(KeyError):
+        reader.take(slice(2))
+
+
+def predicted(unet, rows: int = 6) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    noisy = torch.randn(rows, 4, 8, 8, generator=generator)
+    text = torch.randn(rows, 77, 8, generator=generator)
+    with torch.no_grad():
+        return unet(noisy, torch.tensor([300] * rows), text).sample
+
+
+def test_pairs_see_each_other_and_nobody_else_does():
+    unet = build(TINY).unet.eval()
+    alone = predicted(unet)
+    mutual = Mutual()
+    share_attention(unet, mutual)
+    kinds = {type(p).__name__ for n, p in unet.attn_processors.items() if "up_blocks" in n}
+    assert "MutualAttention" in kinds
+    torch.testing.assert_close(predicted(unet), alone)
+    with mutual.among(1, 2):
+        together = predicted(unet)
+    torch.testing.assert_close(together[[0, 5]], alone[[0, 5]])
+    assert (together - alone)[1:5].abs().amax((1, 2, 3)).min() > 1e-6
+    torch.testing.assert_close(predicted(unet), alone)  # only while it lasts
+
+
+@pytest.mark.parametrize("blind", [False, True])
+def test_mutual_attention_is_the_library_s_cross_self_attention(blind):
+    """The same maps as CrossSelfAttnProcessor's "both"; blind rows as its "other"."""
+    unet = build(TINY).unet.eval()
+    attn = unet.get_submodule(AGREEING[0] + ".attn1")
+    tokens = torch.randn(4, 16, 8, generator=torch.Generator().manual_seed(0))
+    mutual = Mutual()
+    attn.set_processor(MutualAttention(mutual))
+    with torch.no_grad(), mutual.among(0, 2, blind):  # pairs (0, 2) and (1, 3)
+        found = attn(tokens)
+        query, key, value = attn.to_q(tokens), attn.to_k(tokens), attn.to_v(tokens)
+        for row, other in ((0, 2), (1, 3), (2, 0), (3, 1)):
+            rows = [other] if blind and row < 2 else [row, other]
+            keys, values = (x[rows].flatten(0, 1) for x in (key, value))
+            wanted = attn.to_out[0]((query[row] @ keys.T * attn.scale).softmax(-1) @ values)
+            torch.testing.assert_close(found[row], wanted)
+
+
+def test_mutual_attention_refuses_what_it_is_not_for():
+    attn = build(TINY).unet.get_submodule(AGREEING[0] + ".attn1")
+    with pytest.raises(ValueError, match="without a mask"):
+        MutualAttention(Mutual())(attn, torch.zeros(2, 4, 8), attention_mask=torch.zeros(2, 1, 4))
+
+
+def test_rows_of_a_batch():
+    assert Rows.of(64, agreeing=True, mutual=0.3125) == Rows(8, 10, 20)
+    assert Rows.of(64, agreeing=False, mutual=0.0) == Rows(0, 0, 64)
+    with pytest.raises(ValueError, match="no room for 1 pictures in three views, 1 pairs"):
+        Rows.of(5, agreeing=True, mutual=0.3)
+
+
+def test_a_batch_shows_views_of_one_example_with_little_noise_and_the_cleaner_of_a_pair():
+    rows = Rows(3, 4, 5)
+    number = torch.arange(7.0)[:, None] * 10 + torch.arange(3.0)  # example and picture
+    latents = torch.stack([number, torch.zeros_like(number)], -1)[..., None, None, None]
+    latents = latents.expand(7, 3, 2, 4, 2, 2)
+    tokens = torch.arange(7 * 2 * 3)[:, None].expand(-1, 77).reshape(7, 2, 3, 77) + 1
+    empty = torch.zeros(1, 77, dtype=torch.long)
+    texts = []
+    for seed in range(6):
+        shown = draw(rows, latents, tokens, empty, torch.Generator().manual_seed(seed))
+        seen = shown.clean[:, 0, 0, 0].long()
+        assert torch.equal(seen // 10, shown.example)
+        assert torch.equal(seen[:9] % 10, torch.arange(3).repeat_interleave(3))
+        assert torch.equal(shown.example[:9], shown.triples.repeat(3))
+        assert (shown.t[:9] < CLEAR).all() and (shown.ids[:9] == 0).all()
+        noisier, cleaner = shown.t[9:13], shown.t[13:17]
+        assert (cleaner <= noisier).all()
+        assert torch.equal(seen[9:13] % 10 + seen[13:17] % 10, torch.ones(4).long())
+        assert (seen[9:] % 10 < VIEW).all()  # recoloured pictures are never drawn
+        told = shown.ids[9:, 0] - 1
+        given = told >= 0
+        assert torch.equal(told[given] // 3, (seen[9:] // 10 * 2 + seen[9:] % 10)[given])
+        texts.append(given.float().mean().item())
+    assert 0.5 < np.mean(texts) < 1
+    errors = torch.arange(22.0)
+    assert torch.equal(rows.denoised(errors), torch.cat([errors[:6], errors[9:]]))
+    with torch.no_grad():
+        first = draw(
+            rows, latents, tokens, empty, torch.Generator().manual_seed(0), only_first=True
+        )
+    assert (first.clean[17:, 0, 0, 0].long() % 10 == FIRST).all()
