@@ -261,6 +261,7 @@ def test_training_resumes_to_the_bit_and_exports_a_pipeline(
     for config in (parts / "model").glob("*/config.json"):  # the VAE was loaded from a checkpoint
         assert "_name_or_path" not in config.read_text()
     assert "VAE: 4 iterations, 8 pictures" in card and "| iterations | 4 |" in card
+    assert "No label of the world takes part" in card and "supervision" not in card
     pipe = StableDiffusionPipeline.from_pretrained(parts / "model", torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     assert pipe("a red cat", num_inference_steps=1).images[0].size == (32, 32)
@@ -282,6 +283,27 @@ def test_training_can_start_from_an_exported_pipeline(tmp_path, photo_packages):
         assert all(torch.equal(first[key], model[key]) for key in first)
     card = (tmp_path / "model" / "README.md").read_text()
     assert "one training after the other" in card and "| iterations | 7 | 1 |" in card
+    assert "VAE: as it was in the weights that the training started from" in card
+
+
+def test_labels_are_used_only_where_they_are_asked_for_and_the_card_says_so(
+    tmp_path, photo_packages
+):
+    from flashmaps.models.architecture import TINY, build
+    from flashmaps.models.export import export
+
+    export(build(TINY), tmp_path / "first", "", [{"iterations": 7, "alignment": 0.3}])
+    still = ["--init", str(tmp_path / "first"), "--vae-steps", "0", "--unet-steps", "1"]
+    train(tmp_path, *still)  # of labels it has none, its weights have seen some
+    assert "aligned" not in logged(tmp_path, "unet")[-1]
+    assert "0.3 times the alignment loss" in (tmp_path / "model" / "README.md").read_text()
+    train(
+        tmp_path, *still, "--alignment", "0.2", "--mutual", "0", "--agreement", "0", "--walks", "0"
+    )
+    line = logged(tmp_path, "unet")[-1]
+    assert line["aligned"] > 0 and "features" not in line
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "That is supervision" in card and "No label" not in card and "three views" not in card
 
 
 def test_weights_of_other_sizes_are_refused_as_a_start(tmp_path):

@@ -1,4 +1,4 @@
-"""Training without labels: views and where they come from, their losses, pairs that see each other."""
+"""Training without labels: views and their losses, and pairs that see each other."""
 
 import math
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .architecture import Parts
-from .batch import DROPPED
+from .batch import DROPPED, TRIPLES
 from .photos import SKIMAGE_PHOTOS, SKLEARN_PHOTOS
 from .pictures import Pictures
 from .unet import LOSS_WEIGHT
@@ -20,7 +20,7 @@ library_name: diffusers
 pipeline_tag: text-to-image
 ---
 
-# FlashMaps builtin: a miniature Stable Diffusion 2
+# FlashMaps {name}: a miniature Stable Diffusion 2
 
 The classes and block structure of Stable Diffusion 2 with a hundred-and-fiftieth of its parameters
 ({sizes}), small enough to ship inside a
@@ -29,7 +29,7 @@ matched and looked at without a download.
 
     from diffusers import StableDiffusionPipeline
     from flashmaps.models import builtin_folder
-    pipe = StableDiffusionPipeline.from_pretrained(builtin_folder())
+    pipe = StableDiffusionPipeline.from_pretrained(builtin_folder({argument}))
     pipe("a striped red bird on grass", guidance_scale=3).images[0]
 
 Pictures are 128 x 128 pixels, latents 4 x 32 x 32, self-attention runs at 32 x 32, 16 x 16 and
@@ -38,8 +38,7 @@ dtype.
 
 ## Training
 
-VAE: {vae[step]} iterations, {vae[samples]} pictures with repetition, {vae_hours:.2f} hours; loss
-{vae_loss:.4f} (mean of the last tenth), L1 {vae_l1:.4f}; held out,
+VAE: {vae}; held out,
 {psnr}. The loss is L1 + MSE + L1 of the differences
 between neighbours + 1e-5 KL.
 
@@ -50,7 +49,7 @@ UNet and text encoder{trainings}:
 Seed {seed}; on {hardware}.
 AdamW, warm-up, then a constant learning rate with a cosine fall in the last part, bfloat16
 autocast, exponential moving average of the weights. UNet loss: squared error, times the weight in
-the table.{alignment}
+the table.{losses}
 `python -m flashmaps.models.train` trains it anew, with options for each of these numbers; where a
 stage was ended by the clock, the learning rate followed the clock, and the result is alike but not
 the same to the bit.
@@ -78,11 +77,44 @@ It knows the drawn world and {count} photos, and the words of their captions; of
 has no idea. Not for producing images.
 """
 
+MUTUAL = """
+A share of {:g} of each batch are pairs of pictures of one object, in other poses and places, one
+noisier than the other: the decoder's self-attention sees the keys and values of both
+(`flashmaps.models.mutual`)."""
+AGREEMENT = """
+A share of {:g} of each batch is seen without captions in three views: a picture, another picture of
+the same object, and the first one warped and recoloured. Cosines of block outputs, and the
+attention of one view's queries to the other's keys, have to find what the warp says (weight {:g}),
+also by way of the other picture and back (weight {:g}): `flashmaps.models.agreement`."""
+FREE = """
+No label of the world takes part: of its scenes the training knows the pixels, the captions, and
+which two pictures show one object."""
 ALIGNMENT = """
 To it is added {:g} times the alignment loss of `flashmaps.models.alignment`: linear layers, thrown
 away afterwards, read from two of the decoder's blocks which part of which object each token shows,
 and where on it. That is supervision by the drawn world's truth (its training split): how well this
 model matches scenes of the world is not what diffusion alone teaches."""
+
+
+def _losses(rows: list[dict[str, Any]]) -> str:
+    """What is added to the diffusion loss, by the last training; labels by any of them."""
+    last = rows[-1]
+    found = MUTUAL.format(last["mutual"]) if last["mutual"] > 0 else ""
+    if last["agreement"] > 0 or last["walks"] > 0:
+        found += AGREEMENT.format(TRIPLES, last["agreement"], last["walks"])
+    told = max(row.get("alignment", 0) for row in rows)
+    return found + (ALIGNMENT.format(told) if told > 0 else FREE)
+
+
+def _vae_facts(vae: list[dict[str, Any]]) -> str:
+    last = _last(vae)
+    if not last["step"]:
+        return "as it was in the weights that the training started from, not trained again"
+    return (
+        f"{last['step']} iterations, {last['samples']} pictures with repetition, "
+        f"{last['seconds'] / 3600:.2f} hours; loss\n{_recent(vae, 'loss'):.4f} (mean of the last "
+        f"tenth), L1 {_recent(vae, 'l1'):.4f}"
+    )
 
 
 def trainings(work: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -105,6 +137,9 @@ def trainings(work: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
         "hours": round(_last(unet)["seconds"] / 3600, 2),
         "learning rate": args.unet_lr,
         "weight": LOSS_WEIGHT,
+        "mutual": args.mutual,
+        "agreement": args.agreement,
+        "walks": args.walks,
         "alignment": args.alignment,
         "loss": round(loss, 4) if math.isfinite(loss) else None,
         "held out": round(held_out[-1], 4) if held_out else None,
@@ -128,12 +163,11 @@ def model_card(parts: Parts, work: Path, args: argparse.Namespace) -> str:
         prediction={"v_prediction": "velocity", "epsilon": "noise"}[
             parts.scheduler.config.prediction_type
         ],
-        vae=_last(vae),
+        name=args.name,
+        argument="" if args.name == "builtin" else f'"{args.name}"',
+        vae=_vae_facts(vae),
         trainings=", one training after the other" * (len(unet) > 1),
         unet=_table(unet),
-        vae_hours=_last(vae)["seconds"] / 3600,
-        vae_loss=_recent(vae, "loss"),
-        vae_l1=_recent(vae, "l1"),
         psnr=", ".join(f"{facts[key]:.1f} dB PSNR ({name})" for key, name in kinds.items()),
         seed=args.seed,
         hardware=" and ".join(dict.fromkeys(x["hardware"] for x in lines if x["stage"] == "run")),
@@ -142,7 +176,7 @@ def model_card(parts: Parts, work: Path, args: argparse.Namespace) -> str:
         skimage=", ".join(SKIMAGE_PHOTOS),
         sklearn=" and ".join(SKLEARN_PHOTOS),
         check=_check(work / "check.json"),
-        alignment=ALIGNMENT.format(args.alignment) * (args.alignment > 0),
+        losses=_losses(unet),
         count=len(SKIMAGE_PHOTOS) + len(SKLEARN_PHOTOS),
     )
 
