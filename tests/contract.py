@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import flashmaps as fm
 import oracle
 import torch
-from flashmaps.maps.attention_map import REDUCTIONS
+from flashmaps.maps.lazy import REDUCTIONS
 from torch import Tensor
 
 

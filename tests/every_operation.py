@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import flashmaps as fm
 import torch
-from flashmaps.maps.attention_map import REDUCTIONS
+from flashmaps.maps.lazy import REDUCTIONS
 from torch import Tensor
 
 Place = Callable[[Tensor], Tensor]

@@ -21,9 +21,9 @@ import torch
 from contract import Subject
 from flashmaps.maps import problem as _problem
 from flashmaps.maps import strips
-from flashmaps.maps.attention_map import REDUCTIONS
 from flashmaps.maps.backends import reference
 from flashmaps.maps.backends.choice import plan_pass
+from flashmaps.maps.lazy import REDUCTIONS
 from flashmaps.maps.problem import Request
 from problems import CASE_NAMES, CASES, inputs, plain, truth
 from torch import Tensor

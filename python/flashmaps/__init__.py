@@ -15,10 +15,11 @@ from flashmaps.diffusion.entry import Entry
 from flashmaps.diffusion.processors import MapAttnProcessor
 from flashmaps.diffusion.record import Record
 from flashmaps.diffusion.words import WordMaps, word_maps
-from flashmaps.maps.attention_map import AttentionMap, Reductions
+from flashmaps.maps.attention_map import AttentionMap
 from flashmaps.maps.backends.choice import backends
 from flashmaps.maps.budget import memory_budget
 from flashmaps.maps.composition import Composition, compose
+from flashmaps.maps.lazy import Reductions
 from flashmaps.maps.planning import Ceilings, Plan
 from flashmaps.maps.statistics import (
     Nims,

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from flashmaps.diffusion.entry import Entry
 from flashmaps.diffusion.record import Record
-from flashmaps.maps.attention_map import REDUCTIONS, AttentionMap
+from flashmaps.maps.attention_map import AttentionMap
 from flashmaps.maps.grids import Grid
+from flashmaps.maps.lazy import REDUCTIONS
 
 KEEP = ("qk", "statistics", "mean")
 # Beyond AttentionMap.reduce's own names.

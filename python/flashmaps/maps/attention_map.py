@@ -4,137 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from flashmaps.maps import operators as ops
-from flashmaps.maps.backends.choice import plan_pass, select
+from flashmaps.maps.backends.choice import select
 from flashmaps.maps.budget import budget_in_force
-from flashmaps.maps.grids import Grid, cell_index
-from flashmaps.maps.planning import Ceilings, Plan, Step, left, plan, portion, shares
-from flashmaps.maps.problem import Cost, Problem, Request, output_bytes
-from flashmaps.maps.validation import check_count, check_k, check_operand, make_problem, need_grid
-
-if TYPE_CHECKING:
-    from flashmaps.maps.composition import Composition
-
-REDUCTIONS = (
-    "entropy",
-    "max",
-    "argmax",
-    "expectation",
-    "diagonal",
-    "column_sum",
-    "column_entropy",
-    "column_max",
-    "column_argmax",
-)
-
-# Rows are pooled this many numbers of output at a time, so that pooling keeps no N x cells matrix.
-_POOL_ELEMENTS = 2**18
+from flashmaps.maps.composition import Composition
+from flashmaps.maps.grids import Grid
+from flashmaps.maps.lazy import Lazy, LazyMap, Reductions, check_reductions
+from flashmaps.maps.map_plans import plan_map
+from flashmaps.maps.planning import Ceilings, Plan, shares
+from flashmaps.maps.pooling import reduce_and_pool
+from flashmaps.maps.rows import Index, map_rows
+from flashmaps.maps.validation import check_k, check_operand, make_problem
 
 
-class Reductions:
-    """The results of `AttentionMap.reduce`, one attribute for each name that was asked for."""
-
-    def __init__(self, fields: dict[str, Tensor]) -> None:
-        self._fields = fields
-
-    def __getattr__(self, name: str) -> Tensor:
-        fields = self.__dict__.get("_fields", {})
-        if name in fields:
-            return fields[name]
-        raise AttributeError(f"{name!r} was not asked for: reduce() was given {list(fields)}")
-
-    def __repr__(self) -> str:
-        shapes = ", ".join(f"{name}={list(t.shape)}" for name, t in self._fields.items())
-        return f"Reductions({shapes})"
-
-    def _asdict(self) -> dict[str, Tensor]:
-        return dict(self._fields)
-
-
-def check_reductions(names: Sequence[str]) -> tuple[str, ...]:
-    """The names without repeats, or an error that lists the reductions there are."""
-    if not names:
-        raise ValueError(f"reduce() needs at least one of {', '.join(REDUCTIONS)}")
-    for name in names:
-        if name not in REDUCTIONS:
-            raise ValueError(
-                f"reduction {name!r} is unknown; choose from {', '.join(REDUCTIONS)}"
-                + (" (top-k is A.topk(k))" if name == "topk" else "")
-            )
-    return tuple(dict.fromkeys(names))
-
-
-def stand_in(like: Problem, *shape: int) -> Tensor:
-    """An operand with a shape and nothing else, for plans."""
-    return torch.empty(shape, dtype=like.compute_dtype, device="meta")
-
-
-def row_index(
-    index: int | slice | Sequence[int] | Tensor, rows: int, device: torch.device
-) -> Tensor:
-    """``index`` as a [n] int64 tensor of rows, negatives counted from the end."""
-    if isinstance(index, slice):
-        return torch.arange(rows, device=device)[index]
-    picked = torch.as_tensor(index, device=device)
-    if picked.dtype == torch.bool or picked.dtype.is_floating_point or picked.dim() > 1:
-        raise TypeError(f"rows(index) wants whole numbers in one dimension, got {index!r}")
-    picked = picked.reshape(-1).to(torch.int64)
-    if not torch.compiler.is_compiling():
-        bad = (picked < -rows) | (picked >= rows)
-        if bool(bad.any()):
-            raise IndexError(f"row {int(picked[bad][0])} is out of range: the map has {rows} rows")
-    return torch.where(picked < 0, picked + rows, picked)
-
-
-def picked_rows(problem: Problem, picked: Tensor) -> Problem:
-    """The same map, some queries only (copies)."""
-    lse = None if problem.lse is None else problem.lse.index_select(2, picked)
-    return problem._replace(query=problem.query.index_select(2, picked), lse=lse)
-
-
-def picked_bytes(problem: Problem, count: int) -> int:
-    """What `picked_rows` copies."""
-    query, lse = problem.query, problem.lse
-    copied = query.shape[0] * query.shape[1] * query.shape[3] * query.element_size()
-    if lse is not None:
-        copied += lse.shape[0] * lse.shape[1] * lse.element_size()
-    return count * copied
-
-
-def _repeated(step: Step, count: int, size: int) -> Step:
-    """The cost of doing ``count`` rows ``size`` at a time: arithmetic of all, memory of one."""
-
-    def cost(budget: int | None) -> Cost:
-        return step.cost(budget).times(count / size)
-
-    return Step(step.held, cost)
-
-
-class Lazy:
-    """Lets torch see ``@``: ``torch.matmul(A, x)`` works, and torch.compile traces ``A @ x``."""
-
-    __matmul__: Any
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func not in (torch.matmul, Tensor.matmul):
-            return NotImplemented
-        left, right = args
-        if torch.compiler.is_compiling() and not isinstance(left, Lazy):
-            # torch.compile presents A @ x as Tensor.matmul(x, A): it swaps the operands so that the
-            # tensor comes first, and has no reverse of matmul. (x @ A itself is a TypeError.)
-            left, right = right, left
-        return left.__matmul__(right) if isinstance(left, Lazy) else NotImplemented
-
-
-class AttentionMap(Lazy):
+class AttentionMap(LazyMap):
     """A = sum_h w_h softmax(scale * Q_h K_h^T + mask), N x M, never built (note eq. 2.1, 2.2).
 
     Args:
@@ -285,20 +172,6 @@ class AttentionMap(Lazy):
         )
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(batch, N, M); batch is the number of pairs where pairs were given."""
-        return (self.problem.batch, self.problem.num_queries, self.problem.num_keys)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the results: float64 for float64 inputs, else float32."""
-        return self.problem.compute_dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.problem.query.device
-
-    @property
     def lse(self) -> Tensor:
         """log sum_j exp(scale * q_i k_j + mask_j) of every head, natural log: [batch, H, N]."""
         if self._lse is None:
@@ -315,24 +188,6 @@ class AttentionMap(Lazy):
             f"AttentionMap(shape={self.shape}, heads={self.problem.heads}, "
             f"normalize={self.problem.normalize!r}, dtype={self.dtype}, backend={self.backend!r})"
         )
-
-    def _fields(
-        self, *names: str, memory_budget: int | None = None, **operands: Any
-    ) -> dict[str, Tensor]:
-        request = Request(names, memory_budget=memory_budget, **operands)
-        return ops.reduce(self.problem, request, self.backend)
-
-    def _step(
-        self, *names: str, held: int = 0, problem: Problem | None = None, **operands: Any
-    ) -> Step:
-        """The pass of `_fields`, for plans; or of another problem on this backend."""
-        one = self.problem if problem is None else problem
-
-        def cost(budget: int | None) -> Cost:
-            request = Request(names, memory_budget=budget, **operands)
-            return plan_pass(self.backend, one, request)
-
-        return Step(held, cost)
 
     def _product(self, name: str, operand: str, given: Tensor, x: Tensor) -> Tensor:
         """A product with x; what was ``given`` may have had to be converted to that."""
@@ -352,8 +207,6 @@ class AttentionMap(Lazy):
         In one graph of torch.compile, write fm.compose(A, A'): it cannot trace ``@`` of two maps.
         """
         if isinstance(other, AttentionMap):
-            from flashmaps.maps.composition import Composition
-
             return Composition(self, other)
         right = check_operand("x", other, self.shape[0], self.shape[2], self.problem.query)
         return self._product("product", "right", other, right)
@@ -362,33 +215,12 @@ class AttentionMap(Lazy):
         """The whole map, [batch, N, M]: 67 MB for one map of 4096 x 4096 in float32."""
         return self._fields("dense")["dense"]
 
-    def rows(self, index: int | slice | Sequence[int] | Tensor) -> Tensor:
+    def rows(self, index: Index) -> Tensor:
         """Some rows of the map: [batch, n, M] (n = 1 for an int).
 
         Their queries are copied; under a memory budget, as many at a time as fit.
         """
-        picked = row_index(index, self.shape[1], self.device)
-        count = picked.shape[0]
-        size, budget = portion(
-            count, lambda n: self._rows_step(n, count), budget_in_force(None), "rows"
-        )
-        request = Request(("dense",), memory_budget=budget)
-        if size == count:
-            return ops.reduce(picked_rows(self.problem, picked), request, self.backend)["dense"]
-        out = torch.empty(
-            (self.shape[0], count, self.shape[2]), dtype=self.dtype, device=self.device
-        )
-        for start in range(0, count, size):
-            part = picked_rows(self.problem, picked[start : start + size])
-            out[:, start : start + size] = ops.reduce(part, request, self.backend)["dense"]
-        return out
-
-    def _rows_step(self, size: int, count: int) -> Step:
-        """``size`` rows of ``count``: copies of their queries, and the part unless it is all."""
-        part = 0 if size == count else self.shape[0] * size * self.shape[2] * self.problem.itemsize
-        problem = self.problem.query_rows(0, size)
-        held = picked_bytes(self.problem, size) + part + 3 * 8 * count
-        return self._step("dense", held=held, problem=problem)
+        return map_rows(self, index)
 
     def reduce(self, *names: str, memory_budget: int | None = None) -> Reductions:
         """Any subset of the reductions in one pass over the map.
@@ -409,16 +241,9 @@ class AttentionMap(Lazy):
         what that is.
         """
         budget = budget_in_force(memory_budget)
-        return Reductions(self._fields(*self._checked(names), memory_budget=budget))
-
-    def _checked(self, names: Sequence[str]) -> tuple[str, ...]:
-        wanted = check_reductions(names)
-        _, queries, keys = self.shape
-        if "expectation" in wanted:
-            need_grid("key_grid", self.key_grid, keys, "expectation")
-        if "diagonal" in wanted and queries != keys:
-            raise ValueError(f"diagonal needs a square map, this one is {queries} x {keys}")
-        return wanted
+        return Reductions(
+            self._fields(*check_reductions(names, self.shape, self.key_grid), memory_budget=budget)
+        )
 
     def entropy(self) -> Tensor:
         """-sum_j A_ij log A_ij in nats: [batch, N]."""
@@ -490,67 +315,7 @@ class AttentionMap(Lazy):
         One pass keeps each row's sums over the key cells. Where these are more numbers than the
         row's query has, rows are pooled in portions, apart from the reductions.
         """
-        wanted = self._checked(names) if names else ()
-        batch, queries, keys = self.shape
-        query_cells, num_query_cells = self._cells("query", query_to, self.query_grid, queries)
-        key_cells, num_key_cells = self._cells("key", key_to, self.key_grid, keys)
-        out = torch.zeros(
-            (batch, num_query_cells, num_key_cells), dtype=self.dtype, device=self.device
-        )
-        pooled: dict[str, Any] = {"cells": key_cells, "num_cells": num_key_cells}
-        budget = budget_in_force(memory_budget)
-        fields: dict[str, Tensor] = {}
-        together = wanted and num_key_cells <= self.problem.heads * self.problem.query.shape[3]
-        if together and budget is not None and not torch.compiler.is_compiling():
-            step = self._pool_step(queries, num_query_cells, num_key_cells, wanted)
-            together = step.within(budget).workspace <= budget
-        if together:
-            held = self._pool_step(queries, num_query_cells, num_key_cells).held
-            fields = self._fields(
-                *wanted, "pooled_keys", memory_budget=left(budget, held), **pooled
-            )
-            out.index_add_(1, query_cells, fields.pop("pooled_keys"))
-        else:
-            size, rest = self._pool_portion(num_query_cells, num_key_cells, budget)
-            if wanted:
-                step = self._step(*wanted, held=8 * (queries + keys))
-                one = self._pool_step(1, num_query_cells, num_key_cells)
-                given, _ = shares([step, one], budget, "reduce and pool")
-                fields = self._fields(*wanted, memory_budget=given)
-            request = Request(("pooled_keys",), memory_budget=rest, **pooled)
-            for start in range(0, queries, size):
-                stop = min(start + size, queries)
-                part = self.problem.query_rows(start, stop)
-                sums = ops.reduce(part, request, self.backend)["pooled_keys"]
-                out.index_add_(1, query_cells[start:stop], sums)
-                del sums  # before the next ones are made
-        count = torch.bincount(query_cells, minlength=num_query_cells)
-        return fields, out.div_(count[None, :, None])
-
-    def _pool_portion(
-        self, num_query_cells: int, num_key_cells: int, budget: int | None
-    ) -> tuple[int, int | None]:
-        """How many rows to pool at once, and the budget of their pass."""
-        most = max(1, _POOL_ELEMENTS // (self.shape[0] * num_key_cells))
-        return portion(
-            min(self.shape[1], most),
-            lambda size: self._pool_step(size, num_query_cells, num_key_cells),
-            budget,
-            "pool",
-        )
-
-    def _pool_step(
-        self, size: int, num_query_cells: int, num_key_cells: int, names: tuple[str, ...] = ()
-    ) -> Step:
-        """``size`` rows: their sums, beside the cell of each token and what those are made from."""
-        batch, queries, keys = self.shape
-        sums = batch * size * num_key_cells * self.problem.itemsize
-        held = sums + 8 * (queries + keys + 2 * num_query_cells)
-        cells = torch.empty(keys, dtype=torch.int64, device="meta")
-        problem = self.problem.query_rows(0, size)
-        return self._step(
-            *names, "pooled_keys", held=held, problem=problem, cells=cells, num_cells=num_key_cells
-        )
+        return reduce_and_pool(self, names, query_to, key_to, memory_budget=memory_budget)
 
     def plan(
         self,
@@ -579,65 +344,17 @@ class AttentionMap(Lazy):
         >>> A.plan("entropy", "max").passes
         1
         """
-        batch, queries, keys = self.shape
-        columns, count = check_count("columns", columns), check_count("count", count)
-        budget = budget_in_force(memory_budget)
-        what = ", ".join(names)
-        fields: tuple[str, ...] = names
-        operands: dict[str, Any] = {}
-        steps: list[Step] | None = None
-        outputs: int | None = None
-        match names:
-            case ("to_dense",):
-                fields = ("dense",)
-            case ("lse",):
-                pass
-            case ("topk",):
-                fields, operands = ("topk_values", "topk_indices"), {"k": check_k(k, keys)}
-            case ("product",):
-                operands = {"right": stand_in(self.problem, batch, keys, columns)}
-            case ("transposed_product",):
-                operands = {"left": stand_in(self.problem, batch, queries, columns)}
-            case ("rows",):
-                size, _ = portion(count, lambda n: self._rows_step(n, count), budget, what)
-                steps = [_repeated(self._rows_step(size, count), count, size)]
-                outputs = batch * count * keys * self.problem.itemsize
-            case ("pool",):
-                cells = self._num_cells("query", query_to), self._num_cells("key", key_to)
-                size, _ = self._pool_portion(*cells, budget)
-                steps = [_repeated(self._pool_step(size, *cells), queries, size)]
-                outputs = batch * cells[0] * cells[1] * self.problem.itemsize
-            case _:
-                fields = self._checked(names)
-        if steps is None or outputs is None:
-            steps = [self._step(*fields, **operands)]
-            outputs = output_bytes(self.problem, Request(fields, **operands))
-        return plan(
-            what, self.backend, steps, outputs=outputs, memory_budget=budget, ceilings=ceilings
+        return plan_map(
+            self,
+            names,
+            k=k,
+            columns=columns,
+            count=count,
+            query_to=query_to,
+            key_to=key_to,
+            memory_budget=memory_budget,
+            ceilings=ceilings,
         )
-
-    def _num_cells(self, side: str, to: Grid | None) -> int:
-        grid, tokens = (
-            (self.query_grid, self.shape[1]) if side == "query" else (self.key_grid, self.shape[2])
-        )
-        return self._cells(side, to, grid, tokens)[1]
-
-    def _cells(
-        self, side: str, to: Grid | None, grid: Grid | None, tokens: int
-    ) -> tuple[Tensor, int]:
-        if to is None:
-            return torch.arange(tokens, device=self.device), tokens
-        height, width = need_grid(f"{side}_grid", grid, tokens, "pool")
-        try:
-            rows, columns = (int(n) for n in to)
-        except (TypeError, ValueError):
-            raise TypeError(f"{side}_to must be (height, width), got {to!r}") from None
-        if not (1 <= rows <= height and 1 <= columns <= width):
-            raise ValueError(
-                f"{side}_to = ({rows}, {columns}) must lie between (1, 1) and the {side} grid "
-                f"({height}, {width})"
-            )
-        return cell_index((height, width), (rows, columns), device=self.device), rows * columns
 
 
 class TransposedMap(Lazy):

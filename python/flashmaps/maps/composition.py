@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from flashmaps.maps import operators as ops
 from flashmaps.maps import strips
-from flashmaps.maps.attention_map import (
-    REDUCTIONS,
-    AttentionMap,
-    Lazy,
-    Reductions,
-    check_reductions,
-    picked_bytes,
-    picked_rows,
-    row_index,
-    stand_in,
-)
 from flashmaps.maps.budget import budget_in_force, check_budget, too_small
 from flashmaps.maps.grids import centres
+from flashmaps.maps.lazy import (
+    REDUCTIONS,
+    Lazy,
+    LazyMap,
+    Reductions,
+    check_alike,
+    check_reductions,
+    check_square,
+    known_lse,
+    lse_bytes,
+    round_trip_fields,
+    stand_in,
+    with_lse,
+)
 from flashmaps.maps.planning import Ceilings, Plan, Step, plan, portion, shares
 from flashmaps.maps.problem import Cost, Problem, Request, output_bytes
-from flashmaps.maps.validation import check_count, check_k, check_operand, need_grid
+from flashmaps.maps.rows import Index, rows_held, rows_in_portions
+from flashmaps.maps.validation import check_count, check_k, check_operand
+
+if TYPE_CHECKING:
+    from flashmaps.maps.attention_map import AttentionMap
 
 
 def compose(
@@ -55,7 +62,7 @@ class Composition(Lazy):
     def __init__(
         self, first: AttentionMap, second: AttentionMap, *, memory_budget: int | None = None
     ) -> None:
-        if not isinstance(first, AttentionMap) or not isinstance(second, AttentionMap):
+        if not isinstance(first, LazyMap) or not isinstance(second, LazyMap):
             raise TypeError(
                 "compose() takes two AttentionMaps, got "
                 f"{type(first).__name__} and {type(second).__name__}"
@@ -141,7 +148,7 @@ class Composition(Lazy):
 
     def diagonal(self) -> Tensor:
         """R_ii = sum_j A_ij A'_ji, tile by tile, R never built: [batch, N]."""
-        self._check_square("diagonal")
+        check_square("diagonal", self.shape)
         of_lse, of_trip, *_ = self._given(self._diagonal_steps, "diagonal")
         out = round_trip_fields(
             self.first,
@@ -164,44 +171,32 @@ class Composition(Lazy):
         """The whole composition, [batch, N, K]."""
         return self._strips(("dense",))["dense"]
 
-    def rows(self, index: int | slice | Sequence[int] | Tensor) -> Tensor:
+    def rows(self, index: Index) -> Tensor:
         """Some rows of R: [batch, n, K]."""
-        picked = row_index(index, self.shape[1], self.first.device)
-        count = picked.shape[0]
-        size, budget = portion(count, lambda n: self._rows_step(n, count), self._budget(), "rows")
-        if size == count:
-            some = picked_rows(self.first.problem, picked)
-            return self._strips(("dense",), first=some, memory_budget=budget)["dense"]
-        out = torch.empty(
-            (self.shape[0], count, self.shape[2]), dtype=self.dtype, device=self.first.device
+        return rows_in_portions(
+            index,
+            self.first.problem,
+            self.shape[2],
+            step_of=self._rows_step,
+            dense=lambda some, budget: self._strips(("dense",), first=some, memory_budget=budget)[
+                "dense"
+            ],
+            budget=self._budget(),
         )
-        for start in range(0, count, size):
-            some = picked_rows(self.first.problem, picked[start : start + size])
-            part = self._strips(("dense",), first=some, memory_budget=budget)
-            out[:, start : start + size] = part.pop("dense")
-        return out
 
     def _rows_step(self, size: int, count: int) -> Step:
-        part = 0 if size == count else self.shape[0] * size * self.shape[2]
-        held = picked_bytes(self.first.problem, size) + part * self.first.problem.itemsize
-        first = self.first.problem.query_rows(0, size)
-        return self._strips_step(("dense",), held=held + 3 * 8 * count, first=first)
+        held = rows_held(self.first.problem, self.shape[2], size, count)
+        return self._strips_step(
+            ("dense",), held=held, first=self.first.problem.query_rows(0, size)
+        )
 
     def reduce(self, *names: str) -> Reductions:
         """As `AttentionMap.reduce`, on R: entropies and argmaxes of the whole round trip."""
-        wanted = self._checked(names)
+        wanted = check_reductions(names, self.shape, self.second.key_grid)
         if all(name in _STREAMED for name in wanted):
             self._given(lambda: self._reduce_steps(wanted), ", ".join(wanted))
             return Reductions({name: _STREAMED[name](self) for name in wanted})
         return Reductions(self._strips(wanted))
-
-    def _checked(self, names: Sequence[str]) -> tuple[str, ...]:
-        wanted = check_reductions(names)
-        if "expectation" in wanted:
-            need_grid("key_grid", self.second.key_grid, self.shape[2], "expectation")
-        if "diagonal" in wanted:
-            self._check_square("diagonal")
-        return wanted
 
     def topk(self, k: int) -> tuple[Tensor, Tensor]:
         """The k largest entries of each row of R: values and indices, [batch, N, k]."""
@@ -253,7 +248,7 @@ class Composition(Lazy):
                 steps = [self._rows_step(size, count)] * -(-count // size)
                 outputs = batch * count * ends * self.first.problem.itemsize
             case _:
-                fields = self._checked(names)
+                fields = check_reductions(names, self.shape, self.second.key_grid)
                 steps = self._reduce_steps(fields)
         if outputs is None:
             shape = strips.result(self.first.problem, self.second.problem)
@@ -286,12 +281,6 @@ class Composition(Lazy):
                 steps += self._product_steps("product", at, own=True)
                 steps.append(Step(6 * 8 * ends))  # to make the centres
         return steps
-
-    def _check_square(self, what: str) -> None:
-        if self.shape[1] != self.shape[2]:
-            raise ValueError(
-                f"{what} needs a square map, this one is {self.shape[1]} x {self.shape[2]}"
-            )
 
     def _column_sum(self) -> Tensor:
         given = self._given(lambda: self._reduce_steps(("column_sum",)), "column_sum")
@@ -361,59 +350,3 @@ _STREAMED: dict[str, Callable[[Composition], Tensor]] = {
     "column_sum": Composition._column_sum,
     "expectation": Composition._expectation,
 }
-
-
-def check_alike(name: str, first: AttentionMap, other: str, second: AttentionMap) -> None:
-    """ValueError unless two maps that meet have one dtype and one device."""
-    if first.dtype != second.dtype or first.device != second.device:
-        raise ValueError(
-            f"{name} is {first.dtype} on {first.device}, {other} is {second.dtype} on "
-            f"{second.device}: make them alike"
-        )
-
-
-# The log-sum-exp of the map back, which the return probability needs.
-
-
-def lse_bytes(A: AttentionMap) -> int:
-    """What it takes to keep it. Kept by the map from an earlier call it counts all the same.
-
-    So what a budget leaves for other things does not depend on what was asked before.
-    """
-    batch, queries, _ = A.shape
-    given = A.problem.lse is not None
-    return 0 if given else batch * A.problem.heads * queries * A.problem.itemsize
-
-
-def with_lse(A: AttentionMap) -> Problem:
-    """The problem as it will be then, for plans."""
-    batch, queries, _ = A.shape
-    lse = A._lse
-    if lse is None:
-        lse = stand_in(A.problem, batch, A.problem.heads, queries)
-    return A.problem._replace(lse=lse)
-
-
-def known_lse(A: AttentionMap, memory_budget: int | None) -> Tensor:
-    """Computed where it is not there, and kept by the map."""
-    if A._lse is None:
-        A._lse = A._fields("lse", memory_budget=memory_budget)["lse"]
-    return A._lse
-
-
-def round_trip_fields(
-    first: AttentionMap,
-    second: AttentionMap,
-    names: tuple[str, ...],
-    *,
-    lse: Tensor,
-    right: Tensor | None = None,
-    memory_budget: int | None = None,
-) -> dict[str, Tensor]:
-    """One pass over ``first`` with the map back at hand, for "return_probability" among ``names``.
-
-    ``lse`` is the second map's.
-    """
-    partner = second.problem._replace(lse=lse)
-    request = Request(names, right=right, partner=partner, memory_budget=memory_budget)
-    return ops.reduce(first.problem, request, first.backend)

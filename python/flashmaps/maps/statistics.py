@@ -13,16 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashmaps.maps.attention_map import AttentionMap, stand_in
+from flashmaps.maps.attention_map import AttentionMap
 from flashmaps.maps.budget import budget_in_force
-from flashmaps.maps.composition import (
-    check_alike,
-    compose,
-    lse_bytes,
-    round_trip_fields,
-    with_lse,
-)
+from flashmaps.maps.composition import compose
 from flashmaps.maps.grids import centres
+from flashmaps.maps.lazy import check_alike, lse_bytes, round_trip_fields, stand_in, with_lse
 from flashmaps.maps.planning import Ceilings, Plan, Step, plan, shares
 from flashmaps.maps.validation import need_grid
 

@@ -1,0 +1,114 @@
+"""Small dense maps: the map's tokens pooled over cells, in one pass or a few rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashmaps.maps import operators as ops
+from flashmaps.maps.budget import budget_in_force
+from flashmaps.maps.grids import Grid, cell_index
+from flashmaps.maps.lazy import LazyMap, check_reductions
+from flashmaps.maps.planning import Step, left, portion, shares
+from flashmaps.maps.problem import Request
+from flashmaps.maps.validation import need_grid
+
+# Rows are pooled this many numbers of output at a time, so that pooling keeps no N x cells matrix.
+_POOL_ELEMENTS = 2**18
+
+
+def reduce_and_pool(
+    A: LazyMap,
+    names: Sequence[str],
+    query_to: Grid | None,
+    key_to: Grid | None,
+    *,
+    memory_budget: int | None = None,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """`AttentionMap.reduce_and_pool`."""
+    wanted = check_reductions(names, A.shape, A.key_grid) if names else ()
+    batch, queries, keys = A.shape
+    query_cells, num_query_cells = _cells(A, "query", query_to)
+    key_cells, num_key_cells = _cells(A, "key", key_to)
+    out = torch.zeros((batch, num_query_cells, num_key_cells), dtype=A.dtype, device=A.device)
+    pooled: dict[str, Any] = {"cells": key_cells, "num_cells": num_key_cells}
+    budget = budget_in_force(memory_budget)
+    fields: dict[str, Tensor] = {}
+    together = wanted and num_key_cells <= A.problem.heads * A.problem.query.shape[3]
+    if together and budget is not None and not torch.compiler.is_compiling():
+        step = pool_step(A, queries, num_query_cells, num_key_cells, wanted)
+        together = step.within(budget).workspace <= budget
+    if together:
+        held = pool_step(A, queries, num_query_cells, num_key_cells).held
+        fields = A._fields(*wanted, "pooled_keys", memory_budget=left(budget, held), **pooled)
+        out.index_add_(1, query_cells, fields.pop("pooled_keys"))
+    else:
+        size, rest = pool_portion(A, num_query_cells, num_key_cells, budget)
+        if wanted:
+            step = A._step(*wanted, held=8 * (queries + keys))
+            one = pool_step(A, 1, num_query_cells, num_key_cells)
+            given, _ = shares([step, one], budget, "reduce and pool")
+            fields = A._fields(*wanted, memory_budget=given)
+        request = Request(("pooled_keys",), memory_budget=rest, **pooled)
+        for start in range(0, queries, size):
+            stop = min(start + size, queries)
+            part = A.problem.query_rows(start, stop)
+            sums = ops.reduce(part, request, A.backend)["pooled_keys"]
+            out.index_add_(1, query_cells[start:stop], sums)
+            del sums  # before the next ones are made
+    count = torch.bincount(query_cells, minlength=num_query_cells)
+    return fields, out.div_(count[None, :, None])
+
+
+def pool_portion(
+    A: LazyMap, num_query_cells: int, num_key_cells: int, budget: int | None
+) -> tuple[int, int | None]:
+    """How many rows to pool at once, and the budget of their pass."""
+    most = max(1, _POOL_ELEMENTS // (A.shape[0] * num_key_cells))
+    return portion(
+        min(A.shape[1], most),
+        lambda size: pool_step(A, size, num_query_cells, num_key_cells),
+        budget,
+        "pool",
+    )
+
+
+def pool_step(
+    A: LazyMap, size: int, num_query_cells: int, num_key_cells: int, names: tuple[str, ...] = ()
+) -> Step:
+    """``size`` rows: their sums, beside the cell of each token and what those are made from."""
+    batch, queries, keys = A.shape
+    sums = batch * size * num_key_cells * A.problem.itemsize
+    held = sums + 8 * (queries + keys + 2 * num_query_cells)
+    cells = torch.empty(keys, dtype=torch.int64, device="meta")
+    problem = A.problem.query_rows(0, size)
+    return A._step(
+        *names, "pooled_keys", held=held, problem=problem, cells=cells, num_cells=num_key_cells
+    )
+
+
+def num_cells(A: LazyMap, side: str, to: Grid | None) -> int:
+    """How many cells a side of the map is pooled to."""
+    return _cells(A, side, to)[1]
+
+
+def _cells(A: LazyMap, side: str, to: Grid | None) -> tuple[Tensor, int]:
+    """The cell that each token of a side falls in, [N] or [M]; and how many there are."""
+    queries = side == "query"
+    grid, tokens = (A.query_grid, A.shape[1]) if queries else (A.key_grid, A.shape[2])
+    if to is None:
+        return torch.arange(tokens, device=A.device), tokens
+    height, width = need_grid(f"{side}_grid", grid, tokens, "pool")
+    try:
+        rows, columns = (int(n) for n in to)
+    except (TypeError, ValueError):
+        raise TypeError(f"{side}_to must be (height, width), got {to!r}") from None
+    if not (1 <= rows <= height and 1 <= columns <= width):
+        raise ValueError(
+            f"{side}_to = ({rows}, {columns}) must lie between (1, 1) and the {side} grid "
+            f"({height}, {width})"
+        )
+    return cell_index((height, width), (rows, columns), device=A.device), rows * columns
