@@ -207,10 +207,10 @@ def test_mutual_attention_refuses_what_it_is_not_for():
 
 
 def test_rows_of_a_batch():
-    assert Rows.of(64, agreeing=True, mutual=0.3125) == Rows(8, 10, 20)
-    assert Rows.of(64, agreeing=False, mutual=0.0) == Rows(0, 0, 64)
+    assert Rows.of(64, views=0.375, mutual=0.3125) == Rows(8, 10, 20)
+    assert Rows.of(64, views=0.0, mutual=0.0) == Rows(0, 0, 64)
     with pytest.raises(ValueError, match="no room for 1 pictures in three views, 1 pairs"):
-        Rows.of(5, agreeing=True, mutual=0.3)
+        Rows.of(5, views=0.3, mutual=0.3)
 
 
 def test_a_batch_shows_views_of_one_example_with_little_noise_and_the_cleaner_of_a_pair():

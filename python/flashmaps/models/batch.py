@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .pictures import FIRST, SECOND
 
-TRIPLES = 0.375  # share of a batch that is shown in three views, where they have to agree
 DROPPED = 0.2  # share of captions replaced by "", which guidance needs, and matching without one
 STEPS = 1000  # of the scheduler
 CLEAR = 300  # timesteps of views: beyond, there is more noise than picture
@@ -30,18 +29,18 @@ class Rows:
     plain: int
 
     @classmethod
-    def of(cls, batch: int, *, agreeing: bool, mutual: float) -> Rows:
-        """The rows of a batch: with views or without, and this share of it in pairs.
+    def of(cls, batch: int, *, views: float, mutual: float) -> Rows:
+        """The rows of a batch: these shares of it in three views, and in pairs.
 
         Raises ValueError where a batch is too small to have one of each.
         """
-        triples = max(1, int(TRIPLES * batch / 3)) if agreeing else 0
+        triples = max(1, int(views * batch / 3)) if views > 0 else 0
         pairs = max(1, int(mutual * batch / 2)) if mutual > 0 else 0
         plain = batch - 3 * triples - 2 * pairs
         if plain < 1:
             raise ValueError(
                 f"a batch of {batch} has no room for {triples} pictures in three views, {pairs} "
-                "pairs and a plain picture; give a larger --unet-batch or a smaller --mutual"
+                "pairs and a plain picture; give a larger --unet-batch, smaller --views or --mutual"
             )
         return cls(triples, pairs, plain)
 

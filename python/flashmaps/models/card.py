@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .architecture import Parts
-from .batch import DROPPED, TRIPLES
+from .batch import DROPPED
 from .photos import SKIMAGE_PHOTOS, SKLEARN_PHOTOS
 from .pictures import Pictures
 from .unet import LOSS_WEIGHT
@@ -101,7 +101,7 @@ def _losses(rows: list[dict[str, Any]]) -> str:
     last = rows[-1]
     found = MUTUAL.format(last["mutual"]) if last["mutual"] > 0 else ""
     if last["agreement"] > 0 or last["walks"] > 0:
-        found += AGREEMENT.format(TRIPLES, last["agreement"], last["walks"])
+        found += AGREEMENT.format(last["views"], last["agreement"], last["walks"])
     told = max(row.get("alignment", 0) for row in rows)
     return found + (ALIGNMENT.format(told) if told > 0 else FREE)
 
@@ -138,6 +138,7 @@ def trainings(work: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
         "learning rate": args.unet_lr,
         "weight": LOSS_WEIGHT,
         "mutual": args.mutual,
+        "views": args.views,
         "agreement": args.agreement,
         "walks": args.walks,
         "alignment": args.alignment,

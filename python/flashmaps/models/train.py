@@ -41,7 +41,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "bank": 12_288, "workers": 2, "compile": False, "warmup": 200,
         "vae_steps": 4000, "vae_batch": 16, "vae_crop": 64, "vae_lr": 1e-3, "vae_ema": 0.998,
         "unet_steps": 100_000, "unet_batch": 16, "unet_lr": 5e-4, "unet_ema": 0.999,
-        "agreement": 0.2, "walks": 0.1, "mutual": 0.3125, "alignment": 0.0,
+        "views": 0.375, "agreement": 0.2, "walks": 0.2, "mutual": 0.3125, "alignment": 0.0,
         "log_every": 10, "save_every": 100, "samples_every": 1000,
     },
     "h200": {
@@ -49,7 +49,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "vae_steps": 1_000_000, "vae_batch": 64, "vae_crop": 128, "vae_lr": 1e-3, "vae_ema": 0.999,
         "vae_minutes": 5.0,
         "unet_steps": 1_000_000, "unet_batch": 512, "unet_lr": 1e-3, "unet_ema": 0.9995,
-        "agreement": 0.2, "walks": 0.1, "mutual": 0.3125, "alignment": 0.0,
+        "views": 0.375, "agreement": 0.2, "walks": 0.2, "mutual": 0.3125, "alignment": 0.0,
         "unet_minutes": 14.0,
         "log_every": 50, "save_every": 1000, "samples_every": 4000,
     },
@@ -57,7 +57,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "bank": 8, "workers": 0, "compile": False, "warmup": 2,
         "vae_steps": 4, "vae_batch": 2, "vae_crop": 16, "vae_lr": 1e-3, "vae_ema": 0.99,
         "unet_steps": 4, "unet_batch": 8, "unet_lr": 1e-3, "unet_ema": 0.99,
-        "agreement": 0.2, "walks": 0.1, "mutual": 0.25, "alignment": 0.0,
+        "views": 0.375, "agreement": 0.2, "walks": 0.2, "mutual": 0.25, "alignment": 0.0,
         "log_every": 1, "save_every": 2, "samples_every": 1000,
     },
 }  # fmt: skip
@@ -183,6 +183,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         add(f"--{stage}-lr", type=float)
         add(f"--{stage}-ema", type=float, help="decay of the averaged weights")
     add("--vae-crop", type=int, help="pixels a side that the VAE is shown; a multiple of 16")
+    add("--views", type=float, help="share of a batch in three views that have to agree")
     add("--agreement", type=float, help="weight of views' losses on features and attention")
     add("--walks", type=float, help="weight of the loss on walks to the same object and back")
     add("--mutual", type=float, help="share of a batch in pairs that see each other")

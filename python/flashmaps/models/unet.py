@@ -50,10 +50,10 @@ def train_unet(
     A batch has three kinds of pictures. Plain ones have a caption and any noise. With
     ``args.mutual`` so large a share of them are pairs of pictures of one object, a noisier and a
     cleaner one, which see each other in the decoder's self-attention
-    (:mod:`flashmaps.models.mutual`). With ``args.agreement`` or ``args.walks`` above 0 a share is
-    shown in three views, without captions and with little noise, and so much of the losses of
-    :mod:`flashmaps.models.agreement` is added; the recoloured views are not for denoising. No label
-    takes part in any of this.
+    (:mod:`flashmaps.models.mutual`). With ``args.agreement`` or ``args.walks`` above 0 the share
+    ``args.views`` is shown in three views, without captions and with little noise, and so much of
+    the losses of :mod:`flashmaps.models.agreement` is added; the recoloured views are not for
+    denoising. No label takes part in any of this.
 
     With ``args.alignment`` above 0, so much of the loss of :mod:`flashmaps.models.alignment` is
     added on the plain pictures, each weighted by the share of the signal in it (alpha_bar): that is
@@ -75,7 +75,7 @@ def train_unet(
     if device.type == "cpu":
         _use_plain_attention(parts)
     agreeing = args.agreement > 0 or args.walks > 0
-    rows = Rows.of(loop.batch, agreeing=agreeing, mutual=args.mutual)
+    rows = Rows.of(loop.batch, views=args.views if agreeing else 0.0, mutual=args.mutual)
     mutual = Mutual()
     if rows.pairs:
         share_attention(parts.unet, mutual)
