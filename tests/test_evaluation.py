@@ -13,8 +13,8 @@ from flashmaps.evaluation import points as carried
 from flashmaps.evaluation.benchmark import Pair
 from flashmaps.evaluation.methods import Outcome
 from flashmaps.evaluation.run import point_rows
-from flashmaps.matching.match import pixel_field
 from flashmaps.matching.pairs import SCORES
+from flashmaps.matching.points import pixel_field
 
 RNG = np.random.default_rng(0)
 BLANK = np.zeros((100, 200, 3), np.float32)

@@ -13,15 +13,10 @@ from flashmaps import evaluation
 from flashmaps.diffusion.features import Features, features
 from flashmaps.maps.grids import centres
 from flashmaps.matching.confidence import Calibration, Term
-from flashmaps.matching.match import (
-    BETWEEN,
-    TEMPERATURE,
-    cross_map,
-    match_features,
-    pixel_field,
-    place_points,
-    token_at,
-)
+from flashmaps.matching.cross_map import TEMPERATURE, cross_map, place_points
+from flashmaps.matching.match import match_features
+from flashmaps.matching.options import BETWEEN
+from flashmaps.matching.points import pixel_field, token_at
 from flashmaps.matching.readout import READOUTS
 from safetensors.torch import load_file
 from tiny_pipeline import tiny_pipeline

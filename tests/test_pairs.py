@@ -10,7 +10,8 @@ import pytest
 import torch
 from flashmaps.diffusion.features import Features
 from flashmaps.matching import pairs
-from flashmaps.matching.match import COMPARE, match_features
+from flashmaps.matching.match import match_features
+from flashmaps.matching.options import COMPARE
 from flashmaps.matching.pairs import all_pairs, match_pairs, write_pairs
 
 pytestmark = pytest.mark.usefixtures("one_thread")

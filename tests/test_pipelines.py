@@ -357,7 +357,7 @@ def test_cosines_of_half_precision_are_computed_in_full(pipe):
     """1 / TEMPERATURE times the rounding of a bfloat16 norm would change a map by a third."""
     from dataclasses import replace
 
-    from flashmaps.matching.match import cross_map
+    from flashmaps.matching.cross_map import cross_map
 
     (found,) = features(pipe, PHOTO, layers=LAYERS, size=64)
     half = replace(found, query=found.query.bfloat16(), key=found.key.bfloat16())

@@ -19,7 +19,8 @@ from flashmaps.evaluation.study_report import best_of, confidence_auroc, short
 from flashmaps.evaluation.threads import fit_threads
 from flashmaps.evaluation.worlds import Worlds
 from flashmaps.matching.confidence import SCORES
-from flashmaps.matching.match import COMPARE, cross_map
+from flashmaps.matching.cross_map import cross_map
+from flashmaps.matching.options import COMPARE
 from flashmaps.matching.settings import FILE, MatchSettings, settings_of
 from tiny_pipeline import tiny_pipeline
 from typer.testing import CliRunner

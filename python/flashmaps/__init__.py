@@ -32,7 +32,8 @@ from flashmaps.maps.statistics import (
     round_trip,
 )
 from flashmaps.maps.validation import checks
-from flashmaps.matching.match import Match, match
+from flashmaps.matching.match import match
+from flashmaps.matching.result import Match
 
 __version__ = "0.1.0"
 

@@ -334,7 +334,7 @@ def study(
     from flashmaps.app.doctor import require
     from flashmaps.evaluation.search import NOISES, TIMESTEPS
     from flashmaps.evaluation.study import study as run
-    from flashmaps.matching.match import COMPARE
+    from flashmaps.matching.options import COMPARE
 
     require("diffusers", "transformers", "skimage", "sklearn", "scipy", "matplotlib", "pyarrow")
     _quiet_libraries()

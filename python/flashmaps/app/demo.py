@@ -30,14 +30,10 @@ from flashmaps.evaluation.worlds import Worlds
 from flashmaps.files import check_replaceable, whole_folder, write_json
 from flashmaps.maps.backends.choice import check_name
 from flashmaps.maps.grids import centres
-from flashmaps.matching.match import (
-    COMPARE,
-    READING,
-    Match,
-    check_options,
-    match_features,
-    pixel_field,
-)
+from flashmaps.matching.match import match_features
+from flashmaps.matching.options import COMPARE, READING, check_options
+from flashmaps.matching.points import pixel_field
+from flashmaps.matching.result import Match
 from flashmaps.matching.settings import MatchSettings, settings_of
 
 DEMO_SIZE = 288  # longer side in pixels: 48 x 72 tokens at a quarter of the pixels

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashmaps.evaluation import PCK_THRESHOLDS
 from flashmaps.files import write_text
-from flashmaps.matching.match import READING
+from flashmaps.matching.options import READING
 
 if TYPE_CHECKING:
     from rich.table import Table

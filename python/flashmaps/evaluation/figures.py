@@ -10,7 +10,7 @@ import numpy as np
 from flashmaps.evaluation.benchmark import Pair
 from flashmaps.evaluation.methods import CEILING, DEFAULT, FREE
 from flashmaps.evaluation.results import PROBABILITIES, THRESHOLDS, TITLES
-from flashmaps.matching.match import READING
+from flashmaps.matching.options import READING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

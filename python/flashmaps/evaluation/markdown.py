@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from flashmaps.evaluation.results import THRESHOLDS, TITLES
-from flashmaps.matching.match import READING
+from flashmaps.matching.options import READING
 
 _MEANING = {
     "wrong": "high means wrong",

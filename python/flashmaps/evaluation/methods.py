@@ -18,7 +18,8 @@ from flashmaps.evaluation import points as carried
 from flashmaps.evaluation.baselines import colours, dense_sift, nearest, unit_rows, untrained
 from flashmaps.evaluation.benchmark import Pair
 from flashmaps.matching.confidence import SCORES
-from flashmaps.matching.match import READING, between_of, cross_map, place_points
+from flashmaps.matching.cross_map import cross_map, place_points
+from flashmaps.matching.options import READING, between_of
 from flashmaps.matching.pairs import match_pairs
 from flashmaps.matching.settings import MatchSettings, fingerprint
 

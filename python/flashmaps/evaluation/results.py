@@ -25,7 +25,7 @@ from flashmaps.evaluation.metrics import (
     risk_coverage,
 )
 from flashmaps.matching.confidence import SCORES
-from flashmaps.matching.match import READING
+from flashmaps.matching.options import READING
 
 Table = dict[str, np.ndarray]
 

@@ -28,7 +28,7 @@ from flashmaps.evaluation.results import CURVE, Table, summarise
 from flashmaps.evaluation.threads import fit_threads
 from flashmaps.files import check_replaceable, whole_file, write_json, write_text
 from flashmaps.maps.backends.choice import check_name
-from flashmaps.matching.match import COMPARE
+from flashmaps.matching.options import COMPARE
 from flashmaps.matching.pairs import need_pyarrow
 from flashmaps.matching.settings import MatchSettings, settings_of
 

@@ -24,7 +24,8 @@ from flashmaps.evaluation.benchmark import Benchmark
 from flashmaps.evaluation.bootstrap import resample
 from flashmaps.evaluation.results import Points
 from flashmaps.evaluation.store import Store
-from flashmaps.matching.match import BETWEEN, COMPARE, NORMALIZE, between_of, place_points
+from flashmaps.matching.cross_map import place_points
+from flashmaps.matching.options import BETWEEN, COMPARE, NORMALIZE, between_of
 from flashmaps.matching.settings import MatchSettings
 
 TIMESTEPS = (1, 51, 101, 201, 301, 401)

@@ -20,7 +20,7 @@ from flashmaps.diffusion.images import Image
 from flashmaps.diffusion.observe import find_layers
 from flashmaps.files import whole_file
 from flashmaps.maps.grids import Grid
-from flashmaps.matching.match import COMPARE
+from flashmaps.matching.options import COMPARE
 from flashmaps.matching.settings import MatchSettings
 
 BATCH = 8  # images that the model sees together

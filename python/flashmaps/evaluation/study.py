@@ -45,7 +45,7 @@ from flashmaps.evaluation.study_report import confidence_auroc, page
 from flashmaps.evaluation.threads import fit_threads
 from flashmaps.evaluation.worlds import SIDE, Worlds
 from flashmaps.files import check_replaceable, write_json, write_text
-from flashmaps.matching.match import COMPARE, between_of, check_options
+from flashmaps.matching.options import COMPARE, between_of, check_options
 from flashmaps.matching.pairs import need_pyarrow
 from flashmaps.matching.settings import FILE, MatchSettings, fingerprint, folder_of
 

@@ -8,7 +8,7 @@ from typing import Any
 from flashmaps.evaluation import markdown
 from flashmaps.evaluation.markdown import number, percent, table
 from flashmaps.evaluation.search import PRICE
-from flashmaps.matching.match import READING
+from flashmaps.matching.options import READING
 
 _SHOWN = 12  # rows of a table at most
 

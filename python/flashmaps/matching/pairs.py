@@ -27,7 +27,8 @@ from flashmaps.files import whole_file
 from flashmaps.maps.grids import Grid, centres
 from flashmaps.maps.statistics import RoundTrip, round_trip
 from flashmaps.matching.confidence import SCORES, score
-from flashmaps.matching.match import COMPARE, check_options, cross_map
+from flashmaps.matching.cross_map import cross_map
+from flashmaps.matching.options import COMPARE, check_options
 
 DEFAULT_MEMORY_BUDGET = 256 * 2**20
 
@@ -99,7 +100,7 @@ def match_pairs(
         sets: features of n images, from one model with the same layers and seeds. Grids may differ:
             consecutive pairs of equal grids go through the kernels together.
         pairs: [P, 2] integers (source, target); default ``all_pairs(len(sets))``.
-        compare, temperature, normalize: see :func:`flashmaps.matching.match.cross_map`.
+        compare, temperature, normalize: see :func:`flashmaps.matching.cross_map.cross_map`.
         memory_budget: bytes for a chunk's stacked queries and keys and its results; default
             256 MiB. Estimated from above; the kernels' own workspace of a few MB comes on top.
         backend: what computes the maps; see :func:`flashmaps.maps.backends.choice`.

@@ -13,13 +13,13 @@ import numpy as np
 
 from flashmaps.diffusion.images import Image
 from flashmaps.maps.grids import centres
-from flashmaps.matching.match import token_at
+from flashmaps.matching.points import token_at
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from flashmaps.matching.match import Match
+    from flashmaps.matching.result import Match
 
 GOOD, BAD = "#1a9850", "#d73027"
 _GOLDEN = 0.618034  # multiples of it, modulo 1, keep apart
@@ -37,7 +37,7 @@ def matches(
 
     Args:
         count: about how many source points, spread evenly over the image.
-        kind: as in :meth:`flashmaps.matching.match.Match.transfer`; default the match's own.
+        kind: as in :meth:`flashmaps.matching.result.Match.transfer`; default the match's own.
         truth: the true (x, y) target pixel of every source pixel. With it lines are green where the
             match is within ``tolerance`` pixels of it and red elsewhere, where a dashed line leads
             on to a ring at the true place; points without truth are left out. Without it lines are

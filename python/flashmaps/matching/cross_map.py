@@ -1,0 +1,139 @@
+"""The lazy map from one image's tokens, or from points between them, to another image's tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashmaps.diffusion.features import Features
+from flashmaps.maps.attention_map import AttentionMap
+from flashmaps.maps.grids import centres
+from flashmaps.matching.options import COMPARE, check_options
+from flashmaps.matching.points import corners
+from flashmaps.matching.readout import read_map
+
+TEMPERATURE = 0.005  # of the softmax over cosines; chosen on known warps of other photographs
+_QUERIES = 2**15  # points that are asked for at a time
+
+
+def cross_map(
+    of: Features,
+    to: Features,
+    *,
+    compare: str = "kk",
+    temperature: float | None = None,
+    normalize: str = "block",
+    pairs: Tensor | None = None,
+    backend: str = "auto",
+) -> AttentionMap:
+    """The map from one image's tokens to the other's, lazy [1, N, M].
+
+    compare="qk": cross-self-attention, softmax(scale Q K^T / temperature), the note's eq. 2.4;
+        ``temperature`` is 1 unless given.
+    compare="kk", "qq", "features": softmax(cosine / temperature) of keys with keys, queries with
+        queries, or the outputs of the layers' blocks, as one head each (``outputs=True`` of
+        :func:`flashmaps.diffusion.features.features`); ``temperature`` is 0.005 unless given.
+        Vectors of each head are scaled to length 1, since a long one would otherwise win
+        everywhere.
+    normalize: "block", "rows" or "columns", see :class:`flashmaps.AttentionMap`.
+    pairs: [P, 2], where both hold the queries and keys of several images (see pairs.py).
+    """
+    check_options(compare=compare, temperature=temperature, normalize=normalize)
+    ours, theirs = (getattr(f, name) for f, name in zip((of, to), COMPARE[compare], strict=True))
+    if ours is None or theirs is None:
+        raise ValueError(
+            "compare='features' needs the outputs of the layers' blocks; take the features with "
+            "outputs=True"
+        )
+    weights: Tensor | None = of.head_weights
+    if compare == "qk":
+        scale = of.scale / (1.0 if temperature is None else temperature)
+    else:
+        # bfloat16 rounds a cosine by 0.002, which is much beside the temperature.
+        ours, theirs = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (ours, theirs))
+        ours, theirs = (torch.nn.functional.normalize(x, dim=-1) for x in (ours, theirs))
+        scale = 1 / (TEMPERATURE if temperature is None else temperature)
+    if compare == "features":
+        weights = None  # blocks count alike, however many heads their layers have
+    whole = ours.shape[2] == of.grid[0] * of.grid[1]  # else: points between tokens
+    return AttentionMap(
+        ours,
+        theirs,
+        scale=scale,
+        head_weights=weights,
+        pairs=pairs,
+        normalize=normalize,
+        query_grid=of.grid if whole else None,
+        key_grid=to.grid,
+        backend=backend,
+    )
+
+
+def place_points(
+    of: Features,
+    to: Features,
+    points: Tensor,
+    *,
+    readout: str = "hard",
+    window: int = 1,
+    between: str = "token",
+    backend: str = "auto",
+    **options: Any,
+) -> Tensor:
+    """Where points of one image lie in the other, in unit squares, from the rows they need alone.
+
+    Args:
+        of, to: features of B images each; usually B is 1.
+        points: [B, n, 2], (x, y).
+        readout, window, between: see :func:`match`.
+        options: compare, temperature and normalize, as in :func:`cross_map`.
+
+    Returns [B, n, 2] float32.
+    """
+    if between == "query":
+        parts = [
+            read_map(
+                cross_map(at_points(of, part), to, backend=backend, **options), readout, window
+            )
+            for part in points.split(_QUERIES, dim=1)
+        ]
+        return torch.cat(parts, dim=1).float().cpu()
+    index, weight = corners(points, of.grid, smooth=between == "bilinear")
+    A = cross_map(at_tokens(of, index.flatten(1)), to, backend=backend, **options)
+    there = read_map(A, readout, window).float().cpu().reshape(*index.shape, 2)
+    return points + (weight[..., None] * (there - centres(of.grid)[index])).sum(-2)
+
+
+def at_tokens(of: Features, index: Tensor) -> Features:
+    """The features of some tokens, [B, n] row-major, in place of all."""
+
+    def picked(x: Tensor) -> Tensor:  # [B, H, N, d] to [B, H, n, d]
+        if not x.shape[2]:  # left out, since it is not compared
+            return x
+        where = index.to(x.device)[:, None, :, None]
+        return x.gather(2, where.expand(-1, x.shape[1], -1, x.shape[3]))
+
+    output = None if of.output is None else picked(of.output)
+    return replace(of, query=picked(of.query), key=picked(of.key), output=output)
+
+
+def at_points(of: Features, points: Tensor) -> Features:
+    """The features at points of the image, [B, n, 2] in the unit square, in place of its tokens.
+
+    Vectors are interpolated bilinearly between token centres, and are those of the nearest token
+    beyond the outermost centres.
+    """
+    index, weight = corners(points, of.grid, smooth=True)
+    around = at_tokens(of, index.flatten(1))
+
+    def mixed(x: Tensor) -> Tensor:  # [B, H, 4 n, d] to [B, H, n, d]
+        if not x.shape[2]:
+            return x
+        shares = weight.to(x)[:, None, :, :, None]
+        return (x.unflatten(2, index.shape[1:]) * shares).sum(3)
+
+    output = None if around.output is None else mixed(around.output)
+    return replace(of, query=mixed(around.query), key=mixed(around.key), output=output)
