@@ -224,6 +224,17 @@ def _check(path: Path) -> str:
         f"A classifier trained on the world's scenes, right about {found['scenes']:.1%} of scenes\n"
         f"it had not seen and {found['reconstructions']:.1%} of those after the VAE, names the\n"
         f"category that the caption asked for in {found['generated']:.1%} of {found['count']}\n"
-        f"generated pictures ({found['steps']} steps, guidance {found['guidance']:g}).\n"
+        f"generated pictures ({found['steps']} steps, guidance {found['guidance']:g})"
+        f"{_colours(found)}.\n"
         "`python -m flashmaps.models.check` does this."
+    )
+
+
+def _colours(found: dict[str, Any]) -> str:
+    if "colours" not in found:
+        return ""
+    share = found["colours"]
+    return (
+        f", and\nthe colour in {share['generated']:.1%} (of scenes it is right about "
+        f"{share['scenes']:.1%} of the colours)"
     )

@@ -2,10 +2,11 @@
 
     python -m flashmaps.models.check --model DIR --work DIR
 
-A small convolutional network learns the categories from scenes of the world's training split with
-one object each; then it names what the model draws from captions such as "a red cat on grass". How
-often it is right about scenes of the validation split, and about those after the VAE, says how far
-its word can be trusted. The counts go to check.json in --work, and from there to the model card.
+A small convolutional network learns categories and colours from scenes of the world's training
+split with one object each; then it names what the model draws from captions such as "a red cat on
+grass". How often it is right about scenes of the validation split, and about those after the VAE,
+says how far its word can be trusted. The counts go to check.json in --work, and from there to the
+model card.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from .pictures import ALONE
 from .sheet import generate
 
 NAMES = tuple(CATEGORIES)
+COLOUR_NAMES = tuple(COLOURS)
+KINDS = ("category", "colour")  # the columns of what is asked and what is found
 _GROUNDS = ("grass", "sand", "snow", "water")
 
 
@@ -49,15 +52,16 @@ class Classifier(nn.Module):
             nn.Conv2d(widths[-1], widths[-1], 3, padding=1),
             nn.ReLU(),
         )
-        self.last = nn.Linear(widths[-1], len(NAMES))
+        self.last = nn.ModuleList(nn.Linear(widths[-1], len(x)) for x in (NAMES, COLOUR_NAMES))
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """[b, 3, h, w] in [-1, 1] to scores [b, categories]."""
-        return self.last(self.layers(pixels).mean(dim=(2, 3)))
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        """[b, 3, h, w] in [-1, 1] to scores of categories and of colours, [b, names] each."""
+        seen = self.layers(pixels).mean(dim=(2, 3))
+        return [last(seen) for last in self.last]
 
 
 def scenes(split: str, count: int, size: int, seed: int, workers: int) -> tuple[Tensor, Tensor]:
-    """Scenes with one object: uint8 [n, size, size, 3] and the number of its category [n]."""
+    """Scenes with one object: uint8 [n, size, size, 3], numbers of category and colour [n, 2]."""
     source = Split(split, size=size, count=count, seed=seed, options=ALONE)
     loader: Any = DataLoader(source, 64, num_workers=workers, collate_fn=_images_and_labels)  # type: ignore[arg-type]
     found = list(tqdm(loader, desc=f"{split} scenes", mininterval=5))
@@ -67,7 +71,10 @@ def scenes(split: str, count: int, size: int, seed: int, workers: int) -> tuple[
 
 def _images_and_labels(chunk: Sequence[Any]) -> tuple[Tensor, Tensor]:
     images = torch.from_numpy(np.stack([scene.image for scene in chunk]))
-    return images, torch.tensor([NAMES.index(scene.instances[0].category) for scene in chunk])
+    things = [scene.instances[0] for scene in chunk]
+    return images, torch.tensor(
+        [[NAMES.index(thing.category), COLOUR_NAMES.index(thing.colour)] for thing in things]
+    )
 
 
 def fit(
@@ -82,7 +89,9 @@ def fit(
     for _ in tqdm(range(epochs), desc="classifier"):
         for chosen in torch.randperm(len(images)).split(batch):
             pixels = _worn(as_input(images[chosen].to(device)))
-            loss = F.cross_entropy(model(pixels), labels[chosen].to(device))
+            wanted = labels[chosen].to(device).unbind(1)
+            both = zip(model(pixels), wanted, strict=True)
+            loss = torch.stack([F.cross_entropy(found, asked) for found, asked in both]).sum()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -99,9 +108,14 @@ def _worn(pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def named(model: Classifier, pixels: Tensor, batch: int = 64) -> Tensor:
-    """The category's number of each picture, [n] from float32 [n, 3, h, w] in [-1, 1]."""
-    device = model.last.weight.device
-    return torch.cat([model(part.to(device)).argmax(1).cpu() for part in pixels.split(batch)])
+    """The category's and the colour's number, [n, 2] from float32 [n, 3, h, w] in [-1, 1]."""
+    device = next(model.parameters()).device
+    return torch.cat(
+        [
+            torch.stack([scores.argmax(1) for scores in model(part.to(device))], 1).cpu()
+            for part in pixels.split(batch)
+        ]
+    )
 
 
 @torch.no_grad()
@@ -115,15 +129,16 @@ def through_vae(vae: AutoencoderKL, pixels: Tensor, batch: int = 16) -> Tensor:
 
 
 def captions(count: int, seed: int) -> tuple[list[str], Tensor]:
-    """``count`` captions, categories in turn, colours and grounds by chance; and the categories."""
+    """``count`` captions: categories in turn, colours and grounds by chance; numbers [n, 2]."""
     rng = np.random.default_rng(seed)
-    labels = torch.arange(count) % len(NAMES)
-    texts = []
-    for label in labels.tolist():
-        colour = list(COLOURS)[rng.integers(len(COLOURS))]
+    texts, labels = [], []
+    for index in range(count):
+        label, number = index % len(NAMES), int(rng.integers(len(COLOUR_NAMES)))
+        colour = COLOUR_NAMES[number]
+        labels.append([label, number])
         ground = _GROUNDS[rng.integers(len(_GROUNDS))]
         texts.append(f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {NAMES[label]} on {ground}")
-    return texts, labels
+    return texts, torch.tensor(labels)
 
 
 def check(
@@ -141,8 +156,9 @@ def check(
 ) -> dict[str, Any]:
     """Shares of right names: of held-out scenes, of those after the VAE, of generated pictures.
 
-    Pictures are looked at with ``size`` pixels a side. ``by_category`` has, for each asked for,
-    the share that was drawn right.
+    Pictures are looked at with ``size`` pixels a side. Categories come first; ``colours`` has the
+    same for the objects' colours. ``by_category`` has, for each asked for, the share that was drawn
+    right.
     """
     device = pipe.device
     model = fit(
@@ -159,14 +175,20 @@ def check(
     texts, wanted = captions(count, seed)
     drawn = generate(pipe, texts, seed=seed, steps=steps, guidance=guidance)
     generated = right(as_input(torch.from_numpy(np.stack([np.asarray(x) for x in drawn]))), wanted)
+    shares = {
+        "scenes": right(pixels, labels),
+        "reconstructions": right(through_vae(pipe.vae, pixels), labels),
+        "generated": generated,
+    }
+    category, colour = range(len(KINDS))
+    asked = wanted[:, category]
     return {
-        "scenes": right(pixels, labels).mean().item(),
-        "reconstructions": right(through_vae(pipe.vae, pixels), labels).mean().item(),
-        "generated": generated.mean().item(),
+        **{name: share[:, category].mean().item() for name, share in shares.items()},
+        "colours": {name: share[:, colour].mean().item() for name, share in shares.items()},
         "by_category": {
-            name: generated[wanted == label].mean().item()
+            name: generated[asked == label, category].mean().item()
             for label, name in enumerate(NAMES)
-            if (wanted == label).any()
+            if (asked == label).any()
         },
         "count": count,
         "steps": steps,
@@ -207,6 +229,7 @@ def main(argv: list[str] | None = None) -> None:
     write_json(work / "check.json", found)
     print(f"scenes {found['scenes']:.3f}  after the VAE {found['reconstructions']:.3f}")
     print(f"generated {found['generated']:.3f}  {found['by_category']}")
+    print(f"colours {found['colours']}")
 
 
 if __name__ == "__main__":
