@@ -273,7 +273,7 @@ def test_training_can_start_from_an_exported_pipeline(tmp_path, photo_packages):
     from safetensors.torch import load_file
 
     parts = build(TINY, seed=5)
-    export(parts, tmp_path / "first", "", [{"pixels": 16, "iterations": 7}])
+    export(parts, tmp_path / "first", "", [{"pixels": 16, "iterations": 7}], '{"step": 7}\n')
     still = ["--vae-steps", "0", "--unet-steps", "1", "--unet-lr", "0"]
     train(tmp_path, "--init", str(tmp_path / "first"), *still)
     for name in ("unet", "vae"):
@@ -283,6 +283,8 @@ def test_training_can_start_from_an_exported_pipeline(tmp_path, photo_packages):
         assert all(torch.equal(first[key], model[key]) for key in first)
     card = (tmp_path / "model" / "README.md").read_text()
     assert "one training after the other" in card and "| iterations | 7 | 1 |" in card
+    log = (tmp_path / "model" / "training.jsonl").read_text().splitlines()
+    assert log[0] == '{"step": 7}' and json.loads(log[-1])["stage"] == "unet"
     assert "VAE: as it was in the weights that the training started from" in card
 
 

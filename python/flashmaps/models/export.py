@@ -17,6 +17,7 @@ from .architecture import Parts
 from .vocabulary import write_vocabulary
 
 HISTORY = "training.json"
+LOG = "training.jsonl"
 
 
 def as_pipeline(parts: Parts) -> Any:
@@ -35,10 +36,13 @@ def as_pipeline(parts: Parts) -> Any:
     return pipe
 
 
-def export(parts: Parts, folder: Path, card: str, trainings: Sequence[dict[str, Any]]) -> None:
+def export(
+    parts: Parts, folder: Path, card: str, trainings: Sequence[dict[str, Any]], log: str = ""
+) -> None:
     """Save copies of `parts` in float16 to `folder`, with `card` as its README.md.
 
-    ``trainings`` goes to training.json, for the card of whoever trains on from there.
+    ``trainings`` goes to training.json, for the card of whoever trains on from there, and ``log``,
+    the losses of all of them, to training.jsonl.
 
     The folder is written under a temporary name beside its place and then renamed, so a reader
     never meets half a model.
@@ -56,12 +60,20 @@ def export(parts: Parts, folder: Path, card: str, trainings: Sequence[dict[str, 
             _forget_origin(config)
         (staging / "README.md").write_text(card)
         write_json(staging / HISTORY, list(trainings))
+        if log:
+            (staging / LOG).write_text(log)
 
 
 def read_trainings(folder: Path) -> list[dict[str, Any]]:
     """What the weights in an exported folder went through; nothing if it does not say."""
     path = folder / HISTORY
     return json.loads(path.read_text()) if path.is_file() else []
+
+
+def read_log(folder: Path) -> str:
+    """The losses of the trainings that :func:`read_trainings` tells of; nothing if not kept."""
+    path = folder / LOG
+    return path.read_text() if path.is_file() else ""
 
 
 def _forget_origin(config: Path) -> None:

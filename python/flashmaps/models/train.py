@@ -28,7 +28,7 @@ import torch
 from .architecture import TINY, Parts, Sizes, build
 from .bank import open_bank
 from .card import model_card, trainings
-from .export import as_pipeline, export, read_trainings
+from .export import LOG, as_pipeline, export, read_log, read_trainings
 from .loop import Paused
 from .pictures import FIRST, Pictures
 from .sheet import CAPTIONS, write_sheet
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     if not args.resume:
         for name in ("vae", "vae-done", "unet", "samples"):
             shutil.rmtree(args.work / name, ignore_errors=True)
-        for name in ("latents.pt", "log.jsonl"):
+        for name in ("latents.pt", "log.jsonl", LOG):
             (args.work / name).unlink(missing_ok=True)
     _log_run(args)
     try:
@@ -113,7 +113,10 @@ def train(args: argparse.Namespace, deadline: float) -> None:
     )
 
     def publish(name: str) -> None:
-        export(parts, args.out, model_card(parts, args.work, args), trainings(args.work, args))
+        # Before the first line of this training's log come those of the weights it started from.
+        log = read_log(args.work) + (args.work / "log.jsonl").read_text()
+        card = model_card(parts, args.work, args)
+        export(parts, args.out, card, trainings(args.work, args), log)
         (args.work / "samples").mkdir(exist_ok=True)
         write_sheet(pipe, args.work / "samples" / f"{name}.jpg", **options)
 
@@ -154,6 +157,7 @@ def _log_run(args: argparse.Namespace) -> None:
         line["init"] = ", ".join(args.init_parts)
         if "unet" in args.init_parts:
             line["earlier"] = read_trainings(args.init)
+            (args.work / LOG).write_text(read_log(args.init))
     with open(args.work / "log.jsonl", "a") as log:
         log.write(json.dumps(line) + "\n")
 
