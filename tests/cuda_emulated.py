@@ -16,7 +16,7 @@ from typing import Any
 import native
 import pytest
 import torch
-from flashmaps.maps.backends import cuda
+from flashmaps.maps.backends import cuda, cuda_blocks, cuda_launches
 from flashmaps.maps.problem import Problem, Request
 from torch import Tensor
 
@@ -40,7 +40,7 @@ class Watched(cuda.Backend):
         super().__init__(module, "cpu", shapes)
         self.launches: list[str] = []
 
-    def _run(self, problem: Problem, request: Request, *, planning: bool) -> cuda._Run:
+    def _run(self, problem: Problem, request: Request, *, planning: bool) -> cuda_launches.Run:
         run = super()._run(problem, request, planning=planning)
         known = [t for t in (*_tensors(problem), *_tensors(request)) if t.device.type == "cpu"]
         empty, copy, launch, reduce = run.empty, run.copy, run.launch, run.reduce
@@ -104,7 +104,7 @@ def emulated(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wa
 
 def shapes(*of: tuple[int, int, bool]) -> tuple[Any, ...]:
     """Blocks in place of the backend's choice: (warps along rows, along columns, resident)."""
-    return tuple(cuda._Shape(rows, columns, resident, 1) for rows, columns, resident in of)
+    return tuple(cuda_blocks.Shape(rows, columns, resident, 1) for rows, columns, resident in of)
 
 
 def random_tokens(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:

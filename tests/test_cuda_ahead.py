@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from flashmaps.maps.backends import cuda
+from flashmaps.maps.backends import cuda, cuda_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100")
 VARIANTS = [(token, steps) for token in ("Half", "BFloat") for steps in (3, 4, 5)]
 
-# The kernels of a variant, by their names in cuda.REGISTERS.
+# The kernels of a variant, by their names in cuda_blocks.REGISTERS.
 KERNELS = {"lse": "lse", "statistics": "statistics", "product": "product", "return": "round_trip"}
 
 
@@ -118,7 +118,7 @@ def check_variant(folder: Path, architecture: str, token: str, steps: int) -> No
     for name, kernel in kernels.items():
         assert kernel.stack == 0 and kernel.spilled == 0, f"spills: {kernel}"
         assert kernel.count("LDL") == 0 and kernel.count("STL") == 0, f"local memory: {kernel}"
-        assert kernel.registers <= cuda.REGISTERS[KERNELS[name]], kernel
+        assert kernel.registers <= cuda_blocks.REGISTERS[KERNELS[name]], kernel
         # Of one chunk of a head and a warp's 32 x 64 of a tile, for each map.
         maps = 2 if name == "return" else 1
         wanted = {"HMMA": maps * 16 * steps, "LDSM": maps * 6 * steps}

@@ -63,6 +63,19 @@ class Problem(NamedTuple):
         """What a row of the printed map sums to (1, or its number of normalised lines)."""
         return {"block": 1, "rows": self.grid_height, "columns": self.grid_width}[self.normalize]
 
+    @property
+    def scores(self) -> int:
+        """How many q k there are, of all maps and heads."""
+        return self.batch * self.heads * self.num_queries * self.num_keys
+
+    def some_maps(self, some: slice) -> Problem:
+        """A few of the maps of the batch (views)."""
+        lse = None if self.lse is None else self.lse[some]
+        if self.pairs is not None:
+            return self._replace(pairs=self.pairs[some], lse=lse)
+        bias = None if self.bias is None else self.bias[some]
+        return self._replace(query=self.query[some], key=self.key[some], bias=bias, lse=lse)
+
     def query_rows(self, start: int, stop: int) -> Problem:
         """The same map, queries ``start`` to ``stop`` only (views, no copies of Q)."""
         lse = None if self.lse is None else self.lse[:, :, start:stop]

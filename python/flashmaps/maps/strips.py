@@ -41,12 +41,7 @@ def result(first: Problem, second: Problem) -> Problem:
 
 def one_map(problem: Problem, index: int) -> Problem:
     """Map ``index`` of a batch as a batch of one (views)."""
-    one = slice(index, index + 1)
-    lse = None if problem.lse is None else problem.lse[one]
-    if problem.pairs is not None:
-        return problem._replace(pairs=problem.pairs[one], lse=lse)
-    bias = None if problem.bias is None else problem.bias[one]
-    return problem._replace(query=problem.query[one], key=problem.key[one], bias=bias, lse=lse)
+    return problem.some_maps(slice(index, index + 1))
 
 
 def _own(first: Problem, second: Problem, request: Request, names: Backends) -> ModuleType | None:
