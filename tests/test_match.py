@@ -210,7 +210,8 @@ def sure(bias=0.0):
 def test_confidence_is_a_probability_where_there_is_a_calibration(shifted):
     assert not shifted.calibrated
     assert torch.equal(shifted.confidence, shifted.round_trip.return_probability[0])
-    match = dataclasses.replace(shifted, calibration=sure(bias=1.0))
+    options = dataclasses.replace(shifted.options, calibration=sure(bias=1.0))
+    match = dataclasses.replace(shifted, options=options)
     wanted = torch.sigmoid(1 + shifted.round_trip.return_probability[0].log())
     torch.testing.assert_close(match.confidence, wanted)
     assert match.calibrated and match.summary()["calibrated"]

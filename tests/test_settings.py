@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 def own(folder):
     """The folder with settings of its own."""
     file = folder / FILE
-    file.write_text(json.dumps(OWN.to_json(fingerprint(load_model(folder)), measured={"pck": 1})))
+    file.write_text(json.dumps(OWN.to_file(fingerprint(load_model(folder)), measured={"pck": 1})))
     yield folder
     file.unlink()
 

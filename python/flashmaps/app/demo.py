@@ -31,7 +31,7 @@ from flashmaps.files import check_replaceable, whole_folder, write_json
 from flashmaps.maps.backends.choice import check_name
 from flashmaps.maps.grids import centres
 from flashmaps.matching.match import match_features
-from flashmaps.matching.options import COMPARE, READING, check_options
+from flashmaps.matching.options import COMPARE, READING, MatchOptions
 from flashmaps.matching.points import pixel_field
 from flashmaps.matching.result import Match
 from flashmaps.matching.settings import MatchSettings, settings_of
@@ -73,7 +73,7 @@ def run(
 
     check_replaceable(out, MARKER)  # before the work, not after it
     check_name(backend)
-    check_options(compare)
+    MatchOptions().with_given(compare=compare)
     started = time.perf_counter()
     with tqdm(total=8, disable=not progress, bar_format=_BAR) as bar:
 
@@ -86,14 +86,13 @@ def run(
         pipe = load_model(model)
         settings = settings_of(pipe).with_given(
             compare=compare,
-            layers=None if layers is None else (layers,) if isinstance(layers, str) else (*layers,),
+            layers=layers,
             timestep=timestep,
             seeds=None if seeds is None else tuple(seeds),
         )
-        options: dict[str, Any] = {
-            "layers": settings.layers, "timestep": settings.timestep, "seeds": settings.seeds,
-            "same_noise": settings.same_noise, "size": size, "outputs": True,
-        }  # fmt: skip
+        options = {**settings.for_features, "size": size, "outputs": True}
+        # Without the confidence, which was fitted to pictures of another size.
+        own = replace(settings.options, calibration=None)
         step("running the model on both views")
         began = time.perf_counter()
         left, right = features(pipe, [pair.left, pair.right], **options)
@@ -101,14 +100,13 @@ def run(
         step("matching")
         began = time.perf_counter()
         matches = {
-            name: match_features(left, right, backend=backend, **_own(settings, name))
-            for name in COMPARE
+            name: match_features(left, right, own.about(name), backend=backend) for name in COMPARE
         }
         match = matches[settings.compare]
         match_seconds = time.perf_counter() - began
         step("running the untrained model")
-        views = features(untrained(pipe), [pair.left, pair.right], **options)
-        fresh = match_features(*views, backend=backend, **_own(settings, settings.compare))
+        one, other = features(untrained(pipe), [pair.left, pair.right], **options)
+        fresh = match_features(one, other, own, backend=backend)
         step("scoring against the truth")
         methods = _score_methods(pair, matches, fresh)
         predictors = _score_predictors(pair, match)
@@ -138,19 +136,6 @@ def run(
     return results
 
 
-def _own(settings: MatchSettings, compare: str) -> dict[str, Any]:
-    """For ``match_features``: the model's own where it is about ``compare``, else plain.
-
-    Without the confidence, which was fitted to pictures of another size.
-    """
-    if compare != settings.compare:
-        return {"compare": compare}
-    return {
-        "compare": compare, "temperature": settings.temperature, "normalize": settings.normalize,
-        "readout": settings.readout, "window": settings.window, "between": settings.between,
-    }  # fmt: skip
-
-
 def _spread(pair: Pair, count: int) -> Pair:
     """The pair with ``count`` of its points, each as far as can be from those before it."""
     points = pair.source_points
@@ -173,13 +158,10 @@ class _Scenes:
     def __init__(self, pipe: Any, settings: MatchSettings, backend: str) -> None:
         benchmark = Worlds(SCENES, 200, hidden=False)
         self.pairs = [_spread(benchmark.pair(i), SCENE_POINTS) for i in range(len(benchmark))]
-        options = {
-            "layers": settings.layers, "timestep": settings.timestep, "seeds": settings.seeds,
-            "size": settings.size, "same_noise": settings.same_noise,
-        }  # fmt: skip
         with fit_threads(pipe):
             methods = Methods(
-                pipe, compare=(settings.compare,), backend=backend, options=options,
+                pipe, compare=(settings.compare,), backend=backend,
+                options=settings.for_features,
                 settings=settings,
             )  # fmt: skip
             found = [outcome for _, outcome in methods.run(list(enumerate(self.pairs)))]

@@ -19,7 +19,7 @@ from flashmaps.evaluation.baselines import colours, dense_sift, nearest, unit_ro
 from flashmaps.evaluation.benchmark import Pair
 from flashmaps.matching.confidence import SCORES
 from flashmaps.matching.cross_map import cross_map, place_points
-from flashmaps.matching.options import READING, between_of
+from flashmaps.matching.options import READING, MatchOptions
 from flashmaps.matching.pairs import match_pairs
 from flashmaps.matching.settings import MatchSettings, fingerprint
 
@@ -141,7 +141,7 @@ class Methods:
         scores: list[dict[str, dict[str, np.ndarray]]] = [{} for _ in numbered]
         for compare in self.compare:
             done = 0
-            for batch in match_pairs(sets, local, **self._map_options(compare)):
+            for batch in match_pairs(sets, local, self._own(compare), backend=self.backend):
                 for row in range(len(batch.pairs)):
                     pair = numbered[done][1]
                     put = _Put(pair, batch.source_grid, batch.target_grid)
@@ -162,25 +162,13 @@ class Methods:
                 found[place].update(self._baselines(number, pair, put, here, there))
             yield number, Outcome(found[place], scores[place], (put.grid, put.target_grid))
 
-    def _map_options(self, compare: str) -> dict[str, Any]:
-        options: dict[str, Any] = {"compare": compare, "backend": self.backend}
-        if compare == self.settings.compare:
-            options["temperature"] = self.settings.temperature
-            options["normalize"] = self.settings.normalize
-        return options
+    def _own(self, compare: str) -> MatchOptions:
+        return self.settings.options.about(compare)
 
     def _default(self, put: _Put, here: Features, there: Features) -> np.ndarray:
         """As ``Match.transfer`` would, without what it would compute of other tokens."""
         unit = torch.from_numpy(carried.to_unit(put.points, put.size))
-        found = place_points(
-            here,
-            there,
-            unit[None],
-            readout=self.settings.readout,
-            window=self.settings.window,
-            between=between_of(self.settings.readout, self.settings.between),
-            **self._map_options(self.settings.compare),
-        )
+        found = place_points(here, there, unit[None], self.settings, backend=self.backend)
         return put.move(found[0].double().numpy() - unit.numpy())
 
     def _baselines(
@@ -192,7 +180,9 @@ class Methods:
             found[name] = put.hard(chosen.numpy())
         for compare in self.compare:
             assert here.untrained is not None and there.untrained is not None
-            fresh = cross_map(here.untrained, there.untrained, **self._map_options(compare))
+            fresh = cross_map(
+                here.untrained, there.untrained, self._own(compare), backend=self.backend
+            )
             chosen = fresh.argmax()[0].cpu()[put.tokens]
             found[f"untrained, {READING[compare]}"] = put.hard(chosen.numpy())
         tokens = put.target_grid[0] * put.target_grid[1]

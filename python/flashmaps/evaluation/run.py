@@ -28,7 +28,7 @@ from flashmaps.evaluation.results import CURVE, Table, summarise
 from flashmaps.evaluation.threads import fit_threads
 from flashmaps.files import check_replaceable, whole_file, write_json, write_text
 from flashmaps.maps.backends.choice import check_name
-from flashmaps.matching.options import COMPARE
+from flashmaps.matching.options import comparisons
 from flashmaps.matching.pairs import need_pyarrow
 from flashmaps.matching.settings import MatchSettings, settings_of
 
@@ -93,7 +93,7 @@ def evaluate(
     """
     need_pyarrow()
     if compare is not None:
-        compare = _check_compare(compare)
+        compare = comparisons(compare)
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype={dtype!r} is not known; wanted {', '.join(DTYPES)}")
     check_name(backend)
@@ -110,7 +110,7 @@ def evaluate(
         )
     pipe = load_model(model, device=device, dtype=None if dtype is None else DTYPES[dtype])
     chosen = (settings_of(pipe) if settings is None else settings).with_given(
-        layers=None if layers is None else (layers,) if isinstance(layers, str) else tuple(layers),
+        layers=layers,
         timestep=timestep,
         seeds=None if seeds is None else tuple(seeds),
         size=size,
@@ -122,10 +122,7 @@ def evaluate(
         chosen = chosen.with_given(compare=compare[0])
     if prompt:  # not what the confidence was fitted to
         chosen = replace(chosen, calibration=None)
-    options = {
-        "layers": chosen.layers, "timestep": chosen.timestep, "prompt": prompt,
-        "seeds": chosen.seeds, "size": chosen.size, "same_noise": chosen.same_noise,
-    }  # fmt: skip
+    options = {**chosen.for_features, "prompt": prompt}
     asked = {
         "flashmaps": metadata.version("flashmaps"),
         "benchmark": benchmark.name,
@@ -141,15 +138,7 @@ def evaluate(
         "dtype": dtype,
         "backend": backend,
         **options,
-        "match": {
-            "compare": chosen.compare,
-            "temperature": chosen.temperature,
-            "normalize": chosen.normalize,
-            "readout": chosen.readout,
-            "window": chosen.window,
-            "between": chosen.between,
-            "confidence": None if chosen.calibration is None else chosen.calibration.to_json(),
-        },
+        "match": chosen.options.to_json(),
     }
     asked = json.loads(json.dumps(asked))  # as it will be read again
     folder = Path(out)
@@ -202,16 +191,6 @@ def report(
         ),
         "resamples": resamples,
     }
-
-
-def _check_compare(compare: str | Sequence[str]) -> tuple[str, ...]:
-    chosen = (compare,) if isinstance(compare, str) else tuple(dict.fromkeys(compare))
-    for each in chosen:
-        if each not in COMPARE:
-            raise ValueError(f"compare={each!r} is not known; wanted {', '.join(COMPARE)}")
-    if not chosen:
-        raise ValueError(f"compare is empty; give at least one of {', '.join(COMPARE)}")
-    return chosen
 
 
 def _compute(

@@ -25,7 +25,7 @@ from flashmaps.evaluation.bootstrap import resample
 from flashmaps.evaluation.results import Points
 from flashmaps.evaluation.store import Store
 from flashmaps.matching.cross_map import place_points
-from flashmaps.matching.options import BETWEEN, COMPARE, NORMALIZE, between_of
+from flashmaps.matching.options import BETWEEN, COMPARE, NORMALIZE
 from flashmaps.matching.settings import MatchSettings
 
 TIMESTEPS = (1, 51, 101, 201, 301, 401)
@@ -239,17 +239,7 @@ class Search:
     def _score(self, settings: MatchSettings) -> dict[str, Any]:
         asked = self.questions
         source, target = self.store.features(settings)
-        there = place_points(
-            source,
-            target,
-            asked.unit,
-            readout=settings.readout,
-            window=settings.window,
-            between=between_of(settings.readout, settings.between),
-            compare=settings.compare,
-            temperature=settings.temperature,
-            normalize=settings.normalize,
-        )
+        there = place_points(source, target, asked.unit, settings)
         height, width = asked.size
         found = there.double().clamp(0, 1).numpy() * (width, height) - 0.5
         found = found.clip(0, (width - 1, height - 1))

@@ -45,7 +45,7 @@ from flashmaps.evaluation.study_report import confidence_auroc, page
 from flashmaps.evaluation.threads import fit_threads
 from flashmaps.evaluation.worlds import SIDE, Worlds
 from flashmaps.files import check_replaceable, write_json, write_text
-from flashmaps.matching.options import COMPARE, between_of, check_options
+from flashmaps.matching.options import COMPARE, comparisons
 from flashmaps.matching.pairs import need_pyarrow
 from flashmaps.matching.settings import FILE, MatchSettings, fingerprint, folder_of
 
@@ -104,11 +104,10 @@ def study(
     for name, value in (("pairs", pairs), ("points", points), ("test_pairs", test_pairs)):
         if value < 1:
             raise ValueError(f"{name}={value}; wanted at least 1")
-    for name, several in (("compare", compare), ("timesteps", timesteps), ("noises", noises)):
+    for name, several in (("timesteps", timesteps), ("noises", noises)):
         if not several:
             raise ValueError(f"{name} is empty; give at least one")
-    for each in compare:
-        check_options(compare=each)
+    compare = comparisons(compare)
     if min(noises) < 1:
         raise ValueError(f"noises={tuple(noises)}; wanted at least one noise each")
     check_replaceable(out, MARKER)
@@ -162,7 +161,7 @@ def study(
         "test": _test(folder, pipe, model, settings, split("test", test_pairs, points), asked,
                       plots, progress),
     }  # fmt: skip
-    write_json(folder / FILE, settings.to_json(asked["weights"], measured=_measured(results)))
+    write_json(folder / FILE, settings.to_file(asked["weights"], measured=_measured(results)))
     write_text(folder / "results.md", page(results, plots=plots))
     write_json(folder / "results.json", results)
     for made in (folder / "passes", *folder.glob("test-*")):
@@ -183,7 +182,8 @@ def _calibrate(
     from tqdm.auto import tqdm
 
     methods = Methods(
-        pipe, compare=(settings.compare,), seed=seed, options=_options(settings), settings=settings,
+        pipe, compare=(settings.compare,), seed=seed, options=settings.for_features,
+        settings=settings,
         baselines=False,
     )  # fmt: skip
     name = judged_by(settings.compare, settings)
@@ -210,14 +210,6 @@ def _calibrate(
         f"the tolerance was {np.median(share):.3f} of the image's side in the median)",
         fitted_on=f"{benchmark.what}; {len(benchmark)} pairs",
     )
-
-
-def _options(settings: MatchSettings) -> dict[str, Any]:
-    """For `features`."""
-    return {
-        "layers": settings.layers, "timestep": settings.timestep, "seeds": settings.seeds,
-        "size": settings.size, "same_noise": settings.same_noise,
-    }  # fmt: skip
 
 
 def _test(
@@ -278,7 +270,7 @@ def _row(trial: Trial) -> dict[str, Any]:
         "normalize": settings.normalize,
         "readout": settings.readout,
         "window": settings.window if settings.readout == "window" else None,
-        "between": between_of(settings.readout, settings.between),
+        "between": settings.carried_by,
         "passes": passes(settings),
         "value": trial.value,
         "pck": {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -11,7 +11,13 @@ from torch import Tensor
 from flashmaps.diffusion.features import Features
 from flashmaps.maps.attention_map import AttentionMap
 from flashmaps.maps.grids import centres
-from flashmaps.matching.options import COMPARE, check_options
+from flashmaps.matching.options import (
+    COMPARE,
+    MapKeywords,
+    MatchKeywords,
+    MatchOptions,
+    map_options,
+)
 from flashmaps.matching.points import corners
 from flashmaps.matching.readout import read_map
 
@@ -22,12 +28,11 @@ _QUERIES = 2**15  # points that are asked for at a time
 def cross_map(
     of: Features,
     to: Features,
+    options: MatchOptions | None = None,
     *,
-    compare: str = "kk",
-    temperature: float | None = None,
-    normalize: str = "block",
     pairs: Tensor | None = None,
     backend: str = "auto",
+    **given: Unpack[MapKeywords],
 ) -> AttentionMap:
     """The map from one image's tokens to the other's, lazy [1, N, M].
 
@@ -39,9 +44,11 @@ def cross_map(
         Vectors of each head are scaled to length 1, since a long one would otherwise win
         everywhere.
     normalize: "block", "rows" or "columns", see :class:`flashmaps.AttentionMap`.
+    options: these three, and those that say how the map is read, which nothing here depends on.
     pairs: [P, 2], where both hold the queries and keys of several images (see pairs.py).
     """
-    check_options(compare=compare, temperature=temperature, normalize=normalize)
+    options = map_options(options, given)
+    compare, temperature = options.compare, options.temperature
     ours, theirs = (getattr(f, name) for f, name in zip((of, to), COMPARE[compare], strict=True))
     if ours is None or theirs is None:
         raise ValueError(
@@ -65,7 +72,7 @@ def cross_map(
         scale=scale,
         head_weights=weights,
         pairs=pairs,
-        normalize=normalize,
+        normalize=options.normalize,
         query_grid=of.grid if whole else None,
         key_grid=to.grid,
         backend=backend,
@@ -76,33 +83,30 @@ def place_points(
     of: Features,
     to: Features,
     points: Tensor,
+    options: MatchOptions | None = None,
     *,
-    readout: str = "hard",
-    window: int = 1,
-    between: str = "token",
     backend: str = "auto",
-    **options: Any,
+    **given: Unpack[MatchKeywords],
 ) -> Tensor:
     """Where points of one image lie in the other, in unit squares, from the rows they need alone.
 
     Args:
         of, to: features of B images each; usually B is 1.
         points: [B, n, 2], (x, y).
-        readout, window, between: see :func:`match`.
-        options: compare, temperature and normalize, as in :func:`cross_map`.
+        options: how the map is made and read; its fields may be given as keywords.
 
     Returns [B, n, 2] float32.
     """
+    options = replace(options or MatchOptions(), **given)
+    readout, window, between = options.readout, options.window, options.carried_by
     if between == "query":
         parts = [
-            read_map(
-                cross_map(at_points(of, part), to, backend=backend, **options), readout, window
-            )
+            read_map(cross_map(at_points(of, part), to, options, backend=backend), readout, window)
             for part in points.split(_QUERIES, dim=1)
         ]
         return torch.cat(parts, dim=1).float().cpu()
     index, weight = corners(points, of.grid, smooth=between == "bilinear")
-    A = cross_map(at_tokens(of, index.flatten(1)), to, backend=backend, **options)
+    A = cross_map(at_tokens(of, index.flatten(1)), to, options, backend=backend)
     there = read_map(A, readout, window).float().cpu().reshape(*index.shape, 2)
     return points + (weight[..., None] * (there - centres(of.grid)[index])).sum(-2)
 

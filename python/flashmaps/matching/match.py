@@ -5,11 +5,9 @@
     m.transfer([(120, 80)], min_confidence=0.7)  # NaN where that is not sure enough
     m.plot_matches().savefig("matches.png")
 
-``compare="qk"`` is the note's way: A_st = softmax(scale Q_s K_t^T) says where each source token
-looks in the target, A_ts = softmax(scale Q_t K_s^T) the way back, both averaged over heads, layers,
-timesteps and noise seeds. Queries and keys live in different spaces, so that what a token looks at
-need not be what it looks like. ``"kk"`` compares keys with keys, ``"qq"`` queries with queries, and
-``"features"`` what the layers' transformer blocks put out, by cosine, through the same lazy maps.
+Both maps, A_st from the source to the target and A_ts back, are averaged over heads, layers,
+timesteps and noise seeds. What is compared with what, and how rows become places, is said by
+:class:`flashmaps.matching.options.MatchOptions`.
 
 What is best differs from model to model. ``flashmaps study`` finds it, on drawn scenes whose truth
 is known, and keeps it in match.json beside the model's weights
@@ -20,14 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 from flashmaps.diffusion.features import BUILTIN, DEFAULT_BATCH, Features, features, load_model
 from flashmaps.maps.backends.choice import check_name
 from flashmaps.maps.statistics import round_trip
-from flashmaps.matching.confidence import Calibration
 from flashmaps.matching.cross_map import cross_map
-from flashmaps.matching.options import check_options
+from flashmaps.matching.options import MatchKeywords, MatchOptions
 from flashmaps.matching.result import Match
 from flashmaps.matching.settings import settings_of
 
@@ -82,13 +79,11 @@ def match(
 
     Raises ValueError for arguments out of range, before the model runs.
     """
-    if isinstance(layers, Iterable) and not isinstance(layers, str):
-        layers = tuple(layers)
     given: dict[str, Any] = {
         "compare": compare, "temperature": temperature, "normalize": normalize,
         "readout": readout, "window": window, "between": between,
     }  # fmt: skip
-    check_options(**given)  # before the work, not after it
+    MatchOptions().with_given(**given)  # checked before the work, not after it
     check_name(backend)
     pipe = load_model(model)
     if inversion_steps is not None and seeds is None:
@@ -101,59 +96,40 @@ def match(
     found = features(
         pipe,
         [source, target],
-        layers=settings.layers,
-        timestep=settings.timestep,
+        **settings.for_features,
         prompt=prompt,
-        seeds=settings.seeds,
         inversion_steps=inversion_steps,
-        size=settings.size,
-        same_noise=settings.same_noise,
         batch_size=batch_size,
         outputs=settings.compare == "features",
         progress=progress,
     )
-    return match_features(
-        found[0],
-        found[1],
-        compare=settings.compare,
-        temperature=settings.temperature,
-        normalize=settings.normalize,
-        readout=settings.readout,
-        window=settings.window,
-        between=settings.between,
-        calibration=settings.calibration,
-        backend=backend,
-    )
+    return match_features(found[0], found[1], settings.options, backend=backend)
 
 
 def match_features(
     source: Features,
     target: Features,
+    options: MatchOptions | None = None,
     *,
-    compare: str = "kk",
-    temperature: float | None = None,
-    normalize: str = "block",
-    readout: str = "hard",
-    window: int = 1,
-    between: str | None = None,
-    calibration: Calibration | None = None,
     backend: str = "auto",
+    **given: Unpack[MatchKeywords],
 ) -> Match:
     """Match two images whose features are there already, for instance one image against many.
 
-    For the arguments see :func:`match`; ``calibration`` must belong to the others.
+    Args:
+        source, target: from one model with the same layers and seeds.
+        options: how the maps are made and read; its fields may be given as keywords.
+            ``calibration`` must belong to the others.
+        backend: as for :func:`match`.
     """
-    check_options(compare, temperature, normalize, readout, window, between)
-    options: dict[str, Any] = {
-        "compare": compare, "temperature": temperature, "normalize": normalize, "backend": backend,
-    }  # fmt: skip
-    forward_map = cross_map(source, target, **options)
-    backward_map = cross_map(target, source, **options)
+    options = replace(options or MatchOptions(), **given)
+    forward_map = cross_map(source, target, options, backend=backend)
+    backward_map = cross_map(target, source, options, backend=backend)
     rows = forward_map.reduce("expectation", "max", "entropy")
     return Match(
         source=source,
         target=target,
-        compare=compare,
+        options=options,
         forward_map=forward_map,
         backward_map=backward_map,
         round_trip=round_trip(forward_map, backward_map),
@@ -161,10 +137,4 @@ def match_features(
         expected_source=backward_map.expectation()[0].float().cpu(),
         max_probability=rows.max[0],
         entropy=rows.entropy[0],
-        temperature=temperature,
-        normalize=normalize,
-        readout=readout,
-        window=window,
-        between=between,
-        calibration=calibration,
     )

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from flashmaps.maps.grids import Grid, centres
 from flashmaps.maps.statistics import RoundTrip, round_trip
 from flashmaps.matching.confidence import SCORES, score
 from flashmaps.matching.cross_map import cross_map
-from flashmaps.matching.options import COMPARE, check_options
+from flashmaps.matching.options import COMPARE, MapKeywords, MatchOptions, map_options
 
 DEFAULT_MEMORY_BUDGET = 256 * 2**20
 
@@ -86,13 +86,12 @@ def all_pairs(count: int, *, both_ways: bool = False) -> list[tuple[int, int]]:
 def match_pairs(
     sets: Sequence[Features],
     pairs: Tensor | Sequence[Sequence[int]] | None = None,
+    options: MatchOptions | None = None,
     *,
-    compare: str = "kk",
-    temperature: float | None = None,
-    normalize: str = "block",
     memory_budget: int | None = None,
     backend: str = "auto",
     progress: bool = False,
+    **given: Unpack[MapKeywords],
 ) -> Iterator[PairBatch]:
     """Match many pairs of images, in chunks that fit ``memory_budget``, in the order given.
 
@@ -100,7 +99,8 @@ def match_pairs(
         sets: features of n images, from one model with the same layers and seeds. Grids may differ:
             consecutive pairs of equal grids go through the kernels together.
         pairs: [P, 2] integers (source, target); default ``all_pairs(len(sets))``.
-        compare, temperature, normalize: see :func:`flashmaps.matching.cross_map.cross_map`.
+        options: how the maps are made; or compare, temperature and normalize as keywords, see
+            :func:`flashmaps.matching.cross_map.cross_map`.
         memory_budget: bytes for a chunk's stacked queries and keys and its results; default
             256 MiB. Estimated from above; the kernels' own workspace of a few MB comes on top.
         backend: what computes the maps; see :func:`flashmaps.maps.backends.choice`.
@@ -111,27 +111,25 @@ def match_pairs(
     message says how much that is).
     """
     chosen = _check_pairs(pairs, len(sets))
-    check_options(compare, temperature, normalize)
-    options = {
-        "compare": compare, "temperature": temperature, "normalize": normalize, "backend": backend,
-    }  # fmt: skip
+    options = map_options(options, given)
     budget = DEFAULT_MEMORY_BUDGET if memory_budget is None else memory_budget
     # The checks above run when the function is called, not at the first next().
-    return _match_chunks(sets, chosen, budget, options, progress)
+    return _match_chunks(sets, chosen, budget, options, backend, progress)
 
 
 def _match_chunks(
     sets: Sequence[Features],
     pairs: list[tuple[int, int]],
     budget: int,
-    options: dict[str, Any],
+    options: MatchOptions,
+    backend: str,
     progress: bool,
 ) -> Iterator[PairBatch]:
     from tqdm.auto import tqdm
 
     with tqdm(total=len(pairs), desc="pairs", disable=not progress) as bar:
-        for chunk, loaded in _chunks(sets, pairs, options["compare"], budget):
-            yield _match_chunk(chunk, loaded, options)
+        for chunk, loaded in _chunks(sets, pairs, options.compare, budget):
+            yield _match_chunk(chunk, loaded, options, backend)
             bar.update(len(chunk))
 
 
@@ -175,9 +173,12 @@ def _image_bytes(features: Features, compare: str) -> int:
 
 
 def _match_chunk(
-    chunk: list[tuple[int, int]], loaded: dict[int, Features], options: dict[str, Any]
+    chunk: list[tuple[int, int]],
+    loaded: dict[int, Features],
+    options: MatchOptions,
+    backend: str,
 ) -> PairBatch:
-    compare = options["compare"]
+    compare = options.compare
     sources = sorted({source for source, _ in chunk})
     targets = sorted({target for _, target in chunk})
     if loaded[sources[0]].grid == loaded[targets[0]].grid:  # then one stack serves both sides
@@ -186,8 +187,8 @@ def _match_chunk(
     to = of if targets is sources else _stack([loaded[i] for i in targets], targets, compare)
     local = torch.tensor([(sources.index(s), targets.index(t)) for s, t in chunk])
     local = local.to(of.key.device)
-    forward = cross_map(of, to, pairs=local, **options)
-    backward = cross_map(to, of, pairs=local.flip(1), **options)
+    forward = cross_map(of, to, options, pairs=local, backend=backend)
+    backward = cross_map(to, of, options, pairs=local.flip(1), backend=backend)
     rows = forward.reduce("expectation", "max", "entropy")
     return PairBatch(
         pairs=torch.tensor(chunk),
@@ -273,21 +274,19 @@ def write_pairs(
     path: str | Path,
     sets: Sequence[Features],
     pairs: Tensor | Sequence[Sequence[int]] | None = None,
+    options: MatchOptions | None = None,
     *,
     rows: str = "tokens",
-    compare: str = "kk",
-    temperature: float | None = None,
-    normalize: str = "block",
     memory_budget: int | None = None,
     backend: str = "auto",
     progress: bool = False,
+    **given: Unpack[MapKeywords],
 ) -> Path:
     """Match many pairs and write one Parquet file, whole or not at all.
 
     Args:
         path: file to write; one that is there is replaced at the end.
-        sets, pairs, compare, temperature, normalize, memory_budget, backend, progress: see
-            :func:`match_pairs`.
+        sets, pairs, options, memory_budget, backend, progress: see :func:`match_pairs`.
         rows: "tokens", a row for each source token of each pair (about 70 bytes each), see
             :func:`token_columns`; or "pairs", a row for each pair, see :func:`pair_columns`.
 
@@ -297,15 +296,9 @@ def write_pairs(
     if rows not in ROWS:
         raise ValueError(f"rows={rows!r}; wanted 'tokens' or 'pairs'")
     pyarrow, parquet = need_pyarrow()
+    options = map_options(options, given)
     chunks = match_pairs(
-        sets,
-        pairs,
-        compare=compare,
-        temperature=temperature,
-        normalize=normalize,
-        memory_budget=memory_budget,
-        backend=backend,
-        progress=progress,
+        sets, pairs, options, memory_budget=memory_budget, backend=backend, progress=progress
     )
     columns = token_columns if rows == "tokens" else pair_columns
     done, writer = 0, None
@@ -315,7 +308,7 @@ def write_pairs(
                 table = pyarrow.table({k: v.numpy() for k, v in columns(chunk, done).items()})
                 if writer is None:
                     first = sets[int(chunk.pairs[0, 0])]
-                    settings = json.dumps(_settings(first, compare, rows))
+                    settings = json.dumps(_settings(first, options.compare, rows))
                     schema = table.schema.with_metadata({"flashmaps": settings})
                     writer = parquet.ParquetWriter(new, schema)
                 writer.write_table(table.replace_schema_metadata(writer.schema.metadata))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,9 @@ from flashmaps.maps.attention_map import AttentionMap
 from flashmaps.maps.grids import centres
 from flashmaps.maps.statistics import RoundTrip
 from flashmaps.matching import plots
-from flashmaps.matching.confidence import Calibration, score
+from flashmaps.matching.confidence import score
 from flashmaps.matching.cross_map import place_points
-from flashmaps.matching.options import between_of, check_between
+from flashmaps.matching.options import MatchOptions
 from flashmaps.matching.points import corners, pixel_field, token_at
 from flashmaps.matching.readout import check_readout, read_map
 
@@ -36,7 +37,9 @@ class Match:
 
     Attributes:
         source, target: Q, K, token grid, image and settings of each image.
-        compare: "qk", "kk", "qq" or "features", see :func:`cross_map`.
+        options: how the maps were made, and how places are found unless told otherwise; its fields
+            (compare, temperature, normalize, readout, window, between, calibration) are attributes
+            of the match too.
         forward_map: A_st, lazy [1, N_s, N_t]; backward_map: A_ts, lazy [1, N_t, N_s].
         round_trip: every statistic of the note; per source token: ``forward`` (f, the best target
             token), ``hard_distance`` and ``soft_distance`` (cycle errors, in the unit square),
@@ -46,15 +49,11 @@ class Match:
         expected_target: [N_s, 2], mean of each row of A_st, (x, y) in the target's unit square.
         expected_source: [N_t, 2], mean of each row of A_ts, (x, y) in the source's unit square.
         max_probability, entropy: [N_s], of the rows of A_st; entropy in nats.
-        temperature, normalize: of the maps, see :func:`cross_map`.
-        readout, window, between: how :meth:`transfer` and :meth:`field` find places unless told
-            otherwise; see :func:`match`.
-        calibration: makes a probability of the scores; None: ``confidence`` is a raw score.
     """
 
     source: Features
     target: Features
-    compare: str
+    options: MatchOptions
     forward_map: AttentionMap
     backward_map: AttentionMap
     round_trip: RoundTrip
@@ -62,13 +61,15 @@ class Match:
     expected_source: Tensor  # [N_t, 2]
     max_probability: Tensor  # [N_s]
     entropy: Tensor  # [N_s]
-    temperature: float | None = None
-    normalize: str = "block"
-    readout: str = "hard"
-    window: int = 1
-    between: str | None = None
-    calibration: Calibration | None = None
     _places: dict[tuple[str, str], Tensor] = field(default_factory=dict, repr=False)
+
+    compare = property(attrgetter("options.compare"))
+    temperature = property(attrgetter("options.temperature"))
+    normalize = property(attrgetter("options.normalize"))
+    readout = property(attrgetter("options.readout"))
+    window = property(attrgetter("options.window"))
+    between = property(attrgetter("options.between"))
+    calibration = property(attrgetter("options.calibration"))
 
     # -- per token ---------------------------------------------------------------------------------
 
@@ -145,10 +146,9 @@ class Match:
         Args:
             origin: "source" or "target".
             kind: how a row of the map becomes a place, see :func:`flashmaps.matching.readout.read`;
-            default
-                the match's own ``readout``. With "hard" every pixel moves as the token it lies in
-                moves to its best match. With the others the tokens' movements are interpolated
-                bilinearly between token centres.
+                default the match's own ``readout``. With "hard" every pixel moves as the token it
+                lies in moves to its best match. With the others the tokens' movements are
+                interpolated bilinearly between token centres.
         """
         if origin not in ("source", "target"):
             raise ValueError(f"origin={origin!r}; wanted 'source' or 'target'")
@@ -175,8 +175,7 @@ class Match:
         Args:
             points: [n, 2] of (x, y) in source pixels.
             kind: "hard", "soft", "window" or "parabola", see
-            :func:`flashmaps.matching.readout.read`;
-                default the match's own ``readout``.
+                :func:`flashmaps.matching.readout.read`; default the match's own ``readout``.
             between: how a point between token centres is carried. "token": it moves as the token it
                 lies in. "bilinear": as the tokens around it, interpolated. "query": the image's
                 features are interpolated at the point, and the map has a row for it. Default: the
@@ -189,35 +188,24 @@ class Match:
         points = self._checked(points)
         if between is None and kind in (None, self.readout):
             between = self.between
-        kind = self._kind(kind)
-        between = between_of(kind, between)
-        check_between(between)
+        options = replace(self.options, readout=self._kind(kind), between=between)
         if min_confidence is not None and not 0 <= min_confidence <= 1:
             raise ValueError(f"min_confidence={min_confidence!r}; wanted a number from 0 to 1")
-        found = self._carried(points, kind, between)
+        found = self._carried(points, options)
         if min_confidence is not None and len(points):
             found[self.confidence_at(points) < min_confidence] = np.nan
         return found
 
-    def _carried(self, points: np.ndarray, kind: str, between: str) -> np.ndarray:  # [n, 2]
+    def _carried(self, points: np.ndarray, options: MatchOptions) -> np.ndarray:  # [n, 2]
         height, width = self.source.image.shape[:2]
         unit = torch.from_numpy((points + 0.5) / (width, height))
+        between = options.carried_by
         if between == "query":
-            there = place_points(
-                self.source,
-                self.target,
-                unit[None],
-                compare=self.compare,
-                temperature=self.temperature,
-                normalize=self.normalize,
-                readout=kind,
-                window=self.window,
-                between=between,
-                backend=self.forward_map.backend,
-            )[0]
+            backend = self.forward_map.backend
+            there = place_points(self.source, self.target, unit[None], options, backend=backend)[0]
         else:
             index, weight = corners(unit, self.source.grid, smooth=between == "bilinear")
-            movement = self._matched("source", kind) - centres(self.source.grid)
+            movement = self._matched("source", options.readout) - centres(self.source.grid)
             there = unit + (weight[..., None] * movement[index]).sum(-2)
         other_height, other_width = self.target.image.shape[:2]
         size = np.array((other_width, other_height))
@@ -284,7 +272,7 @@ class Match:
             "normalize": self.normalize,
             "readout": self.readout,
             "window": self.window,
-            "between": between_of(self.readout, self.between),
+            "between": self.options.carried_by,
             "calibrated": self.calibrated,
             "backend": self.forward_map.backend,
             "hard_ims": float(rt.hard_ims[0]),

@@ -10,94 +10,70 @@ import hashlib
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from flashmaps.diffusion.features import DEFAULT_TIMESTEP
-from flashmaps.matching.confidence import Calibration
+from flashmaps.matching.options import MatchOptions
 
 FILE = "match.json"
 FORMAT = "flashmaps match settings 1"
 
 
 @dataclass(frozen=True)
-class MatchSettings:
-    """Arguments of :func:`flashmaps.match` that depend on the model, and the confidence.
+class MatchSettings(MatchOptions):
+    """Arguments of :func:`flashmaps.match` that depend on the model: which features, and how read.
 
     Attributes:
-        compare, layers, timestep, seeds, same_noise, size, temperature, normalize, readout, window,
-            between: see :func:`flashmaps.match`.
+        layers, timestep, seeds, same_noise, size: see :func:`flashmaps.match`.
         calibration: of the confidence, for these very settings; None: there is none.
     """
 
-    compare: str = "kk"
     layers: tuple[str, ...] | None = None
     timestep: int | tuple[int, ...] = DEFAULT_TIMESTEP
     seeds: tuple[int, ...] = (0,)
     same_noise: bool = True
     size: int | None = None
-    temperature: float | None = None
-    normalize: str = "block"
-    readout: str = "hard"
-    window: int = 1
-    between: str | None = None
-    calibration: Calibration | None = None
 
-    def with_given(self, **given: Any) -> MatchSettings:
-        """With the arguments that are not None in place of these.
+    def with_given(self, **given: Any) -> Self:
+        """As of :class:`MatchOptions`; layers may be one pattern or several."""
+        layers = given.get("layers")
+        if layers is not None:
+            given["layers"] = (layers,) if isinstance(layers, str) else tuple(layers)
+        return super().with_given(**given)
 
-        A temperature belongs to what is compared: another comparison drops it. Whatever changes the
-        map or where its rows point drops the calibration.
-        """
-        chosen = {name: value for name, value in given.items() if value is not None}
-        if chosen.get("compare", self.compare) != self.compare:
-            chosen.setdefault("temperature", None)
-        changed = [name for name, value in chosen.items() if _plain(value) != self._plain(name)]
-        if not changed:
-            return self
-        return replace(self, **chosen, calibration=None)
+    @property
+    def options(self) -> MatchOptions:
+        """What is not about the features."""
+        own = {each.name: getattr(self, each.name) for each in fields(MatchOptions)}
+        return MatchOptions(**own)
 
-    def _plain(self, name: str) -> Any:
-        return _plain(getattr(self, name))
-
-    def to_json(self, weights: str, **more: Any) -> dict[str, Any]:
-        """What match.json holds, for the weights of this fingerprint."""
-        plain = {
-            each.name: _plain(getattr(self, each.name))
-            for each in fields(self)
-            if each.name != "calibration"
-        }
-        calibration = None if self.calibration is None else self.calibration.to_json()
+    @property
+    def for_features(self) -> dict[str, Any]:
+        """Arguments of :func:`flashmaps.diffusion.features.features`."""
+        others = {each.name for each in fields(MatchOptions)}
         return {
-            "format": FORMAT, "weights": weights, "settings": plain, "confidence": calibration,
+            each.name: getattr(self, each.name) for each in fields(self) if each.name not in others
+        }
+
+    def to_file(self, weights: str, **more: Any) -> dict[str, Any]:
+        """What match.json holds, for the weights of this fingerprint."""
+        plain = self.to_json()
+        confidence = plain.pop("confidence")
+        return {
+            "format": FORMAT, "weights": weights, "settings": plain, "confidence": confidence,
             **more,
         }  # fmt: skip
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> MatchSettings:
+    def from_file(cls, found: Mapping[str, Any]) -> MatchSettings:
         """From what match.json holds. Raises ValueError that says what is wrong with it."""
         if found.get("format") != FORMAT:
             raise ValueError(f"its format is {found.get('format')!r}; wanted {FORMAT!r}")
-        given = dict(found["settings"])
-        for name in ("layers", "timestep", "seeds"):
-            if isinstance(given.get(name), list):
-                given[name] = tuple(given[name])
-        known = {each.name for each in fields(cls)} - {"calibration"}
-        if set(given) - known:
-            raise ValueError(f"its settings hold {sorted(set(given) - known)}, which are not known")
-        confidence = found.get("confidence")
-        calibration = None if confidence is None else Calibration.from_json(confidence)
-        return cls(**given, calibration=calibration)
-
-
-def _plain(value: Any) -> Any:
-    """As JSON will have it, one whole number for several that are one."""
-    if isinstance(value, (list, tuple)):
-        return [int(each) if not isinstance(each, str) else each for each in value]
-    return value
+        return cls.from_json({**found["settings"], "confidence": found.get("confidence")})
 
 
 def settings_of(pipe: Any) -> MatchSettings:
@@ -111,7 +87,7 @@ def settings_of(pipe: Any) -> MatchSettings:
     file = folder / FILE
     try:
         found = json.loads(file.read_text("utf-8"))
-        settings = MatchSettings.from_json(found)
+        settings = MatchSettings.from_file(found)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{str(file)!r} is not readable as match settings: {error}") from None
     here = fingerprint(pipe)
