@@ -48,18 +48,23 @@ struct Simd<float> {
   using Int = std::int32_t;
   typedef float V __attribute__((vector_size(kVectorBytes)));
   typedef std::int32_t I __attribute__((vector_size(kVectorBytes)));
+  typedef std::uint32_t U __attribute__((vector_size(kVectorBytes)));
 };
 template <>
 struct Simd<double> {
   using Int = std::int64_t;
   typedef double V __attribute__((vector_size(kVectorBytes)));
   typedef std::int64_t I __attribute__((vector_size(kVectorBytes)));
+  typedef std::uint64_t U __attribute__((vector_size(kVectorBytes)));
 };
 
 template <class T>
 using Vec = typename Simd<T>::V;
 template <class T>
 using IVec = typename Simd<T>::I;
+// Bits: what is added to them and shifted out of them wraps, also where the number was NaN or inf.
+template <class T>
+using UVec = typename Simd<T>::U;
 template <class T>
 constexpr int kLanes = kVectorBytes / int(sizeof(T));
 template <class T>
@@ -129,8 +134,8 @@ inline Vec<float> exp2(Vec<float> t) {
 #if defined(__AVX512F__)
   return (Vec<float>)_mm512_scalef_ps((__m512)p, (__m512)(t - f));
 #else
-  const IVec<float> bits = (IVec<float>)p + ((IVec<float>)shifted << 23);
-  return (Vec<float>)(bits & ~(t < lowest));
+  const UVec<float> bits = (UVec<float>)p + ((UVec<float>)shifted << 23);
+  return (Vec<float>)(bits & ~(UVec<float>)(t < lowest));
 #endif
 }
 
@@ -155,16 +160,16 @@ inline Vec<double> exp2(Vec<double> t) {
   p = p * x + 0.5;
   p = p * x + 1.0;
   p = p * x + 1.0;
-  const IVec<double> bits = (IVec<double>)p + ((IVec<double>)shifted << 52);
-  return (Vec<double>)(bits & ~(t < lowest));
+  const UVec<double> bits = (UVec<double>)p + ((UVec<double>)shifted << 52);
+  return (Vec<double>)(bits & ~(UVec<double>)(t < lowest));
 }
 
 // x log2 x for 0 <= x, with 0 log 0 = 0. x = 2^e (1 + r) with 1 + r in [sqrt(1/2), sqrt(2)).
 inline Vec<float> xlog2x(Vec<float> x) {
   const Vec<float> safe = vmax<float>(x, splat(std::numeric_limits<float>::min()));
-  const IVec<float> bits = (IVec<float>)safe;
-  const IVec<float> e = (bits - 0x3f3504f3) >> 23;
-  const Vec<float> r = (Vec<float>)(bits - (e << 23)) - 1.0f;
+  const UVec<float> bits = (UVec<float>)safe;
+  const IVec<float> e = (IVec<float>)(bits - 0x3f3504f3u) >> 23;
+  const Vec<float> r = (Vec<float>)(bits - ((UVec<float>)e << 23)) - 1.0f;
   // log2(1 + r) = r p(r): minimax, relative error 2.6e-8.
   Vec<float> p = splat(0.12583539186039436f);
   p = p * r - 0.20726895063933606f;
@@ -180,9 +185,9 @@ inline Vec<float> xlog2x(Vec<float> x) {
 
 inline Vec<double> xlog2x(Vec<double> x) {
   const Vec<double> safe = vmax<double>(x, splat(std::numeric_limits<double>::min()));
-  const IVec<double> bits = (IVec<double>)safe;
-  const IVec<double> e = (bits - 0x3fe6a09e667f3bcdLL) >> 52;
-  const Vec<double> m = (Vec<double>)(bits - (e << 52));
+  const UVec<double> bits = (UVec<double>)safe;
+  const IVec<double> e = (IVec<double>)(bits - 0x3fe6a09e667f3bcdULL) >> 52;
+  const Vec<double> m = (Vec<double>)(bits - ((UVec<double>)e << 52));
   // log m = 2 atanh(s), s = (m - 1) / (m + 1), |s| <= 0.172.
   const Vec<double> s = (m - 1.0) / (m + 1.0);
   const Vec<double> z = s * s;

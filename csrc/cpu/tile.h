@@ -246,15 +246,17 @@ template <class T, Mode mode, int J>
   if constexpr (kManyRegisters) {
 #pragma GCC unroll 8
     for (int j = 0; j < J; ++j) {
-      for (Vec<T>& a : acc[j]) a = key_bias == nullptr ? Vec<T>{} : splat(key_bias[j]);
+      for (Vec<T>& a : acc[j]) a = Vec<T>{};
     }
     multiply_scores<T, mode, J>(lanes_q, keys, ld, dim, to, done, acc);
   } else {
     multiply_scores_to<T, mode, J>(lanes_q, keys, ld, dim, to, done, reinterpret_cast<T*>(acc));
-    if (key_bias != nullptr) {
-      for (int j = 0; j < J; ++j) {
-        for (Vec<T>& a : acc[j]) a += key_bias[j];
-      }
+  }
+  // After the product, whose d roundings would otherwise each be as large as one of the bias.
+  if (key_bias != nullptr) {
+#pragma GCC unroll 8
+    for (int j = 0; j < J; ++j) {
+      for (Vec<T>& a : acc[j]) a += key_bias[j];
     }
   }
   keep_scores<T, mode, J>(acc, s, to, done);
