@@ -68,7 +68,7 @@ class AttentionMap(LazyMap):
         lse: Tensor | None = None,
         backend: str = "auto",
     ) -> None:
-        self.problem, self.query_grid, self.key_grid = make_problem(
+        self.problem, self.query_grid, self.key_grid, self._lse_offset = make_problem(
             query,
             key,
             scale=scale,

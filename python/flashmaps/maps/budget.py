@@ -8,12 +8,15 @@ stacks, the rounding of allocators) does not.
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
+
+from flashmaps.arguments import as_whole
+
+_MOST = 2**62  # what operators can be given; no memory is larger
 
 _of_context: ContextVar[int | None] = ContextVar("flashmaps_memory_budget", default=None)
 
@@ -45,11 +48,14 @@ def check_budget(budget: object) -> int | None:
     """``budget`` as an int or None, or a TypeError."""
     if budget is None:
         return None
-    if isinstance(budget, bool) or not isinstance(budget, numbers.Integral):
+    found = as_whole(budget)
+    if found is None:
         raise TypeError(
             f"memory_budget must be a whole number of bytes, such as 64 * 2**20, got {budget!r}"
         )
-    return int(budget)
+    if found < 0:
+        raise ValueError(f"memory_budget = {found} bytes is less than nothing; None is no bound")
+    return min(found, _MOST)
 
 
 def budget_of_context() -> int | None:

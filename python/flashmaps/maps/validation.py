@@ -9,40 +9,41 @@ nothing, write nothing out of bounds, and give zeros for a row that has no key.
 from __future__ import annotations
 
 import math
-import numbers
-import operator
 from collections.abc import Sequence
+from contextvars import ContextVar
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from flashmaps import arguments
 from flashmaps.maps.grids import Grid, square_grid
 from flashmaps.maps.problem import Problem, compute_dtype
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 NORMALIZE = (None, "block", "columns", "rows")
 
-_check_values = False
+_check_values: ContextVar[bool] = ContextVar("flashmaps_checks", default=False)
 
 
 class checks:
     """Look for NaN and inf in Q and K whenever a map is made: ``fm.checks(True)``.
 
     A switch when called, and a context manager that puts the old setting back. Off by default:
-    it reads all of Q and K, and on a GPU it waits for them.
+    it reads all of Q and K, and on a GPU it waits for them. Each thread and each asyncio task has
+    its own setting, as with `flashmaps.memory_budget`; a new thread begins with it off.
     """
 
     def __init__(self, enabled: bool = True) -> None:
-        global _check_values
-        self._before = _check_values
-        _check_values = bool(enabled)
+        self._before = _check_values.get()
+        _check_values.set(arguments.switch("enabled", enabled))
 
     def __enter__(self) -> checks:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        global _check_values
-        _check_values = self._before
+        _check_values.set(self._before)
 
 
 def _shape(tensor: Tensor) -> str:
@@ -91,11 +92,16 @@ def check_finite(name: str, tensor: Tensor) -> None:
 
 def check_grid(name: str, grid: object, tokens: int) -> Grid:
     """``grid`` as (height, width), or an error that says what would fit."""
-    try:
-        height, width = (operator.index(n) for n in grid)  # type: ignore[attr-defined]
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be (height, width), got {grid!r}") from None
-    if height < 1 or width < 1 or height * width != tokens:
+    found = arguments.sides(name, grid)
+    if found is None:
+        raise TypeError(f"{name} must be (height, width) in whole numbers, got {grid!r}")
+    height, width = found
+    if height < 1 or width < 1:
+        raise ValueError(
+            f"{name} = ({height}, {width}) has a side below 1: both must be at least 1, and "
+            f"height * width must be {tokens}"
+        )
+    if height * width != tokens:
         raise ValueError(
             f"{name} = ({height}, {width}) holds {height * width} tokens, but there are {tokens}: "
             f"height * width must be {tokens}"
@@ -130,19 +136,31 @@ def _pairs(pairs: object, query: Tensor, key: Tensor) -> Tensor | None:
             f"query has batch {batch} and key has batch {key_batch}: make them equal, or say "
             f"which go together with pairs=[[query index, key index], ...]"
         )
+    wanted = f"pairs must be [P, 2] integers (query index, key index), got {pairs!r}"
     try:
-        pairs = torch.as_tensor(pairs, device=query.device)
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"pairs must be [P, 2] integers (query index, key index), got {pairs!r}"
-        ) from None
+        made = torch.as_tensor(pairs, device=query.device)
+        # [[True, 1]] would be made [[1, 1]].
+        mixed = not isinstance(pairs, (Tensor, np.ndarray)) and any(
+            isinstance(each, (bool, np.bool_))
+            for pair in pairs  # type: ignore[attr-defined]
+            if isinstance(pair, Sequence)
+            for each in pair
+        )
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise TypeError(wanted) from None
+    if mixed:
+        raise TypeError(wanted)
+    pairs = made
     if pairs.dim() != 2 or pairs.shape[1] != 2:
         raise ValueError(f"pairs must be [P, 2] (query index, key index), got {_shape(pairs)}")
     if pairs.shape[0] == 0:
         raise ValueError("pairs is empty: give at least one (query index, key index)")
     if pairs.dtype.is_floating_point or pairs.dtype.is_complex or pairs.dtype == torch.bool:
         raise TypeError(f"pairs must hold integers, got {pairs.dtype}")
-    pairs = pairs.to(torch.int64).contiguous()
+    if pairs.dtype == torch.uint64:
+        raise TypeError("pairs must hold signed integers, got torch.uint64: use pairs.long()")
+    # A copy: what has been checked must not change afterwards.
+    pairs = pairs.to(torch.int64, copy=True).contiguous()
     if not _compiling():
         for column, (name, size) in enumerate((("query", batch), ("key", key_batch))):
             low, high = int(pairs[:, column].min()), int(pairs[:, column].max())
@@ -154,8 +172,21 @@ def _pairs(pairs: object, query: Tensor, key: Tensor) -> Tensor | None:
     return pairs
 
 
-def _bias(key_mask: Tensor | None, key: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """A boolean mask (True attends) or an additive bias, as a [B', M] bias."""
+class _Mask(NamedTuple):
+    """A mask over keys, as the kernels take it.
+
+    A row of scores may be shifted by any constant, so the largest bias of each batch is made 0:
+    that of a key that counts is then small, and so are its roundings, whatever the mask's
+    magnitude; and no bias overflows where it is multiplied by log2 e. A log-sum-exp is shifted with
+    it.
+    """
+
+    bias: Tensor  # [B', M], compute dtype, the largest of each batch 0
+    offset: Tensor | None  # [B'], what was subtracted; None for nothing
+
+
+def _mask(key_mask: Tensor | None, key: Tensor, dtype: torch.dtype) -> _Mask | None:
+    """A boolean mask (True attends) or an additive bias. A copy: later changes have no effect."""
     if key_mask is None:
         return None
     if not isinstance(key_mask, Tensor):
@@ -168,6 +199,7 @@ def _bias(key_mask: Tensor | None, key: Tensor, dtype: torch.dtype) -> Tensor | 
         )
     if key_mask.device != key.device:
         raise ValueError(f"key_mask is on {key_mask.device} but key is on {key.device}")
+    offset = None
     if key_mask.dtype == torch.bool:
         bias = torch.zeros(key_mask.shape, dtype=dtype, device=key.device)
         bias = bias.masked_fill(~key_mask, -math.inf)
@@ -178,7 +210,7 @@ def _bias(key_mask: Tensor | None, key: Tensor, dtype: torch.dtype) -> Tensor | 
             f"key_mask has dtype {key_mask.dtype}; wanted bool (True = may be attended) or a "
             f"float that is added to the scores: use key_mask.bool()"
         )
-    bias = bias.expand(batch, keys).contiguous()
+    bias = bias.expand(batch, keys)
     if not _compiling():
         hidden = (bias == -math.inf).all(dim=1)
         if bool(hidden.any()):
@@ -189,20 +221,43 @@ def _bias(key_mask: Tensor | None, key: Tensor, dtype: torch.dtype) -> Tensor | 
             )
         if bool(torch.isnan(bias).any()) or bool((bias == math.inf).any()):
             raise ValueError("key_mask has NaN or +inf; a bias is finite, or -inf to hide a key")
-    return bias
+    if key_mask.dtype != torch.bool:
+        offset = bias.detach().amax(dim=1)
+        offset = torch.where(torch.isfinite(offset), offset, torch.zeros_like(offset))
+        # Half of the lowest number: times log2 e, and with a score added, it is still finite.
+        shifted = (bias - offset[:, None]).clamp_min(torch.finfo(dtype).min / 2)
+        bias = torch.where(bias == -math.inf, bias, shifted)
+    return _Mask(bias.contiguous(), offset)
+
+
+def _lse_offset(mask: _Mask | None, pairs: Tensor | None) -> Tensor | None:
+    """By how much the log-sum-exps of each map are shifted: [P, 1, 1], or None for nothing."""
+    if mask is None or mask.offset is None:
+        return None
+    offset = mask.offset if pairs is None else mask.offset[pairs[:, 1]]
+    return offset[:, None, None]
 
 
 def _head_weights(
     head_weights: object, heads: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor | None:
+    """A copy: later changes have no effect."""
     if head_weights is None:
         return None
+    wanted = f"head_weights must be [H] = [{heads}] numbers, got {head_weights!r}"
     try:
-        weights = torch.as_tensor(head_weights, dtype=dtype, device=device)
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"head_weights must be [H] = [{heads}] numbers, got {head_weights!r}"
-        ) from None
+        # Of [True, 0.5] torch would make [1.0, 0.5].
+        mixed = isinstance(head_weights, Sequence) and any(
+            isinstance(each, (bool, np.bool_)) for each in head_weights
+        )
+        weights = torch.as_tensor(head_weights, device=device)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise TypeError(wanted) from None
+    if mixed:
+        raise TypeError(wanted)
+    if weights.dtype == torch.bool or weights.is_complex():
+        raise TypeError(f"head_weights must be [H] = [{heads}] numbers, got {weights.dtype}")
+    weights = weights.to(dtype, copy=True)
     if weights.shape != (heads,):
         raise ValueError(f"head_weights has shape {_shape(weights)}; wanted [H] = [{heads}]")
     if not _compiling():
@@ -227,6 +282,20 @@ def _key_lines(normalize: str | None, grid: Grid | None, keys: int) -> Grid:
     return grid or (0, 0)
 
 
+def largest_scale(dtype: torch.dtype) -> float:
+    """Beyond it, scores of products up to 2^64 overflow the compute dtype."""
+    return torch.finfo(dtype).max / 2.0**64
+
+
+class Made(NamedTuple):
+    """A problem, and what its map knows beside it."""
+
+    problem: Problem
+    query_grid: Grid | None  # None where no grid is known
+    key_grid: Grid | None
+    lse_offset: Tensor | None  # [P, 1, 1]: a log-sum-exp of the caller is larger by this
+
+
 def make_problem(
     query: Tensor,
     key: Tensor,
@@ -239,8 +308,8 @@ def make_problem(
     query_grid: Grid | None = None,
     key_grid: Grid | None = None,
     lse: Tensor | None = None,
-) -> tuple[Problem, Grid | None, Grid | None]:
-    """The validated `Problem`, and the query's and key's grids (None where no grid is known)."""
+) -> Made:
+    """The validated `Problem`, and what a map knows beside it."""
     query = _check_tokens("query", query, "[B, H, N, d]")
     key = _check_tokens("key", key, "[B', H, M, d]")
     if query.device != key.device:
@@ -267,21 +336,28 @@ def make_problem(
     grid_height, grid_width = _key_lines(normalize, key_grid, keys)
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[3])
-    elif not isinstance(scale, numbers.Real) or not math.isfinite(scale):
-        raise ValueError(f"scale must be a finite number, got {scale!r}")
+    else:
+        scale = arguments.number("scale", scale)
     dtype = compute_dtype(query.dtype)
+    if abs(scale) > largest_scale(dtype):
+        raise ValueError(
+            f"scale = {scale:g} is too large for {dtype}: scores would overflow; wanted at most "
+            f"{largest_scale(dtype):.3g}, at which a row is one key already"
+        )
+    mask, indices = _mask(key_mask, key, dtype), _pairs(pairs, query, key)
     problem = Problem(
         query=query,
         key=key,
-        bias=_bias(key_mask, key, dtype),
+        bias=None if mask is None else mask.bias,
         head_weights=_head_weights(head_weights, query.shape[1], dtype, query.device),
-        pairs=_pairs(pairs, query, key),
+        pairs=indices,
         lse=None,
         scale=float(scale),
         normalize=normalize or "block",
         grid_height=grid_height,
         grid_width=grid_width,
     )
+    offset = _lse_offset(mask, indices)
     if lse is not None:
         wanted = (problem.batch, problem.heads, queries)
         if not isinstance(lse, Tensor) or lse.shape != wanted or lse.device != query.device:
@@ -292,11 +368,26 @@ def make_problem(
                 f"lse must be [batch, H, N] = {list(wanted)} on {query.device} (natural log, as "
                 f"attention kernels return it), got {got}"
             )
-        problem = problem._replace(lse=lse.to(dtype).contiguous())
-    if _check_values and not _compiling():
+        problem = problem._replace(lse=_given_lse(lse, offset, dtype))
+    if _check_values.get() and not _compiling():
         check_finite("query", query)
         check_finite("key", key)
-    return problem, query_grid, key_grid
+    return Made(problem, query_grid, key_grid, offset)
+
+
+def _given_lse(lse: Tensor, offset: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """In the compute dtype, of scores whose largest bias is 0."""
+    if lse.dtype not in FLOATS:
+        raise TypeError(f"lse has dtype {lse.dtype}; wanted a float, the log-sum-exp of each row")
+    # On a GPU that would wait for it: there, only if asked for.
+    looks = not _compiling() and (lse.device.type == "cpu" or _check_values.get())
+    if looks and not (math.isfinite(lse.amin()) and math.isfinite(lse.amax())):
+        raise ValueError(
+            "lse has NaN or inf: rows that see no key, or scores that overflowed; leave lse out, "
+            "and it is computed"
+        )
+    found = lse.to(dtype)
+    return (found if offset is None else found - offset).contiguous()
 
 
 def check_operand(name: str, operand: object, batch: int, tokens: int, like: Tensor) -> Tensor:
@@ -321,9 +412,7 @@ def check_operand(name: str, operand: object, batch: int, tokens: int, like: Ten
 
 def check_count(name: str, count: int) -> int:
     """A whole number from 1 on; ValueError names the argument."""
-    if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 1:
-        raise ValueError(f"{name} must be a whole number >= 1, got {count!r}")
-    return int(count)
+    return arguments.whole(name, count, 1)
 
 
 def check_k(k: int, keys: int) -> int:

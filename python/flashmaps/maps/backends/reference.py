@@ -35,6 +35,12 @@ def _picked(problem: Problem, maps: slice) -> tuple[slice | Tensor, slice | Tens
     return of_query, of_key
 
 
+def _of(tokens: Tensor, batch: slice | Tensor) -> Tensor:
+    """Some of the batch. What is gathered is contiguous, whatever it was gathered from."""
+    # (Indexing would keep the order of the strides, and `_plain` then copy the copy.)
+    return tokens[batch] if isinstance(batch, slice) else tokens.index_select(0, batch)
+
+
 def _plain(tokens: Tensor, problem: Problem) -> Tensor:
     """In the compute dtype and contiguous, so that a product makes no copies of its own."""
     return tokens.to(problem.compute_dtype, memory_format=torch.contiguous_format).contiguous()
@@ -43,8 +49,8 @@ def _plain(tokens: Tensor, problem: Problem) -> Tensor:
 def head_scores(problem: Problem, maps: slice, rows: slice) -> Tensor:
     """scale * Q_h K_h^T + bias: [p, H, r, M]."""
     of_query, of_key = _picked(problem, maps)
-    query = _plain(problem.query[:, :, rows][of_query], problem)
-    key = _plain(problem.key[of_key], problem)
+    query = _plain(_of(problem.query[:, :, rows], of_query), problem)
+    key = _plain(_of(problem.key, of_key), problem)
     scores = (query @ key.mT).mul_(problem.scale)
     if problem.bias is not None:
         scores += problem.bias[of_key][:, None, None, :]
