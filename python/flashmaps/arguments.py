@@ -57,12 +57,14 @@ def whole(
     ``kind`` is the error of what is no whole number; one out of range is a ValueError.
     """
     found = as_whole(value)
-    wanted = f"{name} must be a whole number{_between(least, most)}, got {value!r}"
-    if found is None:
-        raise kind(wanted)
-    if (least is not None and found < least) or (most is not None and found > most):
-        raise ValueError(wanted)
-    return found
+    if found is not None and _inside(found, least, most):
+        return found
+    error = kind if found is None else ValueError
+    raise error(f"{name} must be a whole number{_between(least, most)}, got {value!r}")
+
+
+def _inside(value: float, least: float | None, most: float | None) -> bool:
+    return (least is None or value >= least) and (most is None or value <= most)
 
 
 def number(
@@ -74,25 +76,24 @@ def number(
     above: float | None = None,
 ) -> float:
     """A finite number, at least ``least``, at most ``most`` and more than ``above``."""
-    limits = _between(least, most) if above is None else f" above {above}"
-    if above is not None and most is not None:
-        limits += f" and <= {most}"
-    wanted = f"{name} must be a finite number{limits}, got {value!r}"
+    found = _as_float(value)
+    if math.isfinite(found) and _inside(found, least, most) and (above is None or found > above):
+        return found
+    limits = _between(least, most)
+    if above is not None:
+        limits = f" above {above}" + (f" and <= {most}" if most is not None else "")
+    raise ValueError(f"{name} must be a finite number{limits}, got {value!r}")
+
+
+def _as_float(value: object) -> float:
+    """NaN for what is no number, or one beyond all floats."""
     single = isinstance(value, Tensor) and value.ndim == 0 and not value.is_complex()
     if _is_boolean(value) or not (isinstance(value, numbers.Real) or single):
-        raise ValueError(wanted)
+        return math.nan
     try:
-        found = float(value)  # type: ignore[arg-type]
-    except OverflowError:  # a whole number beyond all floats
-        raise ValueError(wanted) from None
-    if (
-        not math.isfinite(found)
-        or (least is not None and found < least)
-        or (most is not None and found > most)
-        or (above is not None and found <= above)
-    ):
-        raise ValueError(wanted)
-    return found
+        return float(value)  # type: ignore[arg-type]
+    except OverflowError:
+        return math.nan
 
 
 def switch(name: str, value: object) -> bool:

@@ -9,11 +9,12 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from flashmaps.arguments import number
 from flashmaps.maps.backends.choice import select
 from flashmaps.maps.budget import budget_in_force
 from flashmaps.maps.composition import Composition
 from flashmaps.maps.grids import Grid
-from flashmaps.maps.lazy import Lazy, LazyMap, Reductions, check_reductions
+from flashmaps.maps.lazy import Lazy, LazyMap, Reductions, check_reductions, known_lse
 from flashmaps.maps.map_plans import plan_map
 from flashmaps.maps.planning import Ceilings, Plan, shares
 from flashmaps.maps.pooling import reduce_and_pool
@@ -68,7 +69,7 @@ class AttentionMap(LazyMap):
         lse: Tensor | None = None,
         backend: str = "auto",
     ) -> None:
-        self.problem, self.query_grid, self.key_grid, self._lse_offset = make_problem(
+        problem, self.query_grid, self.key_grid, self._lse_offset = make_problem(
             query,
             key,
             scale=scale,
@@ -80,8 +81,8 @@ class AttentionMap(LazyMap):
             key_grid=key_grid,
             lse=lse,
         )
-        self.backend = select(backend, self.problem)
-        self._lse = self.problem.lse
+        self._take(problem)
+        self.backend = select(backend, problem)
 
     @classmethod
     def average(
@@ -102,6 +103,8 @@ class AttentionMap(LazyMap):
             raise ValueError("average() needs at least one map")
         if weights is None:
             weights = [1.0 / len(maps)] * len(maps)
+        if not isinstance(weights, Tensor):
+            weights = [number(f"weights[{index}]", each) for index, each in enumerate(weights)]
         if len(weights) != len(maps):
             raise ValueError(f"weights has {len(weights)} entries for {len(maps)} maps")
         if not math.isclose(sum(weights), 1.0, rel_tol=1e-4) or min(weights) < 0:
@@ -133,6 +136,8 @@ class AttentionMap(LazyMap):
                 ):
                     what = "key_mask" if name == "bias" else name
                     raise ValueError(f"maps[{index}] has another {what} than maps[0]")
+            if not _same_offset(first._lse_offset, other._lse_offset):
+                raise ValueError(f"maps[{index}] has another key_mask than maps[0]")
         width = max(m.problem.query.shape[3] for m in maps)
         scale, dtype = first.problem.scale, first.problem.query.dtype
         # One scale for all heads: where they differ, queries take them up, in the compute dtype:
@@ -157,7 +162,7 @@ class AttentionMap(LazyMap):
             heads.append(weight * each)
         # A log-sum-exp that was given may be that of more keys than these (a block of a joint map).
         given = any(m.problem.lse is not None for m in maps)
-        return cls(
+        made = cls(
             torch.cat(queries, 1),
             torch.cat(keys, 1),
             scale=scale,
@@ -167,16 +172,21 @@ class AttentionMap(LazyMap):
             normalize=first.problem.normalize,
             query_grid=first.query_grid,
             key_grid=first.key_grid,
-            lse=torch.cat([m.lse for m in maps], 1) if given else None,
+            lse=torch.cat([known_lse(m, None) for m in maps], 1) if given else None,
             backend=first.backend,
         )
+        made._lse_offset = first._lse_offset
+        return made
 
     @property
     def lse(self) -> Tensor:
-        """log sum_j exp(scale * q_i k_j + mask_j) of every head, natural log: [batch, H, N]."""
-        if self._lse is None:
-            self._lse = self._fields("lse")["lse"]
-        return self._lse
+        """log sum_j exp(scale * q_i k_j + mask_j) of every head, natural log: [batch, H, N].
+
+        Kept until Q or K is changed in place (by torch, in a way that it counts: not through
+        ``.data`` or numpy, and in inference mode nothing is kept).
+        """
+        lse = known_lse(self, None)
+        return lse if self._lse_offset is None else lse + self._lse_offset
 
     @property
     def mT(self) -> TransposedMap:
@@ -355,6 +365,14 @@ class AttentionMap(LazyMap):
             memory_budget=memory_budget,
             ceilings=ceilings,
         )
+
+
+def _same_offset(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two masks are alike, of which one may be boolean and the other a float."""
+    if one is None or other is None:
+        given = one if other is None else other
+        return given is None or not bool(given.any())
+    return torch.equal(one, other)
 
 
 class TransposedMap(Lazy):

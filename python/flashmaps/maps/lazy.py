@@ -107,11 +107,42 @@ class Lazy:
 class LazyMap(Lazy):
     """One problem on one backend, as the rooms above see it: its shape and passes over it."""
 
-    problem: Problem
     backend: str
     query_grid: Grid | None
     key_grid: Grid | None
-    _lse: Tensor | None  # of every head, once it is known
+    _lse_offset: Tensor | None  # [P, 1, 1]: what users call the log-sum-exp is larger by this
+    _problem: Problem
+    _given: object = None  # which Q and K a given log-sum-exp is of
+    _kept: tuple[Tensor, object] | None = None  # one that was computed, and of which Q and K
+
+    @property
+    def problem(self) -> Problem:
+        """What is computed; ValueError where Q or K are no longer those of a given ``lse``."""
+        if self._given is not None and self._given != _versions(self._problem):
+            raise ValueError(
+                "query or key was changed in place after the map was made with lse=, which is "
+                "theirs no longer: make a new map"
+            )
+        return self._problem
+
+    def _take(self, problem: Problem) -> None:
+        self._problem = problem
+        if problem.lse is not None and not torch.compiler.is_compiling():
+            versions = _versions(problem)
+            self._given = None if versions is None else versions
+
+    @property
+    def _lse(self) -> Tensor | None:
+        """Of every head and of ``problem``, where it is known for Q and K as they are now."""
+        if self.problem.lse is not None:
+            return self.problem.lse
+        if self._kept is None or self._kept[1] is None or self._kept[1] != _versions(self._problem):
+            return None
+        return self._kept[0]
+
+    @_lse.setter
+    def _lse(self, lse: Tensor | None) -> None:
+        self._kept = None if lse is None else (lse, _versions(self._problem))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -144,6 +175,18 @@ class LazyMap(Lazy):
             return plan_pass(self.backend, one, request)
 
         return Step(held, cost)
+
+
+def _versions(problem: Problem) -> tuple[int, ...] | None:
+    """Changes with Q and K; None where torch does not count their changes (in inference mode).
+
+    (Masks, weights and pairs are copies of what the user holds.)
+    """
+    if torch.compiler.is_compiling():  # in one graph nothing changes unseen
+        return ()
+    if problem.query.is_inference() or problem.key.is_inference():
+        return None
+    return problem.query._version, problem.key._version
 
 
 def check_alike(name: str, first: LazyMap, other: str, second: LazyMap) -> None:
@@ -179,9 +222,10 @@ def with_lse(A: LazyMap) -> Problem:
 
 def known_lse(A: LazyMap, memory_budget: int | None) -> Tensor:
     """Computed where it is not there, and kept by the map."""
-    if A._lse is None:
-        A._lse = A._fields("lse", memory_budget=memory_budget)["lse"]
-    return A._lse
+    lse = A._lse
+    if lse is None:
+        A._lse = lse = A._fields("lse", memory_budget=memory_budget)["lse"]
+    return lse
 
 
 def round_trip_fields(

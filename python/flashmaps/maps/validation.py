@@ -136,20 +136,22 @@ def _pairs(pairs: object, query: Tensor, key: Tensor) -> Tensor | None:
             f"query has batch {batch} and key has batch {key_batch}: make them equal, or say "
             f"which go together with pairs=[[query index, key index], ...]"
         )
-    wanted = f"pairs must be [P, 2] integers (query index, key index), got {pairs!r}"
+    given = pairs
+    mixed = False
     try:
         made = torch.as_tensor(pairs, device=query.device)
         # [[True, 1]] would be made [[1, 1]].
-        mixed = not isinstance(pairs, (Tensor, np.ndarray)) and any(
-            isinstance(each, (bool, np.bool_))
-            for pair in pairs  # type: ignore[attr-defined]
-            if isinstance(pair, Sequence)
-            for each in pair
-        )
+        if not isinstance(pairs, (Tensor, np.ndarray)):
+            mixed = any(
+                isinstance(each, (bool, np.bool_))
+                for pair in pairs  # type: ignore[attr-defined]
+                if isinstance(pair, Sequence)
+                for each in pair
+            )
     except (TypeError, ValueError, OverflowError, RuntimeError):
-        raise TypeError(wanted) from None
+        mixed = True
     if mixed:
-        raise TypeError(wanted)
+        raise TypeError(f"pairs must be [P, 2] integers (query index, key index), got {given!r}")
     pairs = made
     if pairs.dim() != 2 or pairs.shape[1] != 2:
         raise ValueError(f"pairs must be [P, 2] (query index, key index), got {_shape(pairs)}")
@@ -244,17 +246,16 @@ def _head_weights(
     """A copy: later changes have no effect."""
     if head_weights is None:
         return None
-    wanted = f"head_weights must be [H] = [{heads}] numbers, got {head_weights!r}"
+    mixed = False
     try:
         # Of [True, 0.5] torch would make [1.0, 0.5].
-        mixed = isinstance(head_weights, Sequence) and any(
-            isinstance(each, (bool, np.bool_)) for each in head_weights
-        )
+        if isinstance(head_weights, Sequence):
+            mixed = any(isinstance(each, (bool, np.bool_)) for each in head_weights)
         weights = torch.as_tensor(head_weights, device=device)
     except (TypeError, ValueError, OverflowError, RuntimeError):
-        raise TypeError(wanted) from None
+        mixed = True
     if mixed:
-        raise TypeError(wanted)
+        raise TypeError(f"head_weights must be [H] = [{heads}] numbers, got {head_weights!r}")
     if weights.dtype == torch.bool or weights.is_complex():
         raise TypeError(f"head_weights must be [H] = [{heads}] numbers, got {weights.dtype}")
     weights = weights.to(dtype, copy=True)
@@ -369,7 +370,7 @@ def make_problem(
                 f"attention kernels return it), got {got}"
             )
         problem = problem._replace(lse=_given_lse(lse, offset, dtype))
-    if _check_values.get() and not _compiling():
+    if not _compiling() and _check_values.get():
         check_finite("query", query)
         check_finite("key", key)
     return Made(problem, query_grid, key_grid, offset)
