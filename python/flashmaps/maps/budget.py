@@ -53,9 +53,7 @@ def check_budget(budget: object) -> int | None:
         raise TypeError(
             f"memory_budget must be a whole number of bytes, such as 64 * 2**20, got {budget!r}"
         )
-    if found < 0:
-        raise ValueError(f"memory_budget = {found} bytes is less than nothing; None is no bound")
-    return min(found, _MOST)
+    return max(-_MOST, min(found, _MOST))
 
 
 def budget_of_context() -> int | None:
