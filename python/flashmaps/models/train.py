@@ -1,16 +1,18 @@
 """Train the built-in miniature: first the VAE, then UNet and text encoder on its latents.
 
-    python -m flashmaps.models.train --out DIR --work DIR [--preset h200] [--resume]
+    python -m flashmaps.models.train --out DIR --work DIR [--preset h100] [--resume]
 
 DIR of --work keeps the drawn pictures, checkpoints, sample sheets and the log of losses
 (log.jsonl); with --resume a call goes on from there. The same command runs on CPU and GPU. A preset
-is a set of defaults: "cpu" for hours on a few cores, "h200" for 25 minutes on one large GPU.
+is a set of defaults: "cpu" for hours on a few cores, "h100" for 25 minutes on one large GPU.
 
 On a CPU a picture of 64 pixels costs a quarter of one of 128, and much of what is learnt from it
-holds at 128. The packaged weights were trained so, their card tells how long:
+holds at 128:
 
-    python -m flashmaps.models.train --out SMALL --work SMALLER --size 64 --unet-batch 64
+    python -m flashmaps.models.train --out SMALL --work SMALLER --size 64 --unet-batch 32
     python -m flashmaps.models.train --out DIR --work OTHER --init SMALL
+
+docs/training.md says what is learnt from what, and how the packaged weights are trained on.
 """
 
 from __future__ import annotations
@@ -44,8 +46,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "views": 0.375, "agreement": 0.2, "walks": 0.2, "mutual": 0.3125, "alignment": 0.0,
         "log_every": 10, "save_every": 100, "samples_every": 1000,
     },
-    "h200": {
-        "bank": 65_536, "workers": 16, "compile": True, "warmup": 300,
+    "h100": {  # not measured on hardware; nor was --compile with what the decoder's hooks read
+        "bank": 65_536, "workers": 16, "compile": False, "warmup": 300,
         "vae_steps": 1_000_000, "vae_batch": 64, "vae_crop": 128, "vae_lr": 1e-3, "vae_ema": 0.999,
         "vae_minutes": 5.0,
         "unet_steps": 1_000_000, "unet_batch": 512, "unet_lr": 1e-3, "unet_ema": 0.9995,
@@ -93,7 +95,13 @@ def train(args: argparse.Namespace, deadline: float) -> None:
         _start_from(parts, args.init, args.init_parts)
     bank = open_bank(
         args.work / "bank",
-        Pictures(size=sizes.image, count=args.bank, seed=args.seed, labelled=args.alignment > 0),
+        Pictures(
+            size=sizes.image,
+            count=args.bank,
+            seed=args.seed,
+            alone=args.alone,
+            labelled=args.alignment > 0,
+        ),
         args.workers,
     )
     count = 4 if tiny else 128
@@ -200,7 +208,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=Sizes().image,
         help="pixels a side; first small, then --init from there at full size, learns faster",
     )
-    add("--bank", type=int, help="pictures drawn before training")
+    add("--bank", type=int, help="examples of three pictures that are drawn before training")
+    add(
+        "--alone",
+        type=float,
+        default=0.5,
+        help="share of scenes with one object alone; first many, then --init from there with fewer",
+    )
     add("--workers", type=int, help="processes that draw them")
     add("--log-every", type=int, help="steps")
     add("--save-every", type=int, help="steps between checkpoints")

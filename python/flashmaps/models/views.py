@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 _UPRIGHT = 0.75  # share of the views that are turned by a little; the others by any angle
+_REPAINTED = 0.5  # share of the views whose hues change
 _BENDS = 5  # a side: the grid of random shifts that bends a view
 
 
@@ -59,23 +60,28 @@ def warped(
 def recoloured(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Other colours, the same everywhere in the picture: uint8 [size, size, 3].
 
-    Channels are exchanged, hues turned, saturation, contrast, brightness and gamma changed, and now
-    and then light and dark exchanged; grain is added.
+    Contrast, brightness and gamma change, and grain is added. In half of the views channels are
+    exchanged, hues turned, saturation changed, and now and then light and dark exchanged: what can
+    be told by its colour is learnt from the others first.
     """
     pixels = image.astype(np.float32) / 255
+    if rng.random() < _REPAINTED:
+        pixels = _repainted(pixels, rng)
+    pixels = pixels ** math.exp(rng.normal(0, 0.25))
+    pixels = (pixels - 0.5) * rng.uniform(0.6, 1.3) + 0.5 + rng.uniform(-0.12, 0.12)
+    pixels += rng.normal(0, 0.03 * rng.random(), pixels.shape)
+    return (pixels * 255).round().clip(0, 255).astype(np.uint8)
+
+
+def _repainted(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     if rng.random() < 0.5:
         pixels = pixels[:, :, rng.permutation(3)]
     grey = np.full((3, 3), 1 / 3)
-    turn = rng.uniform(-math.pi, math.pi) * (rng.random() < 0.7)
+    turn = rng.uniform(-math.pi, math.pi) * (rng.random() < 0.8)
     cross = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
     # A rotation about the grey axis (Rodrigues), with the rest from that axis scaled.
     hue = grey + rng.uniform(0.4, 1.4) * (
         math.cos(turn) * (np.eye(3) - grey) + math.sin(turn) * cross
     )
     pixels = (pixels @ hue.T.astype(np.float32)).clip(0, 1)
-    if rng.random() < 0.15:
-        pixels = 1 - pixels
-    pixels = pixels ** math.exp(rng.normal(0, 0.25))
-    pixels = (pixels - 0.5) * rng.uniform(0.6, 1.3) + 0.5 + rng.uniform(-0.12, 0.12)
-    pixels += rng.normal(0, 0.03 * rng.random(), pixels.shape)
-    return (pixels * 255).round().clip(0, 255).astype(np.uint8)
+    return 1 - pixels if rng.random() < 0.2 else pixels
