@@ -51,8 +51,8 @@ format: setup  ## put Python and C++ sources into the project's style
 bench: setup  ## run the benchmarks
 	$(BIN)/python -m pytest benches -m "" $(ARGS)
 
-gpu-check: setup  ## on a machine with a GPU: check its kernels, time them, write benches/results
-	$(BIN)/python benches/gpu/check.py $(ARGS)
+gpu-check:  ## on a machine with a GPU: check its kernels, time them; installs nothing
+	bash -c '. benches/gpu/env.sh && exec $(PYTHON) benches/gpu/session.py --keep $(ARGS)'
 
 wheel: setup  ## build dist/: the sdist, and a wheel from it
 	$(BIN)/python -m build --no-isolation

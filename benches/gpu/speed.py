@@ -1,28 +1,27 @@
-"""How fast, beside whoever else can do it, in the same run on the same numbers."""
+"""How fast, beside whoever else can do it: one contestant of one case at a time.
+
+Times are free of launches: a pass is captured as a CUDA graph and replayed many times between two
+events, so that the card never waits for the host. What the host pays for a call is a number of its
+own. Where a pass cannot be captured, calls are timed in its place, and the row says so.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import math
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import flashmaps as fm
 import torch
+from operations import COMPOSED, FUSED, OPERATIONS, Inputs, Operation
+from shapes import SHAPES, Shape
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from flashmaps.kernels.rates import exp2_per_second
-from operations import COMPOSED, FUSED, OPERATIONS, Inputs, Operation
-from shapes import SHAPES, Shape
 
 SDPA = {
     "SDPA, cuDNN": SDPBackend.CUDNN_ATTENTION,
@@ -30,33 +29,15 @@ SDPA = {
     "SDPA, memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 _CHUNK = 512  # rows of the map that chunked eager torch holds at once
+_SECONDS = 0.1  # of replays, for one number
+TINY = Shape("tiny", 1, (4, 4), 64)  # for the tests of this file
+
+Run = Callable[[], Any]
+Rival = Callable[[Operation, Inputs], Run]
 
 
-@dataclass
-class Row:
-    """One contestant of one case."""
-
-    by: str
-    ms: float | None = None  # median; replayed as a CUDA graph where that works
-    call_ms: float | None = None  # as Python calls it
-    mb: float | None = None  # most memory at once, beyond inputs and outputs
-    of_limit: float | None = None
-    refusal: str = ""
-
-
-@dataclass
-class Case:
-    """An operation on a shape: what bounds it, and who did it in which time."""
-
-    operation: str
-    shape: str
-    dtype: str
-    limits_ms: dict[str, float]  # by the measured rate of exp2, of the matrix units, of the memory
-    rows: list[Row] = field(default_factory=list)
-
-    @property
-    def title(self) -> str:
-        return f"{self.operation}, {self.shape}, {self.dtype}"
+class NoGraph(RuntimeError):
+    """A pass could not be captured. The process that tried is not to be used any more."""
 
 
 class Clock:
@@ -65,39 +46,57 @@ class Clock:
     def __init__(self, device: str) -> None:
         self.device = device
 
-    def once(self, run: Callable[[], Any]) -> float:
-        """Seconds."""
+    def _once(self, run: Run, times: int) -> float:
+        """Seconds a call, of so many in a row."""
         if self.device != "cuda":
             start = time.perf_counter()
-            run()
-            return time.perf_counter() - start
+            for _ in range(times):
+                run()
+            return (time.perf_counter() - start) / times
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         first.record()
-        run()
+        for _ in range(times):
+            run()
         last.record()
         last.synchronize()
-        return first.elapsed_time(last) / 1e3
+        return first.elapsed_time(last) / 1e3 / times
 
-    def median(self, run: Callable[[], Any], budget: float = 0.15) -> float:
-        """Of as many calls as fit the budget, at least three."""
-        each = self.once(run)
-        rounds = max(3, min(50, int(budget / max(each, 1e-6))))
-        return statistics.median(self.once(run) for _ in range(rounds))
+    def replays(self, run: Run) -> float:
+        """Seconds: the median of several times n calls in a row, n as large as there is time."""
+        each = self._once(run, 1)
+        times = max(1, min(200, math.ceil(_SECONDS / 7 / max(each, 1e-7))))
+        return statistics.median(self._once(run, times) for _ in range(7))
 
-    def graph(self, run: Callable[[], Any]) -> Callable[[], Any] | None:
-        """The same work without Python, where it can be captured."""
+    def host(self, run: Run) -> float:
+        """Seconds that the host is busy with a call, the card working or not; the median."""
+        taken = []
+        for _ in range(15):
+            self.wait()
+            start = time.perf_counter()
+            run()
+            taken.append(time.perf_counter() - start)
+        self.wait()
+        return statistics.median(taken)
+
+    def wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def graph(self, run: Run) -> Run:
+        """The same work without Python; NoGraph where it cannot be captured."""
         if self.device != "cuda":
-            return None
+            return run
         try:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 run()
-        except Exception:
+            graph.replay()
             torch.cuda.synchronize()
-            return None
+        except Exception as error:
+            raise NoGraph(f"{type(error).__name__}: {error}") from None
         return graph.replay
 
-    def memory(self, run: Callable[[], Any]) -> float:
+    def memory(self, run: Run) -> float:
         """MB (10^6 bytes) beyond what was there before and what comes out."""
         if self.device != "cuda":
             run()
@@ -113,23 +112,25 @@ class Clock:
         return (peak - held) / 1e6
 
 
-# Ceilings of the card, measured.
-
-
-def ceilings(clock: Clock, quick: bool) -> dict[str, float]:
-    """Rates per second: exp2 of one number; float16 multiplications and additions; bytes moved."""
-    device = clock.device
-    side, many = (8192, 2**28) if device == "cuda" else (64, 2**12)
+def ceilings(clock: Clock) -> dict[str, float]:
+    """Rates a second: exp2, multiplications and additions in float16, bytes of memory and of L2."""
+    device, big = clock.device, clock.device == "cuda"
+    side, many, few = (8192, 2**28, 2**23) if big else (64, 2**12, 2**12)
     a, b = (torch.randn(side, side, device=device).half() for _ in range(2))
     product = torch.empty_like(a)
-    matrix = 2 * side**3 / min(clock.median(lambda: torch.mm(a, b, out=product)) for _ in range(3))
-    x = torch.zeros(many, dtype=torch.uint8, device=device)
-    y = torch.empty_like(x)
-    moved = 2 * many / clock.median(lambda: y.copy_(x))
-    exps = 1e9  # some number, for a test of this file
-    if device == "cuda":
-        exps = exp2_per_second(torch.device("cuda"), clock.median)
-    return {"exp": exps, "matrix": matrix, "memory": moved}
+    matrix = 2 * side**3 / clock.replays(lambda: torch.mm(a, b, out=product))
+    found = {"matrix": matrix}
+    for name, size in (("memory", many), ("l2", few)):  # 16 MB there and back stay in L2
+        x = torch.zeros(size, dtype=torch.uint8, device=device)
+        y = torch.empty_like(x)
+        copy = clock.graph(lambda x=x, y=y: y.copy_(x))  # type: ignore[misc]
+        found[name] = 2 * size / clock.replays(copy)
+    found["exp"] = 1e9  # some number, for a test of this file
+    if big:
+        from flashmaps.kernels.rates import exp2_per_second
+
+        found["exp"] = exp2_per_second(torch.device("cuda"), clock.replays)
+    return found
 
 
 # The contestants.
@@ -161,7 +162,7 @@ def known_maps(inputs: Inputs, backend: str) -> list[fm.AttentionMap]:
     ]
 
 
-def in_bfloat16(run: Callable[[], Any]) -> Any:
+def in_bfloat16(run: Run) -> Any:
     """With torch's switch for products of float32 at "medium", which compositions follow."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
@@ -187,13 +188,10 @@ def half_map(query: Tensor, key: Tensor) -> Tensor:
     return total
 
 
-def chunked(operation: Operation, inputs: Inputs) -> Callable[[], Any] | None:
+def _chunked(operation: Operation, inputs: Inputs) -> Run:
     """Eager torch some rows at a time, for what needs only its own row."""
-    if operation.maps > 1 or operation.dense is None or operation.operand == "left":
-        return None
-    if operation.name in ("all columns", "pool to 1/4"):
-        return None
     dense = operation.dense
+    assert dense is not None
     query, key = inputs.pairs[0]
 
     def run() -> list[Any]:
@@ -203,53 +201,68 @@ def chunked(operation: Operation, inputs: Inputs) -> Callable[[], Any] | None:
     return run
 
 
-def contestants(
-    operation: Operation, inputs: Inputs, backends: tuple[str, ...], *, every: bool
-) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Everyone by name, ours first."""
-    for backend in backends:
-        yield (
-            f"flashmaps, {backend}",
-            lambda backend=backend: operation.lazy(inputs, *lazy_maps(inputs, backend)),
-        )
-        if operation is COMPOSED:
-            yield (
-                f"flashmaps, {backend}, products in bfloat16",
-                lambda backend=backend: in_bfloat16(
-                    lambda: operation.lazy(inputs, *lazy_maps(inputs, backend))
-                ),
-            )
-        if operation is FUSED:
-            known = known_maps(inputs, backend)
-            yield f"flashmaps, {backend}, lse given", lambda known=known: FUSED.lazy(inputs, *known)
-    dense = operation.dense
-    if dense is not None:
-        yield "eager", lambda: dense(inputs, *(eager_map(*pair) for pair in inputs.pairs))
-        if every:
-            compiled = torch.compile(eager_map, dynamic=False)
-            yield "compiled eager", lambda: dense(inputs, *(compiled(*p) for p in inputs.pairs))
-        in_chunks = chunked(operation, inputs)
-        if in_chunks is not None:
-            yield "chunked eager", in_chunks
-        if operation.operand == "":
-            yield (
-                "map in bfloat16, then reduce",
-                lambda: dense(inputs, *(half_map(*pair).float() for pair in inputs.pairs)),
-            )
+def _ours(backend: str, *, known: bool = False, bfloat16: bool = False) -> Rival:
+    def make(operation: Operation, inputs: Inputs) -> Run:
+        if known:
+            maps = known_maps(inputs, backend)
+            return lambda: operation.lazy(inputs, *maps)
+        if bfloat16:
+            return lambda: in_bfloat16(lambda: operation.lazy(inputs, *lazy_maps(inputs, backend)))
+        return lambda: operation.lazy(inputs, *lazy_maps(inputs, backend))
+
+    return make
+
+
+def _dense(make_map: Callable[[Tensor, Tensor], Tensor]) -> Rival:
+    def make(operation: Operation, inputs: Inputs) -> Run:
+        dense = operation.dense
+        assert dense is not None
+        return lambda: dense(inputs, *(make_map(*pair) for pair in inputs.pairs))
+
+    return make
+
+
+def _compiled(operation: Operation, inputs: Inputs) -> Run:
+    torch._dynamo.reset()  # or the shapes of another case would make it give up
+    return _dense(torch.compile(eager_map, dynamic=False))(operation, inputs)
+
+
+def _of_sdpa(kind: SDPBackend) -> Rival:
+    return lambda operation, inputs: lambda: _sdpa(inputs, kind)
+
+
+def _with_values(operation: Operation, inputs: Inputs) -> Run:
     query, key = inputs.pairs[0]
+    value = torch.zeros_like(key)
+    assert inputs.right is not None
+    value[..., : operation.columns] = inputs.right[:, None]
+    return lambda: scaled_dot_product_attention(query, key, value)[..., : operation.columns].mean(1)
+
+
+def contestants(operation: Operation, backends: tuple[str, ...]) -> dict[str, Rival]:
+    """Everyone by name, ours first."""
+    found: dict[str, Rival] = {}
+    for backend in backends:
+        found[f"flashmaps, {backend}"] = _ours(backend)
+        if operation is COMPOSED:
+            found[f"flashmaps, {backend}, products in bfloat16"] = _ours(backend, bfloat16=True)
+        if operation is FUSED:
+            found[f"flashmaps, {backend}, lse given"] = _ours(backend, known=True)
     for name, kind in SDPA.items():
-        yield name, lambda kind=kind: _sdpa(inputs, kind)
-    if operation.operand == "right" and inputs.right is not None:
-        value = torch.zeros_like(key)
-        value[..., : operation.columns] = inputs.right[:, None]
-        yield (
-            "SDPA with V = x",
-            lambda: scaled_dot_product_attention(query, key, value)[..., : operation.columns].mean(
-                1
-            ),
-        )
+        found[name] = _of_sdpa(kind)
+    if operation.dense is not None:
+        found["eager"] = _dense(eager_map)
+        if operation.operand == "":
+            found["map in bfloat16, then reduce"] = _dense(lambda *pair: half_map(*pair).float())
+        whole_columns = operation.name in ("all columns", "pool to 1/4")
+        if operation.maps == 1 and operation.operand != "left" and not whole_columns:
+            found["chunked eager"] = _chunked
+        found["compiled eager"] = _compiled
+    if operation.operand == "right":
+        found["SDPA with V = x"] = _with_values
     if operation.name in ("lse", "A @ x, C=3") and find_spec("pykeops") is not None:
-        yield "KeOps", _keops(operation, inputs)
+        found["KeOps"] = _keops
+    return found
 
 
 def _sdpa(inputs: Inputs, kind: SDPBackend) -> list[Tensor]:
@@ -274,63 +287,70 @@ def _keops(operation: Operation, inputs: Inputs) -> Callable[[], Any]:
     return lambda: scores().sumsoftmaxweight(LazyTensor(x), dim=2).mean(0)
 
 
-def measure(
-    operation: Operation,
-    shape: Shape,
-    dtype: torch.dtype,
-    backends: tuple[str, ...],
-    rates: dict[str, float],
-    clock: Clock,
-    *,
-    every: bool,
-) -> Case:
-    """One case: every contestant that can run."""
+def case_of(job: dict[str, Any]) -> tuple[Operation, Shape, torch.dtype]:
+    """The operation, shape and dtype that a job names."""
+    operation = next(each for each in OPERATIONS if each.name == job["operation"])
+    shape = TINY if job["shape"] == "tiny" else SHAPES[job["shape"]]
+    return operation, shape, getattr(torch, job["dtype"])
+
+
+def measure(job: dict[str, Any], clock: Clock) -> dict[str, Any]:
+    """One contestant of one case: ms, host_ms, mb; what bounds it, as counts.
+
+    Raises NoGraph where the job asks for a graph that cannot be captured.
+    """
+    operation, shape, dtype = case_of(job)
+    batch = job.get("batch", 1)
     inputs = on_device(operation.inputs(shape, dtype), clock.device)
+    if batch > 1:
+        pairs = tuple(tuple(x.repeat(batch, 1, 1, 1) for x in pair) for pair in inputs.pairs)
+        inputs = replace(inputs, pairs=pairs)
+    run = contestants(operation, tuple(job["backends"]))[job["by"]](operation, inputs)
+    run()  # compiles
+    run()
     moved = sum(t.numel() * t.element_size() for pair in inputs.pairs for t in pair)
     if operation.name == "to_dense":
-        moved += 4 * shape.queries * shape.keys
-    limits = {
-        "exp": operation.exps(shape) / rates["exp"] * 1e3,
-        "matrix": operation.flops(shape) / rates["matrix"] * 1e3,
-        "memory": moved / rates["memory"] * 1e3,
+        moved += 4 * batch * shape.queries * shape.keys
+    found: dict[str, Any] = {
+        "counts": {
+            "exp": batch * operation.exps(shape),
+            "matrix": batch * operation.flops(shape),
+            "memory": moved,
+        },
+        "host_ms": clock.host(run) * 1e3,
+        "mb": clock.memory(run),
     }
-    case = Case(operation.name, str(shape), str(dtype).removeprefix("torch."), limits)
-    found = contestants(operation, inputs, backends, every=every)
-    while True:
-        name = "the next contestant"
-        try:
-            name, run = next(found)
-            run()  # compiles
-            run()
-            replay = clock.graph(run)
-            call = clock.median(run)
-            seconds = call if replay is None else clock.median(replay)
-            row = Row(name, seconds * 1e3, call * 1e3, clock.memory(run))
-            row.of_limit = max(limits.values()) / row.ms if row.ms else None
-        except StopIteration:
-            break
-        except Exception as error:
-            row = Row(name, refusal=f"{type(error).__name__}: {str(error).splitlines()[:1]}"[:160])
-        case.rows.append(row)
-        replay = None
-        with contextlib.suppress(Exception):
-            torch.cuda.empty_cache()
-    return case
+    timed = clock.graph(run) if job.get("graph", True) else run
+    return {**found, "ms": clock.replays(timed) * 1e3, "graphed": job.get("graph", True)}
 
 
-# The order of importance: a run that is out of time leaves out the last ones.
-_HEADLINE = ("sd2-64", "sdxl-64", "flux", "text", "sd15-64", "sd2-96", "sd2-32", "wan")
+# The order of importance: a session that is out of time leaves out the last ones.
+_HEADLINE = (
+    ("sd2-64", 1), ("sd2-64", 8), ("sdxl-64", 1), ("flux", 1), ("text", 1), ("sd15-64", 1),
+    ("sd2-96", 1), ("sd2-32", 1), ("wan", 1),
+)  # fmt: skip
 
 
-def plan(quick: bool, only: str | None) -> list[tuple[Operation, Shape, torch.dtype]]:
-    """What to measure."""
-    half = torch.float16
-    found = [(FUSED, SHAPES["sd2-64"], half)]
+def jobs(backends: tuple[str, ...], *, quick: bool, device: str = "cuda") -> list[dict[str, Any]]:
+    """What to time: our statistics on the headline shapes and their rivals, then the rest."""
+    cases = [(FUSED, name, batch, "float16") for name, batch in _HEADLINE[: 5 if quick else None]]
     rest = [operation for operation in OPERATIONS if operation is not FUSED]
-    found += [(operation, SHAPES["sd2-64"], half) for operation in rest]
     if not quick:
-        found += [(FUSED, SHAPES[name], half) for name in _HEADLINE[1:]]
-        found += [(FUSED, SHAPES["sd2-64"], dtype) for dtype in (torch.bfloat16, torch.float32)]
-        found += [(FUSED, SHAPES["tokens-65536"], half)]
-        found += [(rest[0], SHAPES["flux"], half), (rest[1], SHAPES["flux"], half)]
-    return [each for each in found if only is None or only in each[0].name]
+        cases += [(operation, "sd2-64", 1, "float16") for operation in rest]
+        cases += [(FUSED, "sd2-64", 1, dtype) for dtype in ("bfloat16", "float32")]
+        cases += [(FUSED, "tokens-65536", 1, "float16"), (rest[0], "flux", 1, "float16")]
+    if device == "cpu":
+        cases = [(FUSED, "tiny", 1, "float16"), (rest[0], "tiny", 1, "float16")]
+    found = []
+    for operation, shape, batch, dtype in cases:
+        for by in contestants(operation, backends):
+            slow = by in ("compiled eager", "chunked eager")
+            if slow and (quick or device == "cpu"):
+                continue
+            found.append(
+                {
+                    "kind": "time", "operation": operation.name, "shape": shape, "batch": batch,
+                    "dtype": dtype, "by": by, "backends": list(backends), "graph": True,
+                }
+            )  # fmt: skip
+    return found

@@ -1,0 +1,123 @@
+"""benches/gpu/session.py where there is no GPU: that nothing of a card's minutes can be lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parents[1] / "benches/gpu/session.py"
+
+
+def run(out: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments, "--out", str(out)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+
+
+def test_without_a_gpu_it_says_that_there_is_none(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = run(tmp_path, "--quick")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "There is no GPU here that torch can see" in done.stdout
+    assert "make test" in done.stdout  # what can be done instead
+
+
+def test_a_part_that_is_not_there_is_named(tmp_path: Path) -> None:
+    done = run(tmp_path, "tests")
+    assert done.returncode == 2 and "choose from smoke, check, time" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """One session in which a job crashes, one hangs, one is wrong, and one spoils its process."""
+    pytest.importorskip("triton")
+    out = tmp_path_factory.mktemp("session")
+    plants = [word for what in ("crash", "hang", "wrong", "spoil") for word in ("--plant", what)]
+    begin = time.monotonic()
+    done = run(
+        out, "check", "time", "--device", "cpu", "--backend", "triton", "--only", "lse",
+        "--workers", "1", "--budget", "200", "--each", "25", *plants, TRITON_INTERPRET="1",
+    )  # fmt: skip
+    return done, out, time.monotonic() - begin
+
+
+def test_what_crashes_hangs_or_is_wrong_is_recorded(planted: Any) -> None:
+    done, out, _ = planted
+    assert done.returncode == 1, done.stdout + done.stderr
+    found = {line["what"]: line for line in lines(out / "check.jsonl") if "what" in line}
+    assert "ended with status -11" in found["crash"]["lost"]
+    assert "it hung for" in found["hang"]["lost"]
+    assert found["wrong"]["error"].endswith("off by one")
+    assert "illegal memory access" in found["spoil"]["error"] and found["spoil"]["spoiled"]
+
+
+def test_it_costs_the_others_nothing(planted: Any) -> None:
+    _, out, seconds = planted
+    checks = [line for line in lines(out / "check.jsonl") if line["kind"] == "check"]
+    assert [line["operation"] for line in checks] == ["lse"]
+    assert checks[0]["error"] is None and not checks[0]["refused"]
+    timed = [line for line in lines(out / "time.jsonl") if line["by"] == "flashmaps, triton"]
+    assert timed and timed[0]["ms"] > 0 and timed[0]["host_ms"] > 0
+    assert seconds < 260  # the budget, and what the processes need to start
+
+
+def test_the_tables_say_so(planted: Any) -> None:
+    _, out, _ = planted
+    (file,) = out.glob("*.json")
+    found = json.loads(file.read_text("utf-8"))
+    assert found["checks"] == {"triton": {"passed": 1}} and found["wrong"] == []
+    assert {line["by"] for line in found["times"]} >= {"flashmaps, triton", "SDPA, flash"}
+    assert "| lse, tiny x 1, float16 |" in file.with_suffix(".md").read_text("utf-8")
+
+
+def test_a_job_that_waits_for_none_is_not_begun_after_the_end(tmp_path: Path) -> None:
+    sys.path.insert(0, str(SCRIPT.parent))
+    try:
+        import hands
+    finally:
+        sys.path.remove(str(SCRIPT.parent))
+    program = "import sys, time; print('{}', flush=True)\nfor _ in sys.stdin: time.sleep(60)"
+    told: list[dict[str, Any]] = []
+    begin = time.monotonic()
+    left = hands.run(
+        [{"job": 1}, {"job": 2}, {"job": 3}], [sys.executable, "-c", program], tmp_path / "x.jsonl",
+        workers=1, seconds=3.0, each=60.0, tell=told.append,
+    )  # fmt: skip
+    assert left == 2 and [line["job"] for line in told] == [1]
+    assert told[0]["lost"] == "the seconds of this part were over"
+    assert time.monotonic() - begin < 30
+
+
+def test_it_runs_from_a_bare_checkout(tmp_path: Path) -> None:
+    """Nothing installed, another folder: `import flashmaps.kernels` by tree.py alone."""
+    program = (
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)]\n"
+        f"sys.path.insert(0, {str(SCRIPT.parent)!r}); import tree; tree.use()\n"
+        "import flashmaps.kernels, flashmaps; print(flashmaps.kernels.__file__, flashmaps.__file__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    root = SCRIPT.parents[2]
+    assert done.stdout.split() == [
+        str(root / "kernels/__init__.py"),
+        str(root / "python/flashmaps/__init__.py"),
+    ]
