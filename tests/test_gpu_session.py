@@ -53,7 +53,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Any:
     begin = time.monotonic()
     done = run(
         out, "check", "time", "--device", "cpu", "--backend", "triton", "--only", "lse",
-        "--workers", "1", "--budget", "200", "--each", "25", *plants, TRITON_INTERPRET="1",
+        "--workers", "1", "--budget", "600", "--each", "90", *plants, TRITON_INTERPRET="1",
     )  # fmt: skip
     return done, out, time.monotonic() - begin
 
@@ -75,7 +75,7 @@ def test_it_costs_the_others_nothing(planted: Any) -> None:
     assert checks[0]["error"] is None and not checks[0]["refused"]
     timed = [line for line in lines(out / "time.jsonl") if line["by"] == "flashmaps, triton"]
     assert timed and timed[0]["ms"] > 0 and timed[0]["host_ms"] > 0
-    assert seconds < 260  # the budget, and what the processes need to start
+    assert seconds < 720  # the budget, and what the processes need to start
 
 
 def test_the_tables_say_so(planted: Any) -> None:
@@ -102,7 +102,7 @@ def test_a_job_that_waits_for_none_is_not_begun_after_the_end(tmp_path: Path) ->
     )  # fmt: skip
     assert left == 2 and [line["job"] for line in told] == [1]
     assert told[0]["lost"] == "the seconds of this part were over"
-    assert time.monotonic() - begin < 30
+    assert time.monotonic() - begin < 55  # less than what the job would have taken
 
 
 def test_it_runs_from_a_bare_checkout(tmp_path: Path) -> None:

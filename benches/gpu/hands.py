@@ -33,7 +33,7 @@ class Hand:
         start = time.monotonic()
         if self.process is None or self.process.poll() is not None:
             self._start()
-            if self._line(min(START, max(limit, 20.0))) is None:
+            if self._line(START) is None:
                 self.stop()
                 return {"lost": "the worker did not start; see workers.log"}
         assert self.process is not None and self.process.stdin is not None
@@ -106,7 +106,7 @@ def run(
         file: takes one line of JSON for each job: the job and its answer.
         workers: how many at once.
         seconds: for all of it. No worker lives on when this returns.
-        each: the most seconds that a job may take.
+        each: the most seconds that a job may take, unless it has a "limit" of its own.
         tell: is called with each line as it is written.
     """
     waiting: queue.Queue[Job] = queue.Queue()
@@ -123,7 +123,7 @@ def run(
                     job = waiting.get_nowait()
                 except queue.Empty:
                     return
-                line = {**job, **hand.ask(job, min(each, left))}
+                line = {**job, **hand.ask(job, min(job.get("limit", each), left))}
                 if "lost" in line and deadline - time.monotonic() <= 0:
                     line["lost"] = "the seconds of this part were over"
                 if again := line.pop("again", None):

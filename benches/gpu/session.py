@@ -105,7 +105,10 @@ class Session:
                 "smoke": self._smoke, "check": self._check, "time": self._time, "tune": self._tune,
                 "profile": self._profile,
             }  # fmt: skip
-            jobs = [{"kind": "planted", "what": what} for what in self.options.plant]
+            jobs: list[hands.Job] = [
+                {"kind": "planted", "what": what, **({"limit": 3.0} if what == "hang" else {})}
+                for what in self.options.plant
+            ]
             self._do(part, jobs + makers[part](), share * self.left())
             self.options.plant = []
             self._report()
