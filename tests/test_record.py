@@ -78,8 +78,7 @@ def test_the_mean_over_steps_takes_constant_memory_and_is_the_mean(sd2):
     assert len(each) == 4 * len(mean) == 4 * 10
     for entry in mean:
         passes = each.select(entry.layer)
-        assert (entry.count, entry.step) == (4, 3)
-        assert entry.timestep == passes[-1].timestep
+        assert (entry.count, entry.step, entry.timestep) == (4, None, None)
         for name in ("entropy", "max", "column_sum", "density", "pool"):
             close(getattr(entry, name), torch.stack([getattr(e, name) for e in passes]).mean(0))
         assert torch.equal(entry.argmax, passes[-1].argmax)  # indices do not average

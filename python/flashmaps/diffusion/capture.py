@@ -16,7 +16,6 @@ import contextlib
 import sys
 import threading
 import warnings
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -31,11 +30,11 @@ from flashmaps.diffusion.compiled import (
     uncompiled,
 )
 from flashmaps.diffusion.entry import Entry
+from flashmaps.diffusion.guidance import GUIDANCE, UNTOLD, Passes
 from flashmaps.diffusion.layouts import (
     KINDS,
     Forward,
     called_with,
-    guides_in_two_passes,
     image_tokens,
     layout,
     rotary,
@@ -44,7 +43,6 @@ from flashmaps.diffusion.layouts import (
 )
 from flashmaps.diffusion.observe import (
     AttentionCall,
-    ContextWatch,
     Listener,
     ProcessorCall,
     attach,
@@ -52,10 +50,9 @@ from flashmaps.diffusion.observe import (
     choose_layers,
     detach,
     find_layers,
+    image_prompt,
     key_mask,
     refuse_unobservable,
-    unwatch_context,
-    watch_context,
 )
 from flashmaps.diffusion.record import Record
 from flashmaps.diffusion.recorder import Recorder
@@ -63,18 +60,6 @@ from flashmaps.diffusion.selection import of_guidance, resolutions, whole_number
 from flashmaps.maps.grids import Grid
 
 __all__ = ["Entry", "Record", "capture", "denoisers", "find_layers"]
-
-GUIDANCE = ("conditional", "unconditional")
-
-# Which part of guidance a forward pass is, by its name: that of its cache context, or, where the
-# pipeline gives it none, ours for a further pass of a step.
-_AGAIN, _SKIPS = "the same latents again", "with layers skipped"
-_PASSES = {
-    "cond": "conditional",
-    "uncond": "unconditional",
-    _AGAIN: "unconditional",
-    _SKIPS: "other",
-}
 
 
 class capture:
@@ -95,9 +80,11 @@ class capture:
             pass; ``reduce=("entropy", "argmax", "density", ...)`` keeps for each layer the mean of
             these statistics over passes, and ``keep="statistics"`` with it those of each pass.
         guidance: with classifier-free guidance, record only the ``"conditional"`` or the
-            ``"unconditional"`` half. A run without guidance is conditional. Guidance is told from
-            the pipeline, which must be the one that runs, and from the batch holding the same
-            latents twice; docs/models.md has the exceptions.
+            ``"unconditional"`` part. A run without guidance is conditional. Guidance is told from
+            the pipeline, which must be the one that runs (or its guider), and from the batch
+            holding the same latents twice; docs/models.md has the exceptions.
+        batch: the parts of guidance that a batch holds, in order, where the pipeline does not tell:
+            ``("unconditional", "conditional")``. Names are free; the batch divides by them evenly.
         dtype, device: convert the recorded Q and K, for instance ``device="cpu"``.
 
     Yields a :class:`Record`. Forward passes in the thread that entered are recorded, those of other
@@ -126,10 +113,10 @@ class capture:
         pool_to: Grid = (16, 16),
         block: str | None = None,
         guidance: str | None = None,
+        batch: Iterable[str] | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        self._pipe = pipe_or_model
         self._given = denoisers(pipe_or_model)
         self._models = {name: uncompiled(model) for name, model in self._given.items()}
         compiled_modules(self._given.values())  # refuses CUDA graphs
@@ -148,14 +135,13 @@ class capture:
             keep=keep, reduce=reduce, pool_to=pool_to, block=block, dtype=dtype, device=device
         )
         self._thread: int | None = None
-        self._step = -1
-        self._passes: set[str | None] = set()  # of the step, by name: see `_name`
-        self._shown: tuple[Any, Any] = (None, None)  # last: latents (a weak reference), timestep
-        self._contexts: dict[nn.Module, ContextWatch | None] = {}
+        self._passes = Passes(
+            pipe_or_model, self._models.values(), asked=guidance is not None, batch=batch
+        )
         self._forward: Forward | None = None
         self._grid_of: tuple[Any, dict[str, Any]] = (None, {})
         # What happened, to say why nothing was recorded.
-        self._recorded = self._ran = self._ran_elsewhere = False
+        self._recorded = self._ran = self._ran_elsewhere = self._untold = False
         self._seen: Counter[str] = Counter()
         self._undo = contextlib.ExitStack()
         self._stand_ins: dict[str, Any] = {}
@@ -182,10 +168,9 @@ class capture:
                 outside(self._before_forward), with_kwargs=True
             )
             after = model.register_forward_hook(outside(self._after_forward), always_call=True)
-            self._contexts[model] = watch_context(model, self)
             self._undo.callback(before.remove)
             self._undo.callback(after.remove)
-            self._undo.callback(unwatch_context, model, self)
+        self._passes.watch(self, self._undo)
         for name, layer in self._layers.items():
             listener = Listener(self, name, self._is_wanted, self._observe)
             put = attach_traceable if layer in compiled else attach
@@ -200,17 +185,17 @@ class capture:
     def __exit__(self, *exception: object) -> None:
         self._undo.close()
         self._stand_ins.clear()
-        self._contexts.clear()
         self._compiled.clear()
         self._thread = self._forward = None
         self._grid_of = (None, {})
-        self._shown = (None, None)
         self._recorder.end()
         if not any(exception) and not self._recorded and (why := self._why_nothing()):
             warnings.warn(f"nothing was recorded: {why}", stacklevel=2)
 
     def _why_nothing(self) -> str | None:
         """Why there are no entries; None where the model did not run."""
+        if self._untold:
+            return UNTOLD
         if self._seen:
             seen = ", ".join(f"{count} of kind {what}" for what, count in self._seen.items())
             return (
@@ -218,8 +203,8 @@ class capture:
             )
         if self._ran:
             return "the model ran, but none of the chosen layers did"
-        if self._step >= 0:
-            return f"the model ran {self._step + 1} steps, of which steps= chose none"
+        if self._passes.step >= 0:
+            return f"the model ran {self._passes.step + 1} steps, of which steps= chose none"
         if self._ran_elsewhere:
             return "the model ran in another thread than the one that entered the capture"
         return None
@@ -230,7 +215,7 @@ class capture:
     # -- the model's forward passes ----------------------------------------------------------------
 
     def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        if model not in self._contexts:  # a copy that was made within
+        if model not in self._passes:  # a copy that was made within
             return
         if threading.get_ident() != self._thread:
             self._ran_elsewhere = True
@@ -245,15 +230,9 @@ class capture:
                     "their pag_applied_layers: choose other layers)"
                 )
         given = called_with(model, args, kwargs)
-        # A step may have several passes, each with a name; one without a name begins a step.
-        called = self._name(model, given)
-        ours = called in (_AGAIN, _SKIPS)
-        another = called not in self._passes and (ours or None not in self._passes | {called})
-        if not (self._passes and another):
-            self._step += 1
-            self._passes = set()
-        self._passes.add(called)
-        if not self._wanted_step(self._step):
+        guidance, batch = self._passes.begin(model, given)
+        step = self._passes.step
+        if not self._wanted_step(step):
             self._forward = None
             return
         self._ran = True
@@ -261,16 +240,17 @@ class capture:
         if isinstance(timestep, Tensor):  # a copy: the pipeline's own would keep all of them alive
             timestep = timestep.detach().flatten()[:1].clone()
         self._forward = Forward(
-            step=self._step,
+            step=step,
             timestep=timestep,
             text=text_tokens(given),
-            guidance=self._guidance_of(model, given, called),
+            guidance=guidance,
+            batch=batch,
             **self._image_tokens(model, given),
         )
 
     def _after_forward(self, model: nn.Module, args: tuple, output: Any) -> None:
         # Gradient checkpointing runs layers a second time, in backward: that is not recorded.
-        if threading.get_ident() == self._thread and model in self._contexts:
+        if threading.get_ident() == self._thread and model in self._passes:
             self._forward = None
 
     def _image_tokens(self, model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
@@ -280,42 +260,6 @@ class capture:
         if self._grid_of[0] is not ids:  # reading ids makes a GPU wait: once for each image
             self._grid_of = (ids, image_tokens(model, given))
         return self._grid_of[1]
-
-    def _name(self, model: nn.Module, given: dict[str, Any]) -> str | None:
-        """What tells this pass from others of its step; None: nothing does."""
-        watch = self._contexts[model]
-        if watch is not None and watch.name is not None:
-            return watch.name
-        if given.get("skip_layers"):  # SD3's skip-layer guidance
-            return _SKIPS
-        # Many pipelines with two passes do not name them (image to image, Kontext, ControlNet).
-        if isinstance(self._pipe, nn.Module) or not guides_in_two_passes(model):
-            return None
-        latents, timestep = given.get("hidden_states"), given.get("timestep")
-        last, before = self._shown
-        again = last is not None and last() is latents and _equal(timestep, before)
-        self._shown = (weakref.ref(latents), timestep) if isinstance(latents, Tensor) else (None, 0)
-        return _AGAIN if again else None
-
-    def _guidance_of(self, model: nn.Module, given: dict[str, Any], name: str | None) -> str | None:
-        """Which part of guidance this pass is; None: no guidance, or none that is known of."""
-        if name in _PASSES:
-            return _PASSES[name]
-        is_pipe = not isinstance(self._pipe, nn.Module)
-        if is_pipe and name is None and guides_in_two_passes(model):
-            return "conditional"
-        # Properties of a pipeline that never ran raise AttributeError.
-        told = getattr(self._pipe, "do_classifier_free_guidance", None)
-        perturbs = getattr(self._pipe, "do_perturbed_attention_guidance", False)
-        if perturbs or (told and hasattr(self._pipe, "image_guidance_scale")):
-            return "other"
-        no = told is not None and not told  # not `is False`: a numpy scale makes a numpy bool
-        asks = self._guidance is not None or is_pipe
-        latent = given.get("sample", given.get("hidden_states"))
-        if no or not asks or not isinstance(latent, Tensor) or len(latent) % 2:
-            return None
-        first, second = latent.detach().chunk(2)  # both halves start from the same latents
-        return "both" if torch.equal(first, second) else None
 
     # -- the layers --------------------------------------------------------------------------------
 
@@ -336,6 +280,8 @@ class capture:
         if self._grids is not None and found.grid not in self._grids:
             return
         mask, alike = key_mask(attention.mask, query.shape[0])
+        prompted = found.kind == "image_prompt"
+        adapter, picture = image_prompt(call, index) if prompted else (None, None)
         entry = Entry(
             layer=layer,
             step=at.step,
@@ -348,6 +294,10 @@ class capture:
             queries=found.queries,
             keys=found.keys,
             guidance=at.guidance,
+            batch=at.batch,
+            call=index,
+            adapter=adapter,
+            adapter_image=picture,
             causal=attention.causal,
             rotary=rotary(call.processor, call.arguments, tokens, query.shape[-1]),
             rotated=rotates(call.arguments) and found.kind != "image_prompt",
@@ -356,6 +306,7 @@ class capture:
             _timestep=at.timestep,
         )
         chosen = entry if self._guidance is None else of_guidance(entry, self._guidance)
+        self._untold = self._untold or (chosen is None and at.guidance == "unknown")
         if chosen is not None:
             self._recorder.take(chosen)
             self._recorded = self._recorded or len(self._recorder.record) > 0
@@ -383,12 +334,6 @@ def denoisers(pipe_or_model: Any) -> dict[str, nn.Module]:
             f"got {type(pipe_or_model).__name__}"
         )
     return found
-
-
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return torch.equal(one, other)
-    return type(one) is type(other) and bool(one == other)
 
 
 def _never() -> bool:

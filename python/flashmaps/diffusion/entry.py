@@ -26,7 +26,8 @@ class Entry:
     Attributes:
         layer: full name, such as ``up_blocks.1.attentions.0.transformer_blocks.0.attn1``.
         step: index of the denoising step, counted from 0 since the capture began. Where guidance
-            takes two forward passes (Flux, Wan), both belong to one step.
+            takes several forward passes (Flux, Wan, guiders), all belong to one step. None for a
+            mean over passes, which has no step and no timestep.
         kind: ``"self"``, ``"cross"`` (keys are text), ``"joint"`` (image and text in one sequence)
             or ``"image_prompt"`` (keys are an image prompt: IP-Adapter, image-to-video).
         query: ``[B, H, N, d]``; key: ``[B, H, M, d]``, as the attention saw them; None where only
@@ -36,10 +37,17 @@ class Entry:
         queries, keys: token ranges by name: ``"image"``, ``"text"``, ``"reference"`` (further
             images in the sequence), ``"image_prompt"``; keys also ``"other"`` and ``"source"``
             (of another image of the batch, see :class:`flashmaps.CrossSelfAttnProcessor`).
-        guidance: ``"both"`` where the batch is [unconditional, conditional]; ``"conditional"`` or
-            ``"unconditional"`` where each has a pass of its own; ``"other"``: neither, as SD3's
-            skip-layer pass is, or more than the two, as the three parts of perturbed attention
-            guidance (PAG) and of InstructPix2Pix are; None: no guidance, or none that is known of.
+        guidance: ``"conditional"`` or ``"unconditional"`` where each has a pass of its own;
+            ``"both"`` where the batch holds these two halves, ``"several"`` where it holds other
+            parts (perturbed attention guidance, InstructPix2Pix); ``"other"`` for a further pass
+            (with layers skipped, perturbed, without the sound of a video); ``"unknown"`` where the
+            pipeline guides, but which part this is cannot be told; None: no guidance, or none that
+            is known of.
+        batch: the equal parts that the batch holds, in order, as far as they are known:
+            ``("unconditional", "conditional")``, ``("conditional", "image", "unconditional")``.
+        call: which attention of the layer's pass this is; image prompts come after the text.
+        adapter, adapter_image: index of the IP-Adapter whose image prompt this is, and of the image
+            where each has a mask and is attended to by itself; None: none, or not known.
         statistics: by name, batch first; each is an attribute too: ``entry.entropy``.
         count: forward passes that the statistics are the mean of. Indices (argmax) do not average:
             they are those of the last pass.
@@ -48,7 +56,7 @@ class Entry:
     """
 
     layer: str
-    step: int
+    step: int | None
     kind: str
     query: Any  # Tensor [B, H, N, d], or None
     key: Any  # Tensor [B, H, M, d], or None
@@ -58,6 +66,10 @@ class Entry:
     queries: Mapping[str, slice] = field(default_factory=dict)
     keys: Mapping[str, slice] = field(default_factory=dict)
     guidance: str | None = None
+    batch: tuple[str, ...] = ()
+    call: int = 0
+    adapter: int | None = None
+    adapter_image: int | None = None
     causal: bool = False
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
     count: int = 1
@@ -107,30 +119,46 @@ class Entry:
         return slice(start, start + size)
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of guidance that this entry holds; empty where none is known of."""
+        if self.batch:
+            return self.batch
+        if self.guidance == "both":
+            return ("unconditional", "conditional")
+        return (self.guidance,) if self.guidance in ("conditional", "unconditional") else ()
+
+    @property
     def conditional(self) -> Entry:
-        """The half of the batch that saw the prompt; the whole where there was no guidance."""
-        return self if self.guidance in (None, "conditional") else self._half("conditional")
+        """The part of the batch that saw the prompt; the whole where there was no guidance."""
+        return self if self.guidance is None else self.part("conditional")
 
     @property
     def unconditional(self) -> Entry:
-        """The half of the batch that did not see the prompt (or saw the negative prompt)."""
-        return self if self.guidance == "unconditional" else self._half("unconditional")
+        """The part of the batch that did not see the prompt (or saw the negative prompt)."""
+        return self.part("unconditional")
 
-    def _half(self, which: str) -> Entry:
-        if self.guidance != "both":
-            raise ValueError(f"{self!r} has no {which} half: its guidance is {self.guidance!r}")
-        second = which == "conditional"
+    def part(self, which: str) -> Entry:
+        """One part of guidance, by its name in :attr:`parts`, such as "perturbed"."""
+        if self.guidance == which:
+            return self
+        if which not in self.parts:
+            why = f"it holds {', '.join(self.parts)}" if self.parts else _no_parts(self.guidance)
+            raise ValueError(f"{self!r} has no {which} part: {why}")
+        count, index = len(self.parts), self.parts.index(which)
 
         def half(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.chunk(2)[second]
+            return None if x is None else x.unflatten(0, (count, -1))[index]
 
         return dataclasses.replace(
             self,
             guidance=which,
+            batch=(),
             query=half(self.query),
             key=half(self.key),
             lse=half(self.lse),
-            statistics={name: x.chunk(2)[second] for name, x in self.statistics.items()},
+            statistics={
+                name: x.unflatten(0, (count, -1))[index] for name, x in self.statistics.items()
+            },
             _mask=half(self._mask),
         )
 
@@ -250,15 +278,25 @@ class Entry:
         return tensor
 
     def __repr__(self) -> str:
-        parts = [self.layer, self.kind, f"step={self.step}", f"timestep={self.timestep}"]
+        parts = [self.layer, self.kind]
+        if self.step is not None:
+            parts += [f"step={self.step}", f"timestep={self.timestep}"]
         parts.append(f"grid={self.grid}")
         if self.guidance is not None:
             parts.append(f"guidance={self.guidance!r}")
+        if self.adapter is not None:
+            parts.append(f"adapter={self.adapter}")
         if self.query is not None and self.key is not None:
             parts += [f"query={tuple(self.query.shape)}", f"key={tuple(self.key.shape)}"]
         if self.statistics:
             parts.append(f"statistics=({', '.join(self.statistics)}), count={self.count}")
         return f"Entry({', '.join(parts)})"
+
+
+def _no_parts(guidance: str | None) -> str:
+    if guidance == "unknown":
+        return "its pipeline guides, but which part is which cannot be told; capture with batch="
+    return f"its guidance is {guidance!r}"
 
 
 def _grid_of(part: slice, grid: Grid | None, parts: Mapping[str, slice]) -> Grid | None:

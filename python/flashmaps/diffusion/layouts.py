@@ -60,9 +60,8 @@ class Forward:
         levels: whether layers may run on coarser grids (UNets), each half of the last.
         tokens: image tokens of the finest level, those without a grid (reference images) included.
         text: text tokens, None without text.
-        guidance: "both" (unconditional half, conditional half), "conditional", "unconditional",
-            "other" (see `flashmaps.diffusion.entry.Entry`), or None: no guidance, or none that is
-            known of.
+        guidance, batch: which part of guidance this is, or which parts its batch holds; see
+            `flashmaps.diffusion.record.Entry`.
     """
 
     step: int
@@ -73,6 +72,7 @@ class Forward:
     tokens: int | None = None
     text: int | None = None
     guidance: str | None = None
+    batch: tuple[str, ...] = ()
 
 
 def called_with(model: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:

@@ -144,6 +144,34 @@ class ProcessorCall:
     arguments: dict[str, Any]
 
 
+def image_prompt(call: ProcessorCall, index: int) -> tuple[int | None, int | None]:
+    """Of the ``index``-th attention of a call: which IP-Adapter it is for, and which of its images.
+
+    (None, None) where that is not known: another processor, or what compiled code does not tell.
+    The image is None where all images of the adapter are attended to at once.
+    """
+    count = index - 1  # the text, or the joint sequence, comes first
+    if call.processor == "SD3IPAdapterJointAttnProcessor2_0":
+        return 0, None
+    if call.processor == "FluxIPAdapterAttnProcessor" and count >= 0:
+        return count, None
+    if call.processor != "IPAdapterAttnProcessor2_0" or count < 0 or call.context == ():
+        return None, None
+    # As it attends: not for adapters of scale zero; with masks, for each image by itself.
+    scales: Any = getattr(call.attn.processor, "scale", ())
+    masks = call.arguments.get("ip_adapter_masks")
+    masks = [None] * len(scales) if masks is None else masks
+    if isinstance(masks, Tensor):  # [adapters, 1, height, width]
+        masks = list(masks.unsqueeze(1))
+    calls: list[tuple[int, int | None]] = []
+    for adapter, (scale, mask) in enumerate(zip(scales, masks, strict=False)):
+        if all(each == 0 for each in (scale if isinstance(scale, list) else [scale])):
+            continue
+        images = [None] if mask is None else range(mask.shape[1])
+        calls += [(adapter, image) for image in images]
+    return calls[count] if count < len(calls) else (None, None)
+
+
 @dataclass(frozen=True)
 class Listener:
     """One capture's interest in one layer."""

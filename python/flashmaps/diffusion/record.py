@@ -51,10 +51,14 @@ class Record(Sequence[Entry]):
         kind: str | None = None,
         resolution: Any = None,
         guidance: str | None = None,
+        adapter: int | None = None,
     ) -> Record:
         """The entries that match all that is given; see :class:`flashmaps.capture` for the values.
 
-        ``guidance="conditional"`` takes that half of entries that hold both.
+        ``guidance="conditional"`` takes that part of entries that hold several; ``adapter`` is the
+        index of an IP-Adapter.
+
+        Raises ValueError for ``step`` where a matching entry is a mean over steps.
         """
         steps = None if step is None else whole_numbers("step", step)
         sizes = None if resolution is None else resolutions(resolution)
@@ -62,12 +66,21 @@ class Record(Sequence[Entry]):
             entry
             for entry in self._entries
             if (layers is None or matches(entry.layer, patterns(layers)))
-            and (steps is None or entry.step in steps)
             and (kind is None or entry.kind == kind)
             and (sizes is None or entry.grid in sizes)
+            and (adapter is None or entry.adapter == adapter)
         ]
         if guidance is not None:
             chosen = [half for entry in chosen if (half := of_guidance(entry, guidance))]
+        if steps is not None:
+            for entry in chosen:
+                if entry.step is None:
+                    raise ValueError(
+                        f"layer {entry.layer!r} holds the mean over {entry.count} passes, which "
+                        "has no step; capture with keep='statistics' to have the statistics of "
+                        "each step, or with keep='qk' for its Q and K"
+                    )
+            chosen = [entry for entry in chosen if entry.step in steps]
         return Record(chosen)
 
     def map(

@@ -15,6 +15,7 @@ from flashmaps.files import whole_file
 
 _FORMAT = "flashmaps record 1"
 _PLAIN = ("layer", "step", "kind", "scale", "grid", "frames", "guidance", "causal", "count")
+_NEWER = ("batch", "call", "adapter", "adapter_image")  # absent from older files
 _TENSORS = ("query", "key", "lse", "_mask", "_mask_alike")
 
 
@@ -61,7 +62,7 @@ def _as_json(
         tensors[name] = tensor if whole else tensor.clone()  # safetensors refuses shared storage
         return name
 
-    row: dict[str, Any] = {name: getattr(entry, name) for name in _PLAIN}
+    row: dict[str, Any] = {name: getattr(entry, name) for name in (*_PLAIN, *_NEWER)}
     row |= {"timestep": entry.timestep, "rotated": entry.rotated}
     for name in ("queries", "keys"):
         row[name] = {part: [at.start, at.stop] for part, at in getattr(entry, name).items()}
@@ -83,6 +84,8 @@ def _as_json(
 
 def _from_json(row: dict[str, Any], tensors: Mapping[str, Tensor]) -> Entry:
     values: dict[str, Any] = {name: row[name] for name in (*_PLAIN, "rotated")}
+    values |= {name: row[name] for name in _NEWER if name in row}
+    values["batch"] = tuple(values.get("batch", ()))
     values["grid"] = None if row["grid"] is None else tuple(row["grid"])
     values["_timestep"] = row["timestep"]
     for name in ("queries", "keys"):

@@ -95,8 +95,8 @@ class Recorder:
         )
         if self.keep == "statistics":
             self.record._entries.append(entry)
-        else:
-            self._accumulate(entry)
+        else:  # an average over steps has none
+            self._accumulate(dataclasses.replace(entry, step=None, _timestep=None))
 
     def _reduce(self, entry: Entry) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -181,7 +181,10 @@ class Recorder:
 def _mean_of(entry: Entry) -> tuple[Any, ...]:
     """What entries have in common whose statistics are averaged."""
     shapes = tuple((name, x.shape) for name, x in entry.statistics.items())
-    return (entry.layer, entry.kind, entry.guidance, entry.grid, entry.frames, shapes)
+    # Of one layer several calls may be image prompts; which adapter is called when may change.
+    call = entry.call if entry.adapter is None else (entry.adapter, entry.adapter_image)
+    guidance = entry.guidance, entry.batch
+    return (entry.layer, entry.kind, call, *guidance, entry.grid, entry.frames, shapes)
 
 
 def _checked(name: str, statistic: Any, batch: int) -> Tensor:

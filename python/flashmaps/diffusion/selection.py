@@ -62,10 +62,8 @@ def resolutions(value: Any) -> set[Grid]:
 
 
 def of_guidance(entry: Entry, which: str) -> Entry | None:
-    """The wanted half of an entry; None if it belongs to the other half."""
+    """The wanted part of an entry; None if it has none."""
     if entry.guidance is None:  # named, so that its statistics join those of guided steps
         named = dataclasses.replace(entry, guidance="conditional")
         return named if which == "conditional" else None
-    if entry.guidance == "both":
-        return getattr(entry, which)
-    return entry if entry.guidance == which else None
+    return entry.part(which) if which in entry.parts else None
