@@ -6,8 +6,10 @@ Importing this package never imports triton: `backend` does, when something runs
 | --- | --- |
 | `tile` | the tile of the mean map, which all kernels share |
 | `reducers` | what each statistic makes of a tile |
-| `passes` | the kernels |
-| `launches` | which kernels a request takes, in which tiles |
+| `kernel_lse`, `kernel_reduce`, `kernel_return` | the kernels |
+| `run`, `views` | a launch and what it may allocate; a map as kernels are told of it |
+| `launch_lse`, `launch_reduce`, `launch_topk`, `launch_return` | launches of them, in which tiles |
+| `launches` | which of them a request takes |
 | `composing` | the same for compositions |
 | `settings`, settings.json | the tiles of each architecture |
 | `backend` | `supports` and `reduce`, what all backends have |

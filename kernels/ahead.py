@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 from flashmaps.kernels.composing import compose
-from flashmaps.kernels.launches import Launch, Run, reduce
+from flashmaps.kernels.launches import reduce
+from flashmaps.kernels.run import Launch, Run
 from flashmaps.kernels.settings import Settings, settings_of
 from flashmaps.maps.problem import Problem, Request
 from torch import Tensor

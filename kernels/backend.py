@@ -6,6 +6,7 @@ import threading
 
 import torch
 from flashmaps.kernels import INTERPRETING, unavailable_reason
+from flashmaps.maps.gpu import passes_of
 from flashmaps.maps.problem import Cost, Problem, Request, cost_of
 from torch import Tensor
 
@@ -56,20 +57,17 @@ def plan(problem: Problem, request: Request) -> Cost:
     device = problem.query.device
     here = settings_here(torch.device("cuda") if device.type == "meta" else device)
     found, workspace = launches.dry_run(problem, request, here)
-    scores = sum(launch.scores for launch in found)
-    back = request.partner
-    if back is not None and "return_probability" in request.names:
-        scores -= back.batch * back.heads * back.num_queries * back.num_keys
-    of_map = problem.batch * problem.heads * problem.num_queries * problem.num_keys
-    return cost_of(problem, request, passes=round(scores / of_map), workspace=workspace)
+    passes = passes_of(problem, request, sum(launch.scores for launch in found))
+    return cost_of(problem, request, passes=passes, workspace=workspace)
 
 
 def reduce(problem: Problem, request: Request) -> dict[str, Tensor]:
     """Every requested field; see `reference.reduce` for what each one is."""
     from flashmaps.kernels import launches
+    from flashmaps.kernels.run import run_for
     from flashmaps.kernels.settings import settings_here
 
-    run = launches.run_for(request, settings_here(problem.query.device))
+    run = run_for(request, settings_here(problem.query.device))
     if problem.query.is_cuda:
         with torch.cuda.device(problem.query.device):
             outputs = launches.reduce(problem, request, run)
@@ -107,10 +105,11 @@ def plan_compose(first: Problem, second: Problem, request: Request) -> Cost:
 
 def compose(first: Problem, second: Problem, request: Request) -> dict[str, Tensor]:
     """Statistics of the rows of A A', whose entries go from the product to the reducers."""
-    from flashmaps.kernels import composing, launches
+    from flashmaps.kernels import composing
+    from flashmaps.kernels.run import run_to_compose
     from flashmaps.kernels.settings import settings_here
 
-    run = launches.run_to_compose(request, settings_here(first.query.device))
+    run = run_to_compose(request, settings_here(first.query.device))
     if first.query.is_cuda:
         with torch.cuda.device(first.query.device):
             outputs = composing.compose(first, second, request, run)

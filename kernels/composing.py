@@ -9,25 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from flashmaps.kernels import passes
-from flashmaps.kernels.launches import (
-    _OPTIONAL,
-    _PART_BYTES,
-    _PARTS,
-    _ROW_STATISTICS,
-    Launch,
-    Run,
-    _combine,
-    _empty_parts,
-    _launch_reduce,
-    _on_meta,
-    _splits,
-    _View,
-    _with_lse,
-    run_to_compose,
-    some_maps,
-)
+from flashmaps.kernels.kernel_reduce import reduce_kernel
+from flashmaps.kernels.launch_lse import with_lse
+from flashmaps.kernels.launch_reduce import OPTIONAL, empty_parts, launch_combine, launch_reduce
+from flashmaps.kernels.run import Launch, Run, count_splits, run_to_compose
 from flashmaps.kernels.settings import Settings, Tiling
+from flashmaps.kernels.views import View
+from flashmaps.maps.gpu import PARTS, ROW_STATISTICS, on_meta, part_bytes
 from flashmaps.maps.problem import Problem, Request, empty_outputs
 from torch import Tensor
 
@@ -53,14 +41,14 @@ class Strips:
         """
         rows, inner, ends = first.num_queries, first.num_keys, second.num_keys
         tiling = _composed_tiling(second, run)
-        parts = {part for name in names for part in _PARTS[name]}
-        each = sum(_PART_BYTES.get(name, 4) for name in parts)
+        parts = {part for name in names for part in PARTS[name]}
+        each = part_bytes(parts)
         # Copies of what is sliced: a strip's log-sum-exp, a block's bias.
         bias = 0 if second.bias is None else 4 * second.bias.shape[0]
 
         def cut(strip: int, block: int) -> Strips:
             blocks, tiles = -(-ends // block), -(-block // tiling.columns)
-            splits = _splits(run, -(-strip // tiling.rows), tiles, 0)
+            splits = count_splits(run, -(-strip // tiling.rows), tiles, 0)
             held = 4 * inner * (strip + block) + blocks * splits * strip * each
             return cls(strip, block, splits, blocks, held + 4 * first.heads * strip + bias * block)
 
@@ -94,7 +82,7 @@ def _composed_tiling(problem: Problem, run: Run) -> Tiling:
 def composes(first: Problem, second: Problem, names: tuple[str, ...]) -> bool:
     """Whether `compose` does this."""
     plain = first.normalize == "block" and second.normalize == "block"
-    return plain and set(names) <= set(_ROW_STATISTICS)
+    return plain and set(names) <= set(ROW_STATISTICS)
 
 
 def strips_for(
@@ -104,12 +92,12 @@ def strips_for(
     run = run_to_compose(request, settings)
     run.launch = lambda launch: None
     one = slice(0, 1)
-    first, second = (_on_meta(some_maps(each, one)) for each in (first, second))
+    first, second = (on_meta(each.some_maps(one)) for each in (first, second))
     made: list[Tensor] = []
-    first, second = (_with_lse(each, None, run, made, needed=True) for each in (first, second))
-    run.roomy -= run._held
+    first, second = (with_lse(each, None, run, made, needed=True) for each in (first, second))
+    run.roomy -= run.held
     strips = Strips.of(first, second, request.names, run)
-    return strips, max(run.workspace, run._held + strips.workspace)
+    return strips, max(run.workspace, run.held + strips.workspace)
 
 
 def compose(first: Problem, second: Problem, request: Request, run: Run) -> dict[str, Tensor]:
@@ -120,10 +108,10 @@ def compose(first: Problem, second: Problem, request: Request, run: Run) -> dict
         of_map = slice(index, index + 1)
         made: list[Tensor] = []
         one, other = (
-            _with_lse(some_maps(each, of_map), None, run, made, needed=True)
+            with_lse(each.some_maps(of_map), None, run, made, needed=True)
             for each in (first, second)
         )
-        run.roomy = room - run._held
+        run.roomy = room - run.held
         _compose_map(one, other, {name: out[index] for name, out in outputs.items()}, run)
         run.release(*made)
     run.roomy = room
@@ -135,8 +123,8 @@ def _compose_map(first: Problem, second: Problem, outputs: dict[str, Tensor], ru
     rows, inner, ends = first.num_queries, first.num_keys, second.num_keys
     like = first.query
     strip, block = (run.empty(n * inner, like=like) for n in (strips.rows, strips.columns))
-    names = sorted({part for name in outputs for part in _PARTS[name]})
-    parts = _empty_parts(names, (strips.blocks * strips.splits, 1, strips.rows), like, run)
+    names = sorted({part for name in outputs for part in PARTS[name]})
+    parts = empty_parts(names, (strips.blocks * strips.splits, 1, strips.rows), like, run)
     for start in range(0, rows, strips.rows):
         stop = min(start + strips.rows, rows)
         of_strip = first.query_rows(start, stop)
@@ -145,7 +133,7 @@ def _compose_map(first: Problem, second: Problem, outputs: dict[str, Tensor], ru
         copied = 0 if known is of_strip.lse else 4 * known.numel()
         run.hold(copied)
         a = strip[: (stop - start) * inner].view(1, stop - start, inner)
-        _launch_reduce(_View(of_strip._replace(lse=known), None), {"dense": a}, "dense", run)
+        launch_reduce(View(of_strip._replace(lse=known), None), {"dense": a}, "dense", run)
         left = 0
         for low in range(0, ends, strips.columns):
             high = min(low + strips.columns, ends)
@@ -153,11 +141,11 @@ def _compose_map(first: Problem, second: Problem, outputs: dict[str, Tensor], ru
             if start == 0 or strips.blocks > 1:
                 bias = None if second.bias is None else second.bias[:, low:high].contiguous()
                 keys = second._replace(key=second.key[:, :, low:high], bias=bias)
-                _launch_reduce(_View(keys, None), {"dense": b}, "dense", run)
+                launch_reduce(View(keys, None), {"dense": b}, "dense", run)
             left += _launch_composed(a, b, (start, low), second, parts, left, strips.splits, run)
         run.hold(-copied)
         fields = {name: out[start:stop] for name, out in outputs.items()}
-        _combine(parts, fields, stop - start, left, run)
+        launch_combine(parts, fields, stop - start, left, run)
     run.release(strip, block, *parts.values())
 
 
@@ -173,7 +161,7 @@ def _launch_composed(
     splits = -(-tiles // -(-tiles // splits))
     whole = (rows % tiling.rows, columns % tiling.columns, inner % _INNER)
     arguments: dict[str, Any] = dict.fromkeys(
-        (*_OPTIONAL, "bias", "pairs", "weights", "lse", "line_mass", "operand")
+        (*OPTIONAL, "bias", "pairs", "weights", "lse", "line_mass", "operand")
     )
     arguments |= dict.fromkeys(
         ("kept_batch", "kept_head", "kept_dim", "streamed_batch", "streamed_head", "columns", "k",
@@ -215,5 +203,5 @@ def _launch_composed(
         "FAST_LOG": run.settings.fast_log,
     }
     programs = -(-rows // tiling.rows) * splits
-    run.launch(Launch(passes.reduce_kernel, programs, arguments, tiling, "composed"))
+    run.launch(Launch(reduce_kernel, programs, arguments, tiling, "composed"))
     return splits

@@ -6,6 +6,11 @@ maps. A program keeps one side's tokens (`kept`, the rows of its tiles) and stre
 over queries. Where a tile reaches beyond the last token, that one stands in for those that are not
 there, so that loads need no masks.
 
+No atomics in any kernel: one program writes an output, or a part of one where the streamed tokens
+are split among programs, and parts are added up in order. The same call gives the same bits.
+Offsets that can exceed 2^31 are in 64 bits; those within a tile are where they need to be (WIDE).
+Strides of Q and K are counted in UNITs, which tells the compiler how well they are aligned.
+
 Names: ``R`` rows, ``C`` columns, ``D`` (and ``D_REST``) numbers of a head, all powers of two.
 """
 

@@ -20,7 +20,7 @@ import checks
 import interpreted
 import triton
 import triton.language as tl
-from flashmaps.kernels import INTERPRETING, ahead, composing, launches, settings
+from flashmaps.kernels import INTERPRETING, ahead, composing, launches, run, settings, views
 
 pytestmark = pytest.mark.skipif(
     INTERPRETING, reason="TRITON_INTERPRET is set: the interpreter gets a process of its own"
@@ -125,7 +125,7 @@ def counting_kernel(out) -> None:  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_an_atomic_would_be_seen(architecture: str, cache: None) -> None:
     tiling = settings.Tiling(16, 16, 4, 1)
-    launch = launches.Launch(
+    launch = run.Launch(
         counting_kernel, 1, {"out": torch.empty(1, device="meta"), "BLOCK": 16}, tiling
     )
     assert "1 atomic instructions" in ahead.examine(launch, architecture).problems()
@@ -250,7 +250,7 @@ def test_many_maps_are_taken_in_chunks() -> None:
 def test_head_dimensions_are_padded_as_little_as_their_tiles_allow(
     dim: int, parts: tuple[int, int]
 ) -> None:
-    assert launches.head_parts(dim) == parts
+    assert views.head_parts(dim) == parts
 
 
 def test_the_table_is_whole() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -80,12 +81,12 @@ def passes_of(problem: Problem, request: Request, scores: int) -> int:
     return round(scores / problem.scores)
 
 
+@dataclass
 class Workspace:
-    """Bytes beyond inputs and outputs: what is held, and the most at once."""
+    """Bytes beyond inputs and outputs that one call has allocated."""
 
-    def __init__(self) -> None:
-        self.workspace = 0
-        self.held = 0
+    workspace: int = field(default=0, init=False)  # the most at once
+    held: int = field(default=0, init=False)
 
     def hold(self, size: int) -> None:
         """Count what torch allocates for us; negative when it is free again."""
