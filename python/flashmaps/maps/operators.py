@@ -19,6 +19,7 @@ from torch import Tensor
 from flashmaps.maps import strips
 from flashmaps.maps.backends.choice import get, plan_pass
 from flashmaps.maps.budget import budget_of_context, too_small
+from flashmaps.maps.modes import exact, refuse_forward_mode
 from flashmaps.maps.problem import Problem, Request, empty_outputs
 from flashmaps.maps.signatures import COMPOSE, REDUCE, ROUND_TRIP
 
@@ -35,7 +36,8 @@ def _outputs(problem: Problem, request: Request, backend: str) -> list[Tensor]:
         least = plan_pass(backend, problem, request).workspace
         if least > budget:
             raise too_small(budget, least, ", ".join(request.names))
-    fields = get(backend).reduce(problem, request)
+    with exact(problem.query.device):
+        fields = get(backend).reduce(problem, request)
     return [fields[name] for name in request.names]
 
 
@@ -67,7 +69,8 @@ def _(*args: Any) -> list[Tensor]:
 def _compose(*args: Any) -> list[Tensor]:
     (first, second), request, (backend, then_backend) = COMPOSE.unpack(args)
     request = _in_force(request)
-    fields = strips.reduce(first, second, request, (backend, then_backend))
+    with exact(first.query.device):
+        fields = strips.reduce(first, second, request, (backend, then_backend))
     return [fields[name] for name in request.names]
 
 
@@ -80,10 +83,13 @@ def _(*args: Any) -> list[Tensor]:
 def reduce(problem: Problem, request: Request, backend: str) -> dict[str, Tensor]:
     """Run one pass: the fields of ``request.names``, by name."""
     if request.partner is None:
-        outputs = _reduce(*REDUCE.pack((problem,), request, (backend,)))
+        arguments = REDUCE.pack((problem,), request, (backend,))
+        refuse_forward_mode(arguments)
+        outputs = _reduce(*arguments)
     else:
-        problems = (problem, request.partner)
-        outputs = _round_trip(*ROUND_TRIP.pack(problems, request, (backend,)))
+        arguments = ROUND_TRIP.pack((problem, request.partner), request, (backend,))
+        refuse_forward_mode(arguments)
+        outputs = _round_trip(*arguments)
     return dict(zip(request.names, outputs, strict=True))
 
 
@@ -91,5 +97,7 @@ def compose(
     first: Problem, second: Problem, request: Request, backends: tuple[str, str]
 ) -> dict[str, Tensor]:
     """Fields of the product of two maps that need whole rows of it, by name."""
-    outputs = _compose(*COMPOSE.pack((first, second), request, backends))
+    arguments = COMPOSE.pack((first, second), request, backends)
+    refuse_forward_mode(arguments)
+    outputs = _compose(*arguments)
     return dict(zip(request.names, outputs, strict=True))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flashmaps.maps.attention_map import AttentionMap
 from flashmaps.maps.grids import Grid, centres
+from flashmaps.maps.modes import exact
 
 READOUTS = ("hard", "soft", "window", "parabola")
 _CHUNK_ELEMENTS = 2**22  # of rows at a time
@@ -54,7 +55,9 @@ def read(rows: Tensor, grid: Grid, readout: str = "hard", window: int = 1) -> Te
         )
     at = centres(grid, dtype=rows.dtype, device=rows.device)
     if readout == "soft":
-        return rows @ at / rows.sum(-1, keepdim=True).clamp_min(_TINY)
+        with exact(rows.device):
+            mean = rows @ at
+        return mean / rows.sum(-1, keepdim=True).clamp_min(_TINY)
     best = rows.argmax(-1)
     if readout == "hard":
         return at[best]
