@@ -258,22 +258,6 @@ def test_a_context_that_is_not_the_text_is_not_called_text(tmp_path):
         assert "image" in entry.queries
 
 
-def test_text_and_image_that_a_processor_joins_by_itself_are_joint():
-    from diffusers import CogVideoXTransformer3DModel
-
-    model = CogVideoXTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4,
-        time_embed_dim=2, text_embed_dim=8, num_layers=1, sample_width=8, sample_height=8,
-        sample_frames=5, patch_size=2, temporal_compression_ratio=4, max_text_seq_length=8,
-    )  # fmt: skip
-    with torch.no_grad(), capture(model) as record:
-        model(
-            torch.randn(1, 2, 4, 8, 8), encoder_hidden_states=torch.randn(1, 8, 8),
-            timestep=torch.tensor([5]),
-        )  # fmt: skip
-    assert [(e.kind, e.queries, e.keys, e.grid) for e in record] == [("joint", {}, {}, None)]
-
-
 @EVERY
 def test_sizes_that_are_not_square(pipes, family):
     pipe = pipes(family)

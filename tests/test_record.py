@@ -179,7 +179,7 @@ def test_joint_layers_are_reduced_whole_or_by_block(flux):
         with capture(flux, reduce=names):
             family.run(flux, guidance=False)
     with pytest.raises(
-        ValueError, match=r"the keys of layer .* have no 'txt'; there are: image, t"
+        ValueError, match=r"the keys of layer .* have no 'txt'; there are: text, image"
     ):
         record[0].map("image->txt")
     with pytest.raises(ValueError, match="write it as 'image->text'"):
@@ -257,7 +257,7 @@ def test_kind_and_resolution_choose_layers(sd2):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "attn1"}, "kind='attn1'; choose from self, cross, joint, image_prompt"),
+        ({"kind": "attn1"}, "kind='attn1'; choose from self, cross, joint, temporal, image"),
         ({"kind": ()}, r"kind=\(\)"),
         ({"resolution": "32x32"}, r"resolution='32x32'; wanted a side such as 32"),
         ({"resolution": []}, "resolution is empty"),

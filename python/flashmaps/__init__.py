@@ -12,6 +12,7 @@ from __future__ import annotations
 from flashmaps.diffusion.capture import capture
 from flashmaps.diffusion.cross_self import CrossSelfAttnProcessor
 from flashmaps.diffusion.entry import Entry
+from flashmaps.diffusion.known import register_layout
 from flashmaps.diffusion.processors import MapAttnProcessor
 from flashmaps.diffusion.record import Record
 from flashmaps.diffusion.words import WordMaps, word_maps
@@ -62,6 +63,7 @@ __all__ = [
     "memory_budget",
     "nims",
     "plan_round_trip",
+    "register_layout",
     "round_trip",
     "word_maps",
 ]

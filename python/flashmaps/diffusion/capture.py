@@ -29,18 +29,17 @@ from flashmaps.diffusion.compiled import (
     refuse_checkpointing,
     uncompiled,
 )
+from flashmaps.diffusion.counts import called_with, latents_of, timestep_of
 from flashmaps.diffusion.entry import Entry
 from flashmaps.diffusion.guidance import GUIDANCE, UNTOLD, Passes
-from flashmaps.diffusion.layouts import (
-    KINDS,
-    Forward,
-    called_with,
-    image_tokens,
-    layout,
-    rotary,
-    rotates,
-    text_tokens,
+from flashmaps.diffusion.known import (
+    plan_of,
+    said,
+    said_grid,
+    tokens_of,
+    with_grid,
 )
+from flashmaps.diffusion.layouts import KINDS, Forward, Plan, layout
 from flashmaps.diffusion.observe import (
     AttentionCall,
     Listener,
@@ -53,7 +52,9 @@ from flashmaps.diffusion.observe import (
     image_prompt,
     key_mask,
     refuse_unobservable,
+    without_maps_left_out,
 )
+from flashmaps.diffusion.positions import rotary, rotates
 from flashmaps.diffusion.record import Record
 from flashmaps.diffusion.recorder import Recorder
 from flashmaps.diffusion.selection import of_guidance, resolutions, whole_numbers
@@ -69,7 +70,8 @@ class capture:
         pipe_or_model: a diffusers pipeline (its ``unet`` or ``transformer`` is observed; layers of
             a second one, ``transformer_2``, have that name before theirs), or such a model.
         layers: one or several patterns in the manner of :mod:`fnmatch` on full layer names.
-        kind: "self", "cross", "joint" or "image_prompt", or several; None records all.
+        kind: "self", "cross", "joint", "temporal", "image_prompt" or "unknown", or several; None
+            records all.
         resolution: image grids of the layers to record: n for (n, n), a tuple (height, width), or
             a list of these; None records all.
         steps: which denoising steps to record, counted from 0: an int, a collection or a range of
@@ -86,6 +88,14 @@ class capture:
         batch: the parts of guidance that a batch holds, in order, where the pipeline does not tell:
             ``("unconditional", "conditional")``. Names are free; the batch divides by them evenly.
         dtype, device: convert the recorded Q and K, for instance ``device="cpu"``.
+        parts: which tokens are image and which text, where that is not known here (docs/models.md)
+            or otherwise than it says: names in the order in which they stand, ``"text + image"``,
+            or ``"image -> text"`` where the keys are others than the queries; ranges by name,
+            ``{"text": slice(0, 77), "image": slice(77, 333)}``; ``{"queries": ..., "keys": ...}``
+            with ranges of each; or one of these by pattern of layers. See also
+            :func:`flashmaps.register_layout`.
+        grid: (height, width) of the finest image tokens, or (frames, height, width) of a video's
+            in one sequence, where that is not known here.
 
     Yields a :class:`Record`. Forward passes in the thread that entered are recorded, those of other
     threads are not. On exit every processor is the very object it was before, also after an
@@ -116,13 +126,16 @@ class capture:
         batch: Iterable[str] | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        parts: Any = None,
+        grid: Any = None,
     ) -> None:
         self._given = denoisers(pipe_or_model)
         self._models = {name: uncompiled(model) for name, model in self._given.items()}
         compiled_modules(self._given.values())  # refuses CUDA graphs
-        self._layers = _find_layers(self._models, layers)
+        self._layers = without_maps_left_out(_find_layers(self._models, layers))
         for name, layer in self._layers.items():
             refuse_unobservable(name, layer.processor)
+        self._parts, self._said_grid = said(parts), said_grid(grid)
         self._kinds = _kinds(kind)
         self._grids = None if resolution is None else resolutions(resolution)
         self._wanted_step = step_filter(steps)
@@ -139,7 +152,7 @@ class capture:
             pipe_or_model, self._models.values(), asked=guidance is not None, batch=batch
         )
         self._forward: Forward | None = None
-        self._grid_of: tuple[Any, dict[str, Any]] = (None, {})
+        self._plans: dict[str, Plan] = {}
         # What happened, to say why nothing was recorded.
         self._recorded = self._ran = self._ran_elsewhere = self._untold = False
         self._seen: Counter[str] = Counter()
@@ -176,18 +189,24 @@ class capture:
             put = attach_traceable if layer in compiled else attach
             self._stand_ins[name] = stand_in = put(layer, listener)
             self._undo.callback(detach, layer, stand_in, self)
+            self._plans[name] = self._plan(name, layer, stand_in._fm_processor)
         # The other compiled layers too, so that the graph is the same whichever are chosen.
         for name, layer in _find_layers(self._models, "*").items() if compiled else ():
             if layer in compiled and name not in self._layers:
                 stand_in = attach_traceable(layer, Listener(self, name, _never, self._observe))
                 self._undo.callback(detach, layer, stand_in, self)
 
+    def _plan(self, name: str, layer: nn.Module, processor: Any) -> Plan:
+        prefix = max((each for each in self._models if name.startswith(each)), key=len)
+        own = name.removeprefix(prefix)
+        return plan_of(self._models[prefix], own, layer, processor, self._parts, full=name)
+
     def __exit__(self, *exception: object) -> None:
         self._undo.close()
         self._stand_ins.clear()
         self._compiled.clear()
         self._thread = self._forward = None
-        self._grid_of = (None, {})
+        self._plans.clear()
         self._recorder.end()
         if not any(exception) and not self._recorded and (why := self._why_nothing()):
             warnings.warn(f"nothing was recorded: {why}", stacklevel=2)
@@ -236,30 +255,28 @@ class capture:
             self._forward = None
             return
         self._ran = True
-        timestep = given.get("timestep")
+        timestep = timestep_of(given)
         if isinstance(timestep, Tensor):  # a copy: the pipeline's own would keep all of them alive
             timestep = timestep.detach().flatten()[:1].clone()
+        latents = latents_of(given)
+        tokens = with_grid(tokens_of(model, given), self._said_grid)
+        if tokens.items and self._guidance in batch:
+            part = len(tokens.items) // len(batch)
+            start = part * batch.index(self._guidance)
+            tokens = tokens.of_items(start, start + part)
         self._forward = Forward(
             step=step,
             timestep=timestep,
-            text=text_tokens(given),
+            tokens=tokens,
             guidance=guidance,
             batch=batch,
-            **self._image_tokens(model, given),
+            images=None if latents is None else len(latents),
         )
 
     def _after_forward(self, model: nn.Module, args: tuple, output: Any) -> None:
         # Gradient checkpointing runs layers a second time, in backward: that is not recorded.
         if threading.get_ident() == self._thread and model in self._passes:
             self._forward = None
-
-    def _image_tokens(self, model: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
-        ids = given.get("img_ids")
-        if ids is None:
-            return image_tokens(model, given)
-        if self._grid_of[0] is not ids:  # reading ids makes a GPU wait: once for each image
-            self._grid_of = (ids, image_tokens(model, given))
-        return self._grid_of[1]
 
     # -- the layers --------------------------------------------------------------------------------
 
@@ -273,12 +290,20 @@ class capture:
         assert at is not None
         query, key = attention.query, attention.key
         tokens, keys = query.shape[-2], key.shape[-2]
-        found = layout(call.attn, call.processor, call.context, index, tokens, keys, at)
+        plan = self._plans[layer]
+        try:
+            found = layout(plan, call.context is None, index, tokens, keys, at)
+        except ValueError as error:
+            error.add_note(f"Raised for layer {layer!r}.")
+            raise
         self._seen[found.kind] += 1
         if self._kinds is not None and found.kind not in self._kinds:
             return
         if self._grids is not None and found.grid not in self._grids:
             return
+        guidance, batch = at.guidance, at.batch
+        if plan.rule is not None and plan.rule.each and batch and at.images:
+            guidance, batch = batch[index * len(batch) // at.images], ()
         mask, alike = key_mask(attention.mask, query.shape[0])
         prompted = found.kind == "image_prompt"
         adapter, picture = image_prompt(call, index) if prompted else (None, None)
@@ -293,11 +318,13 @@ class capture:
             frames=found.frames,
             queries=found.queries,
             keys=found.keys,
-            guidance=at.guidance,
-            batch=at.batch,
+            guidance=guidance,
+            batch=batch,
             call=index,
             adapter=adapter,
             adapter_image=picture,
+            rows=at.tokens.rows if found.grid is not None else 1,
+            why=found.why,
             causal=attention.causal,
             rotary=rotary(call.processor, call.arguments, tokens, query.shape[-1]),
             rotated=rotates(call.arguments) and found.kind != "image_prompt",

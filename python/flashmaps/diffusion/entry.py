@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from flashmaps.diffusion.layouts import unrotate
+from flashmaps.diffusion.layouts import REMEDY
+from flashmaps.diffusion.positions import unrotate
 from flashmaps.maps.attention_map import AttentionMap
 from flashmaps.maps.grids import Grid
 
@@ -28,15 +29,19 @@ class Entry:
         step: index of the denoising step, counted from 0 since the capture began. Where guidance
             takes several forward passes (Flux, Wan, guiders), all belong to one step. None for a
             mean over passes, which has no step and no timestep.
-        kind: ``"self"``, ``"cross"`` (keys are text), ``"joint"`` (image and text in one sequence)
-            or ``"image_prompt"`` (keys are an image prompt: IP-Adapter, image-to-video).
+        kind: ``"self"``, ``"cross"`` (keys are text), ``"joint"`` (image and text in one sequence),
+            ``"temporal"`` (over frames, at one place), ``"image_prompt"`` (keys are an image
+            prompt: IP-Adapter, image-to-video) or ``"unknown"``.
         query: ``[B, H, N, d]``; key: ``[B, H, M, d]``, as the attention saw them; None where only
             statistics were kept.
         scale: what the scores are multiplied by before the softmax.
         grid, frames: frames * height * width image tokens; grid is None when unknown.
         queries, keys: token ranges by name: ``"image"``, ``"text"``, ``"reference"`` (further
             images in the sequence), ``"image_prompt"``; keys also ``"other"`` and ``"source"``
-            (of another image of the batch, see :class:`flashmaps.CrossSelfAttnProcessor`).
+            (of another image of the batch, see :class:`flashmaps.CrossSelfAttnProcessor`). Empty
+            where they are not known: ``why`` says why.
+        rows: of a video whose frames are rows of the batch (AnimateDiff): how many frames; row
+            ``b * rows + f`` is frame f of video b. Else 1.
         guidance: ``"conditional"`` or ``"unconditional"`` where each has a pass of its own;
             ``"both"`` where the batch holds these two halves, ``"several"`` where it holds other
             parts (perturbed attention guidance, InstructPix2Pix); ``"other"`` for a further pass
@@ -45,7 +50,8 @@ class Entry:
             is known of.
         batch: the equal parts that the batch holds, in order, as far as they are known:
             ``("unconditional", "conditional")``, ``("conditional", "image", "unconditional")``.
-        call: which attention of the layer's pass this is; image prompts come after the text.
+        call: which attention of the layer's pass this is; image prompts come after the text,
+            and a processor that attends to each image by itself (Mochi) calls once for each.
         adapter, adapter_image: index of the IP-Adapter whose image prompt this is, and of the image
             where each has a mask and is attended to by itself; None: none, or not known.
         statistics: by name, batch first; each is an attribute too: ``entry.entropy``.
@@ -76,6 +82,8 @@ class Entry:
     lse: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None
     rotated: bool = False  # by an embedding known (`rotary`) or not
+    rows: int = 1
+    why: str = ""
     _mask: Tensor | None = None  # [B, M], of the first query and head
     _mask_alike: Tensor | None = None  # [] bool: whether the others have the same
     _timestep: Any = None
@@ -111,7 +119,8 @@ class Entry:
     def frame(self, index: int) -> slice:
         """The token range of one frame of a video, for :meth:`map`."""
         if self.grid is None or "image" not in self.queries:
-            raise ValueError(f"layer {self.layer!r}: the grid of its frames is not known")
+            why = self.why or f"it is not known here; {REMEDY}"
+            raise ValueError(f"layer {self.layer!r} has no grid of frames: {why}")
         if not -self.frames <= index < self.frames:
             raise IndexError(f"frame {index} is out of range: there are {self.frames}")
         size = math.prod(self.grid)
@@ -249,7 +258,7 @@ class Entry:
             (names[1], "keys", other.keys),
         ):
             if name not in parts:
-                there = ", ".join(parts) or "unknown for its processor: give slices instead"
+                there = ", ".join(parts) or f"none: {self.why or REMEDY}"
                 raise ValueError(
                     f"block={block!r}: the {side} of layer {self.layer!r} have no {name!r}; "
                     f"there are: {there}"

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashmaps.diffusion.layouts import guides_in_two_passes
+from flashmaps.diffusion.counts import latents_of, timestep_of
+from flashmaps.diffusion.known import guides_in_two_passes
 from flashmaps.diffusion.observe import ContextWatch, unwatch_context, watch_context
 
 CONDITIONAL, UNCONDITIONAL = "conditional", "unconditional"
@@ -46,6 +47,7 @@ ORDERS: dict[str, dict[int, tuple[str, ...]]] = {
     "DreamLitePipeline": {2: HALVES, 3: (UNCONDITIONAL, "image", CONDITIONAL)},
     "OmniGenPipeline": {**_REVERSED, 3: (CONDITIONAL, UNCONDITIONAL, "image")},
     "LuminaPipeline": _REVERSED,
+    "ZImagePipeline": _REVERSED,
     "StableCascadeDecoderPipeline": _REVERSED,
     "StableCascadePriorPipeline": _REVERSED,
     "WuerstchenDecoderPipeline": _REVERSED,
@@ -209,7 +211,7 @@ class Passes:
             return None
         # Many pipelines with two passes do not name them (image to image, Kontext, ControlNet).
         two = guides_in_two_passes(model)
-        latent, timestep = _latent(given), given.get("timestep")
+        latent, timestep = latents_of(given), timestep_of(given)
         if not two and (not self._told() or self._repeats(model, latent)):
             return None
         last, before = self._shown
@@ -227,7 +229,7 @@ class Passes:
             return "other"
         if self._pipe is None or self._told() is False:
             return None
-        return "unknown" if self._told() or self._repeats(model, _latent(given)) else None
+        return "unknown" if self._told() or self._repeats(model, latents_of(given)) else None
 
     def _told(self) -> bool | None:
         """Whether the pipeline says that it guides; None: it says nothing."""
@@ -242,7 +244,7 @@ class Passes:
         self, model: nn.Module, given: Mapping[str, Any], name: str | None
     ) -> tuple[str, ...]:
         """The equal parts that the batch holds, in order; empty: one part, or not known."""
-        latent = _latent(given)
+        latent = latents_of(given)
         if self._given is not None and name is None:
             if latent is not None and len(latent) % len(self._given):
                 raise ValueError(
@@ -330,11 +332,6 @@ def _checked(batch: Iterable[str]) -> tuple[str, ...]:
             "('unconditional', 'conditional')"
         )
     return found
-
-
-def _latent(given: Mapping[str, Any]) -> Tensor | None:
-    latent = given.get("sample", given.get("hidden_states"))
-    return latent if isinstance(latent, Tensor) else None
 
 
 def _repeats(latent: Tensor, count: int) -> bool:

@@ -1,52 +1,71 @@
-"""How diffusers' models lay out the tokens of an attention call: image, text, grids, positions.
+"""The tokens of one attention call: image, text, grids. What is known of them, and what is not.
 
-An attention processor sees tokens only. Which of them are image and which text, and where the image
-ones lie, follows from what the model was called with (`Forward`) and from the order in which each
-family of processors concatenates them, which is written down here and nowhere else.
+An attention processor sees tokens only. Which of them are image and which text follows from what
+the model was called with (`Tokens`) and from the order in which its processors concatenate them. An
+order is written as names joined by plus signs, for both sides or as "queries -> keys":
+
+    "text + image"              joint attention, both sides alike
+    "image -> text"             cross-attention
+    "image -> text + image"     keys of the text before the image's own
+
+families.py lists the orders of diffusers' models. A layer whose class is not listed there, or whose
+tokens do not have the lengths that its order says, has no parts: they are never guessed.
 """
 
 from __future__ import annotations
 
-import inspect
+import dataclasses
+import functools
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
-
-import torch
-from torch import Tensor, nn
 
 from flashmaps.maps.grids import Grid
 
-KINDS = ("self", "cross", "joint", "image_prompt")
+# What a layer attends with. "unknown": its layout is not known here, or did not fit its tokens.
+KINDS = ("self", "cross", "joint", "temporal", "image_prompt", "unknown")
 
-# What joint processors attend to, in the order of their concatenation.
-_TEXT_FIRST = {
-    "FluxAttnProcessor",
-    "FluxAttnProcessor2_0",
-    "FluxIPAdapterAttnProcessor",
-    "FusedFluxAttnProcessor2_0",
-    "QwenDoubleStreamAttnProcessor2_0",
-    "AttnAddedKVProcessor2_0",
-}
-_IMAGE_FIRST = {
-    "JointAttnProcessor2_0",
-    "FusedJointAttnProcessor2_0",
-    "SD3IPAdapterJointAttnProcessor2_0",
-}
-# Processors that rotate pairs of neighbouring channels (2i, 2i + 1) by the angles they are given.
-_ROTATES_NEIGHBOURS = {"FluxAttnProcessor", "FluxIPAdapterAttnProcessor", "WanAttnProcessor"}
+REMEDY = "give parts=, grid= or leave the layer out"
 
 
-# Their pipelines guide in two forward passes a step, first with the prompt: never in one batch.
-_TWO_PASSES = {
-    "FluxTransformer2DModel",
-    "ChromaTransformer2DModel",
-    "QwenImageTransformer2DModel",
-    "WanTransformer3DModel",
-    "WanVACETransformer3DModel",
-    "WanAnimateTransformer3DModel",
-}
+@dataclass(frozen=True)
+class Tokens:
+    """What a model was called with, in tokens.
+
+    Attributes:
+        grid: (height, width) of the finest image tokens; None: not known.
+        frames: of a video whose tokens stand in one sequence: frames * height * width of them.
+        rows: of a video whose frames are rows of the batch: how many; row b * rows + f is frame f.
+        levels: whether layers may run on coarser grids (UNets), each half of the last.
+        sizes: how many tokens each part has, by name; "image" at the finest level, all frames.
+        items: the same for each image of the batch, where they are not alike.
+        note: why a part is not known.
+    """
+
+    grid: Grid | None = None
+    frames: int = 1
+    rows: int = 1
+    levels: bool = False
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    items: tuple[Mapping[str, int], ...] = ()
+    note: str = ""
+
+    def of_items(self, start: int, stop: int) -> Tokens:
+        """Those of some images of the batch: what they have in common."""
+        items = self.items[start:stop]
+        if not items:
+            return self
+        sizes = {**self.sizes, **common(items)}
+        note = self.note if len(sizes) < len(items[0]) else ""
+        return dataclasses.replace(self, sizes=sizes, items=(), note=note)
+
+
+def common(items: tuple[Mapping[str, int], ...] | list[dict[str, int]]) -> dict[str, int]:
+    """The sizes that all images of a batch share."""
+    first = items[0]
+    return {name: n for name, n in first.items() if all(each.get(name) == n for each in items)}
 
 
 @dataclass(frozen=True)
@@ -56,90 +75,19 @@ class Forward:
     Attributes:
         step: index of the denoising step, from 0; the two calls of separate guidance share one.
         timestep: what the model was called with; a [1] tensor, read when it is asked for.
-        frames, grid: image tokens of the finest level: frames * height * width.
-        levels: whether layers may run on coarser grids (UNets), each half of the last.
-        tokens: image tokens of the finest level, those without a grid (reference images) included.
-        text: text tokens, None without text.
         guidance, batch: which part of guidance this is, or which parts its batch holds; see
-            `flashmaps.diffusion.record.Entry`.
+            `flashmaps.diffusion.entry.Entry`.
+        images: how many images the model was called with; None: not known.
+        found: layouts that were found in this call, for layers that have the same.
     """
 
     step: int
     timestep: Any = None
-    frames: int = 1
-    grid: Grid | None = None
-    levels: bool = False
-    tokens: int | None = None
-    text: int | None = None
+    tokens: Tokens = field(default_factory=Tokens)
     guidance: str | None = None
     batch: tuple[str, ...] = ()
-
-
-def called_with(model: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
-    """What a model was called with, by name."""
-    parameters = inspect.signature(model.forward).parameters
-    names = list(parameters)
-    if any(each.kind is each.VAR_POSITIONAL for each in parameters.values()):
-        # Someone's `forward(*args, **kwargs)` before the model's own, as DeepCache has it.
-        names = list(inspect.signature(type(model).forward).parameters)[1:]
-    return dict(zip(names, args, strict=False)) | kwargs
-
-
-def image_tokens(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
-    """``frames``, ``grid``, ``levels`` and ``tokens`` of `Forward` from a model's arguments."""
-    latent = given.get("sample", given.get("hidden_states"))
-    if not isinstance(latent, Tensor):
-        return {}
-    patch = getattr(getattr(model, "config", None), "patch_size", None)
-    if latent.ndim == 4 and isinstance(patch, int):  # SD3, PixArt
-        grid = (latent.shape[2] // patch, latent.shape[3] // patch)
-        return {"grid": grid, "tokens": math.prod(grid)}
-    if latent.ndim == 4:
-        height, width = latent.shape[2:]
-        return {"grid": (height, width), "levels": True, "tokens": height * width}
-    if latent.ndim == 5 and isinstance(patch, (tuple, list)) and len(patch) == 3:  # Wan
-        frames, height, width = (n // p for n, p in zip(latent.shape[2:], patch, strict=True))
-        return {"frames": frames, "grid": (height, width), "tokens": frames * height * width}
-    if latent.ndim == 3:  # packed: Flux says by ids where tokens lie, Qwen by shapes
-        of_ids, of_shapes = _grid_of_ids(given.get("img_ids")), given.get("img_shapes")
-        return {"grid": of_ids or _grid_of_shapes(of_shapes), "tokens": latent.shape[1]}
-    return {}
-
-
-def _grid_of_ids(ids: Any) -> Grid | None:
-    """(height, width) of the first image in Flux's ids: (image, row, column) of each token.
-
-    [N, 3] or [B, N, 3]. Reference images (Kontext) follow with another first id.
-    """
-    if not isinstance(ids, Tensor) or ids.shape[-1] != 3:
-        return None
-    ids = (ids[0] if ids.ndim == 3 else ids).float().cpu()
-    first = ids[ids[:, 0] == ids[0, 0]]
-    height, width = (int(n) + 1 for n in first[:, 1:].max(0).values)
-    return (height, width) if height * width == len(first) else None
-
-
-def _grid_of_shapes(shapes: Any) -> Grid | None:
-    """(height, width) of the first image in Qwen's shapes: (frames, height, width) of each."""
-    try:
-        first = shapes[0][0] if isinstance(shapes[0], (list, tuple)) else shapes[0]
-        if len(first) == 3 and isinstance(first[0], (list, tuple)):
-            first = first[0]
-        frames, height, width = (int(n) for n in first)
-    except (TypeError, ValueError, IndexError, KeyError):
-        return None
-    return (height, width) if frames == 1 else None
-
-
-def guides_in_two_passes(model: nn.Module) -> bool:
-    """Whether the model's pipelines run it twice a step for guidance, rather than on one batch."""
-    return any(kind.__name__ in _TWO_PASSES for kind in type(model).__mro__)
-
-
-def text_tokens(given: Mapping[str, Any]) -> int | None:
-    """Length of the text that the model was given; None without one."""
-    text = given.get("encoder_hidden_states")
-    return text.shape[1] if isinstance(text, Tensor) and text.ndim == 3 else None
+    images: int | None = None
+    found: dict[Any, Layout] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -148,123 +96,286 @@ class Layout:
 
     Attributes:
         kind: "self"; "cross": keys are text; "joint": queries, keys or both are image and text;
-            "image_prompt": keys are an image prompt (IP-Adapter, image-to-video).
+            "temporal": over frames, at one place; "image_prompt": keys are an image prompt
+            (IP-Adapter, image-to-video); "unknown".
         grid, frames: of the image queries; frames * height * width of them.
-        queries, keys: token range of each part by name: "image", "text", "reference" (further
-            images), "image_prompt". Empty where the processor's order is not known.
+        queries, keys: token range of each part by name. Empty where they are not known.
+        why: why parts are not known; "" if they are.
     """
 
     kind: str
-    grid: Grid | None
-    frames: int
-    queries: dict[str, slice]
-    keys: dict[str, slice]
+    grid: Grid | None = None
+    frames: int = 1
+    queries: Mapping[str, slice] = field(default_factory=dict)
+    keys: Mapping[str, slice] = field(default_factory=dict)
+    why: str = ""
 
 
-def layout(
-    attn: nn.Module, processor: str, context: Any, call: int, queries: int, keys: int, at: Forward
-) -> Layout:
+# -- orders ----------------------------------------------------------------------------------------
+
+_PART = re.compile(r"(\w+)(?::(\w+))?(\*)?")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One range of tokens.
+
+    Attributes:
+        name: "_text" is text whose tokens are not told; "__..." are tokens that mean nothing.
+        size: which of `Tokens.sizes` it has.
+        rest: whether it takes what is left where that size is not known.
+    """
+
+    name: str
+    size: str
+    rest: bool
+
+
+@dataclass(frozen=True)
+class Order:
+    """Parts of queries and of keys, in the order in which they stand."""
+
+    queries: tuple[Part, ...]
+    keys: tuple[Part, ...]
+    kind: str
+
+
+@functools.cache
+def order(text: str) -> Order:
+    """An order as it is written: "text + image", "image -> text"; ValueError for anything else.
+
+    ``name:size`` has the size of that name; ``name*`` takes what the other parts leave.
+    """
+    sides = text.split("->")
+    if len(sides) > 2:
+        raise ValueError(_malformed(text))
+    read = [_side(side, text) for side in sides]
+    names = [{part.name for part in side} for side in read]
+    return Order(read[0], read[-1], _kind_of(names[0], names[-1]))
+
+
+def _side(side: str, text: str) -> tuple[Part, ...]:
+    parts = []
+    for piece in side.split("+"):
+        found = _PART.fullmatch(piece.strip())
+        if found is None:
+            raise ValueError(_malformed(text))
+        name, size, rest = found.groups()
+        parts.append(Part(name, size or name, rest is not None))
+    names = [part.name for part in parts]
+    if len(set(names)) < len(names) or sum(part.rest for part in parts) > 1:
+        raise ValueError(_malformed(text))
+    return tuple(parts)
+
+
+def _malformed(text: str) -> str:
+    return (
+        f"parts={text!r} is no order of tokens; write the names in the order in which they stand, "
+        "each once: 'text + image', or 'image -> text' where the keys are others than the queries"
+    )
+
+
+def _told(places: Mapping[str, slice]) -> dict[str, slice]:
+    return {name: part for name, part in places.items() if not name.startswith("_")}
+
+
+def _kind_of(queries: Iterable[str], keys: Iterable[str]) -> str:
+    queries, keys = (
+        {name.removeprefix("_") for name in side if not name.startswith("__")}
+        for side in (queries, keys)
+    )
+    if queries == keys:
+        if len(queries) != 1:
+            return "joint" if queries else "unknown"
+        return "temporal" if queries == {"frames"} else "self"
+    if "image_prompt" in keys and "text" not in keys:
+        return "image_prompt"
+    return "joint" if queries & keys else "cross"
+
+
+def place(
+    parts: tuple[Part, ...],
+    count: int,
+    sizes: Mapping[str, int],
+    image: int | None,
+    rest: bool = False,
+) -> dict[str, slice] | None:
+    """Where the parts stand in ``count`` tokens; None if these are not their lengths.
+
+    ``rest``: whether any part may take what the others leave.
+    """
+    known = [image if part.size == "image" else sizes.get(part.size) for part in parts]
+    missing = [at for at, size in enumerate(known) if size is None]
+    if missing and (len(missing) > 1 or not (rest or parts[missing[0]].rest)):
+        return None
+    left = count - sum(size for size in known if size is not None)
+    lengths = [left if size is None else size for size in known]
+    if sum(lengths) != count or min(lengths) < 0:
+        return None
+    places, start = {}, 0
+    for part, size in zip(parts, lengths, strict=True):
+        if size:
+            places[part.name] = slice(start, start + size)
+        start += size
+    return places
+
+
+# -- layers ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How layers of a model attend.
+
+    Attributes:
+        layers: pattern of their names, in the manner of :mod:`fnmatch`.
+        orders: of the tokens, the first of them that fits.
+        alone: orders where the layer is given no context (encoder_hidden_states).
+        later: orders of further attentions in one call (IP-Adapter), instead of ``orders``.
+        processors: the processors that concatenate in this order; empty: the model does it, and
+            any processor that finds as many tokens as it should is taken to keep it.
+        each: whether the processor attends image by image, one call for each (Mochi).
+        only_if: of the layer, a name of what it must have (Wan's image to video).
+        said: whether a user says so: then one part of unknown size has the rest, and tokens of
+            other lengths are an error.
+    """
+
+    layers: str
+    orders: tuple[str, ...]
+    alone: tuple[str, ...] = ()
+    later: tuple[str, ...] = ()
+    processors: frozenset[str] = frozenset()
+    each: bool = False
+    only_if: str = ""
+    said: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of one layer before it runs.
+
+    Attributes:
+        rule: how it attends; None: not known.
+        level: how many times its grid is halved (UNets); None: not known.
+        name: of the class that does not say how.
+        given: parts by name, as the user gave them: (of queries, of keys).
+    """
+
+    rule: Rule | None
+    level: int | None = None
+    name: str = ""
+    given: tuple[Mapping[str, slice], Mapping[str, slice]] | None = None
+
+
+def layout(plan: Plan, alone: bool, call: int, queries: int, keys: int, at: Forward) -> Layout:
     """The layout of the ``call``-th attention (from 0) of one processor call.
 
-    ``context`` is the processor's encoder_hidden_states; IP-Adapter's is a tuple.
+    ``alone``: the processor was given no context.
     """
-    kind = _kind(attn, context, call, queries, at)
-    grid = _level(at, queries) if kind != "joint" else at.grid
-    frames = at.frames if grid is not None else 1
-    everything = slice(0, queries)
-    if kind == "self":
-        image = {"image": everything}
-        return Layout(kind, grid, frames, image, image)
-    if kind == "cross" and at.text not in (None, keys):
-        # A processor that joins text and image (CogVideoX), or a context that is not the text
-        # (reference images, as some put them there): what stands where is not known.
-        if keys == queries:
-            return Layout("joint", None, 1, {}, {})
-        return Layout(kind, grid, frames, {"image": everything}, {})
-    if kind == "cross":
-        return Layout(kind, grid, frames, {"image": everything}, {"text": slice(0, keys)})
-    if kind == "image_prompt":
-        own = queries if processor.startswith("SD3IPAdapter") else 0  # its own keys come first
-        of_keys = {"image": slice(0, own)} if own else {}
-        of_keys["image_prompt"] = slice(own, keys)
-        return Layout(kind, grid, frames, {"image": everything}, of_keys)
-    # What keys have over the image tokens is text; queries have it too, or are image tokens alone.
-    text = at.text if at.text is not None else keys - (at.tokens or keys)
-    image_only = queries == keys - text
-    if image_only:
-        grid = _level(at, queries)
-    if not 0 < text < keys or processor not in _TEXT_FIRST | _IMAGE_FIRST:
-        return Layout(kind, None, 1, {}, {})
-    first = processor in _TEXT_FIRST
-    of_keys = _joint_parts(keys, text, first, grid, frames)
-    of_queries = of_keys if not image_only else _joint_parts(queries, 0, first, grid, frames)
-    return Layout(kind, grid, frames, of_queries, of_keys)
+    index = min(call, 1) if plan.rule is not None and not plan.rule.each else 0
+    seen = (plan.rule, plan.level, plan.name, alone, index, queries, keys)
+    if plan.given is not None:
+        return _given(plan, queries, keys, at.tokens)
+    found = at.found.get(seen)
+    if found is None:
+        found = at.found[seen] = _layout(plan, alone, index, queries, keys, at.tokens)
+    return found
 
 
-def _kind(attn: nn.Module, context: Any, call: int, queries: int, at: Forward) -> str:
-    joins = getattr(attn, "add_q_proj", None) is not None
-    if context is None and call > 0:  # SD3's IP-Adapter, in layers that see the image alone
-        return "image_prompt"
-    if context is None:
-        # Flux's single blocks: text and image went into one sequence before the layer.
-        whole = None if at.levels or at.text is None else (at.tokens or 0) + at.text
-        return "joint" if queries == whole else "self"
-    if joins or (getattr(attn, "add_k_proj", None) is not None and _appends_text(attn)):
-        return "joint" if call == 0 else "image_prompt"
-    if getattr(attn, "add_k_proj", None) is not None:  # Wan, image to video: its image comes first
-        return "image_prompt" if call == 0 else "cross"
-    return "cross" if call == 0 else "image_prompt"
+def _layout(plan: Plan, alone: bool, call: int, queries: int, keys: int, tokens: Tokens) -> Layout:
+    rule = plan.rule
+    if rule is None:
+        return Layout("unknown", why=f"the layout of {plan.name} is not known here; {REMEDY}")
+    orders = rule.later if call else rule.alone if alone and rule.alone else rule.orders
+    if not orders:
+        why = f"what a further attention of {plan.name} is, is not known here; {REMEDY}"
+        return Layout("unknown", why=why)
+    grids = _grids(tokens, plan.level)
+    half: Layout | None = None
+    for each in map(order, orders):
+        for grid, image in grids:
+            rows = place(each.queries, queries, tokens.sizes, image, rule.said)
+            columns = place(each.keys, keys, tokens.sizes, image, rule.said)
+            if rows is not None and columns is not None:
+                kind = _kind_of(rows, columns)
+                told = _told(rows), _told(columns)
+                return Layout(kind, *_gridded(grid, tokens, rows), *told, tokens.note)
+            if rows is not None and half is None and len(rows) == 1:
+                half = Layout("unknown", *_gridded(grid, tokens, rows), _told(rows))
+            elif columns is not None and half is None and "image" not in columns:
+                half = Layout("unknown", keys=_told(columns))
+    found = half if half is not None else Layout("unknown")
+    kinds = {order(each).kind for each in orders}
+    kind = "unknown"
+    if kinds == {"temporal"} or (kinds == {"self"} and alone and queries == keys and half is None):
+        kind = kinds.pop()
+    why = f"its {queries} queries and {keys} keys are not those of {_shown(orders, tokens, grids)}"
+    why = tokens.note or why
+    if rule.said:
+        raise ValueError(
+            f"a layer does not have the parts that it is said to have: {why}; give parts= by "
+            "pattern of layers, ranges of tokens, or grid="
+        )
+    return Layout(kind, found.grid, found.frames, found.queries, found.keys, f"{why}; {REMEDY}")
 
 
-def _appends_text(attn: nn.Module) -> bool:
-    """diffusers' `Attention` with added keys attends to text and itself; Wan's to two contexts."""
-    return type(attn).__name__ == "Attention"
+def _gridded(
+    grid: Grid | None, tokens: Tokens, queries: Mapping[str, slice]
+) -> tuple[Grid | None, int]:
+    if grid is None or "image" not in queries:
+        return None, 1
+    return grid, tokens.frames
 
 
-def _joint_parts(
-    tokens: int, text: int, text_first: bool, grid: Grid | None, frames: int
-) -> dict[str, slice]:
-    start = text if text_first else 0
-    stop = tokens if text_first else tokens - text
-    parts = {"image": slice(start, stop)}
-    if grid is not None and (own := math.prod(grid) * frames) < stop - start:
-        parts = {"image": slice(start, start + own), "reference": slice(start + own, stop)}
-    if text:
-        parts["text"] = slice(0, text) if text_first else slice(stop, tokens)
-    return parts
+def _grids(tokens: Tokens, level: int | None) -> list[tuple[Grid | None, int | None]]:
+    """The grids that a layer may have, each with how many tokens are image on it."""
+    if tokens.grid is None:
+        return [(None, tokens.sizes.get("image"))]
+    found = [tokens.grid]
+    while tokens.levels and found[-1] != (1, 1):
+        height, width = found[-1]
+        found.append(((height + 1) // 2, (width + 1) // 2))
+    if tokens.levels and level is not None:
+        found = [found[min(level, len(found) - 1)]]
+    return [(grid, math.prod(grid) * tokens.frames) for grid in found]
 
 
-def _level(at: Forward, tokens: int) -> Grid | None:
-    """(height, width) of ``tokens`` tokens: the finest grid or, in a UNet, a level below it."""
-    if at.grid is None:
-        return None
-    height, width = at.grid
-    while at.levels and height * width > tokens and (height > 1 or width > 1):
-        height, width = (height + 1) // 2, (width + 1) // 2
-    return (height, width) if at.frames * height * width == tokens else None
+def _shown(
+    orders: tuple[str, ...], tokens: Tokens, grids: list[tuple[Grid | None, int | None]]
+) -> str:
+    """What a layer should have had, for the error."""
+    sizes = {name: n for name, n in tokens.sizes.items() if name != "image"}
+    shown = [f"{name}: {n}" for name, n in sizes.items() if any(name in each for each in orders)]
+    grid, image = grids[0] if len(grids) == 1 else (None, None)
+    if grid is not None:
+        frames = f"{tokens.frames} x " if tokens.frames > 1 else ""
+        shown.insert(0, f"image: {frames}{grid[0]} x {grid[1]}")
+    elif image is not None:
+        shown.insert(0, f"image: {image}")
+    of = f" ({', '.join(shown)})" if shown else ""
+    return f"{' or '.join(map(repr, orders))}{of}"
 
 
-def rotary(
-    processor: str, arguments: Mapping[str, Any], tokens: int, width: int
-) -> tuple[Tensor, Tensor] | None:
-    """(cos, sin), [tokens, width] each, by which a processor rotates q and k; None if it does not.
-
-    Angles of channels 2i and 2i + 1 are equal. None, too, for a form that is not known here.
-    """
-    angles = arguments.get("image_rotary_emb", arguments.get("rotary_emb"))
-    if processor not in _ROTATES_NEIGHBOURS or not isinstance(angles, (tuple, list)):
-        return None
-    cos, sin = (each.reshape(-1, each.shape[-1]) for each in angles)
-    return (cos, sin) if cos.shape == sin.shape == (tokens, width) else None
-
-
-def rotates(arguments: Mapping[str, Any]) -> bool:
-    """Whether a processor was given a rotary embedding, in whatever form."""
-    return arguments.get("image_rotary_emb", arguments.get("rotary_emb")) is not None
-
-
-def unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Q or K [B, H, N, d] before its rotary embedding: R(-angle) x, in float32, rounded as x is."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = (each[:, 0::2].to(device=x.device, dtype=torch.float32) for each in (cos, sin))
-    return torch.stack((even * cos + odd * sin, odd * cos - even * sin), -1).flatten(-2).to(x.dtype)
+def _given(plan: Plan, queries: int, keys: int, tokens: Tokens) -> Layout:
+    assert plan.given is not None
+    for side, count, parts in zip(("queries", "keys"), (queries, keys), plan.given, strict=True):
+        for name, part in parts.items():
+            if part.stop > count:
+                raise ValueError(
+                    f"parts= says that {name!r} of the {side} is tokens {part.start} to "
+                    f"{part.stop}, but the layer has {count}; give parts= by layer: "
+                    "parts={'pattern': {...}}"
+                )
+    rows, columns = plan.given
+    grid, frames = None, 1
+    if tokens.grid is not None and "image" in rows:
+        size = rows["image"].stop - rows["image"].start
+        for each, image in _grids(tokens, plan.level):
+            if image == size:
+                grid, frames = each, tokens.frames
+        if grid is None:
+            raise ValueError(
+                f"parts= has {size} image queries, which is not "
+                f"{tokens.frames} x {tokens.grid[0]} x {tokens.grid[1]}; give grid= to match"
+            )
+    return Layout(_kind_of(rows, columns), grid, frames, rows, columns)

@@ -41,6 +41,15 @@ _UNOBSERVABLE = {
     "XLAFlashAttnProcessor2_0": _USE_DEFAULT,
 }
 
+# Linear attention: softmax is not taken, so there is no map.
+_WITHOUT_MAPS = {
+    "SanaLinearAttnProcessor2_0",
+    "SanaLinearAttnProcessor3_0",
+    "SanaMultiscaleAttnProcessor2_0",
+    "PAGCFGSanaLinearAttnProcessor2_0",
+    "PAGIdentitySanaLinearAttnProcessor2_0",
+}
+
 _attaching = threading.Lock()
 
 
@@ -376,6 +385,22 @@ def unwatch_context(model: nn.Module, owner: object) -> None:
             watch.owners = [each for each in watch.owners if each is not owner]
             if not watch.owners:
                 del model.__dict__["cache_context"]
+
+
+def without_maps_left_out(layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The layers that have a map; those of linear attention have none.
+
+    Raises RuntimeError if none is left.
+    """
+    names = {name: layer.processor.__class__.__name__ for name, layer in layers.items()}
+    left = {name: layer for name, layer in layers.items() if names[name] not in _WITHOUT_MAPS}
+    if layers and not left:
+        name, processor = next(iter(names.items()))
+        raise RuntimeError(
+            f"layer {name!r} uses {processor}: linear attention takes no softmax over keys and has "
+            "no map; choose other layers (in Sana layers='*.attn2', its cross-attention)"
+        )
+    return left
 
 
 def refuse_unobservable(layer: str, processor: Any) -> None:

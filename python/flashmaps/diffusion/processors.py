@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
 from flashmaps.diffusion.capture import denoisers, step_filter
+from flashmaps.diffusion.counts import called_with
 from flashmaps.diffusion.entry import Entry
-from flashmaps.diffusion.layouts import Forward, called_with, image_tokens, layout
+from flashmaps.diffusion.known import plan_of, tokens_of
+from flashmaps.diffusion.layouts import Forward, Layout, Plan, Rule, Tokens, layout
 from flashmaps.diffusion.observe import (
     attention_layers,
     choose_layers,
@@ -36,6 +38,8 @@ from flashmaps.maps.grids import Grid, square_grid
 
 # What these processors can stand in for, since they compute the same.
 _STOCK = {"AttnProcessor2_0": False, "FusedAttnProcessor2_0": True}  # whether projections are fused
+# Of a layer whose model is not known: what stock processors attend to in UNets and PixArt.
+_STOCK_PLAN = Plan(Rule("*", ("image -> text*",), alone=("image",)), name="AttnProcessor2_0")
 _FLASH = SDPBackend.FLASH_ATTENTION.value
 _ROW_STATISTICS = {"entropy", "max", "argmax", "expectation", "diagonal", "density"}
 
@@ -88,6 +92,8 @@ class MapAttnProcessor:
     """
 
     _fused = False  # whether to use the layer's fused projections, as FusedAttnProcessor2_0 does
+    _plan: Plan | None = None  # what is known of the layer, where the model is known
+    _tokens: Tokens | None = None  # what the model was called with, likewise
 
     def __init__(
         self,
@@ -156,16 +162,19 @@ class MapAttnProcessor:
         """
         models = denoisers(pipe_or_model)
         available: dict[str, nn.Module] = {}
+        of: dict[str, dict[str, nn.Module]] = {}
         for prefix, model in models.items():
-            available |= {prefix + name: layer for name, layer in attention_layers(model).items()}
+            of[prefix] = {prefix + n: layer for n, layer in attention_layers(model).items()}
+            available |= of[prefix]
         if options.get("record") is None:
             options["record"] = Record()
         where = type(next(iter(models.values()))).__name__
         chosen = cls._for(available, layers, where, options)
         with contextlib.ExitStack() as undo:
             if options.get("grid") is None:
-                for model in models.values():
-                    undo.callback(_tell_grid(model, [made for _, made in chosen.values()]).remove)
+                for prefix, model in models.items():
+                    own = {name: each for name, each in chosen.items() if name in of[prefix]}
+                    undo.callback(_tell_tokens(model, prefix, own).remove)
             for layer, made in chosen.values():
                 undo.callback(_put_back, layer, made, layer.processor)
                 layer.processor = made
@@ -302,8 +311,7 @@ class MapAttnProcessor:
             return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         attended, lse = attend(query, key, value, mask, wants_lse=self._gains_from_lse(query))
         tokens, keys = query.shape[2], key.shape[2]
-        at = Forward(step, grid=grid or self._grid, levels=True)
-        found = layout(attn, "", context, 0, tokens, keys, at)
+        found = self._layout(grid, context is None, tokens, keys)
         first, alike = key_mask(mask, query.shape[0])
         self._recorder.take(
             Entry(
@@ -313,15 +321,29 @@ class MapAttnProcessor:
                 query=query,
                 key=key,
                 scale=query.shape[-1] ** -0.5,
-                grid=found.grid if at.grid else square_grid(tokens),
+                grid=found.grid,
                 queries=found.queries,
                 keys=parts or found.keys,
+                rows=self._tokens.rows if self._tokens is not None and found.grid else 1,
+                why=found.why,
                 lse=lse,
                 _mask=first,
                 _mask_alike=alike,
             )
         )
         return attended
+
+    def _layout(self, grid: Grid | None, alone: bool, queries: int, keys: int) -> Layout:
+        """The layout of a layer: of its picture, of its model, or of square grids."""
+        if grid is None and self._plan is not None and self._tokens is not None:
+            return layout(self._plan, alone, 0, queries, keys, Forward(0, tokens=self._tokens))
+        grid = grid or self._grid
+        if grid is None:
+            square = square_grid(queries)
+            tokens = Tokens(square, sizes={} if square else {"image": queries})
+        else:
+            tokens = Tokens(grid, levels=True)
+        return layout(_STOCK_PLAN, alone, 0, queries, keys, Forward(0, tokens=tokens))
 
     def _mix(
         self, key: Tensor, value: Tensor, mask: Tensor | None
@@ -418,13 +440,18 @@ def _is_fused(layer: str, processor: Any, wanted: str) -> bool:
     return _STOCK[name]
 
 
-def _tell_grid(model: nn.Module, processors: list[MapAttnProcessor]) -> Any:
-    """A hook on ``model`` that tells its processors the grid of what it is called with."""
+def _tell_tokens(
+    model: nn.Module, prefix: str, chosen: dict[str, tuple[Any, MapAttnProcessor]]
+) -> Any:
+    """A hook on ``model`` that tells its processors what it is called with."""
+    for name, (layer, made) in chosen.items():
+        processor = getattr(layer.processor, "_fm_processor", layer.processor)
+        made._plan = plan_of(model, name.removeprefix(prefix), layer, processor)
 
     def before(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        found = image_tokens(model, called_with(model, args, kwargs))
-        for each in processors:
-            each._grid = found.get("grid")
+        found = tokens_of(model, called_with(model, args, kwargs))
+        for _, made in chosen.values():
+            made._tokens = found
 
     return model.register_forward_pre_hook(before, with_kwargs=True)
 

@@ -124,7 +124,7 @@ class Recorder:
                 found = attention_map.reduce(*wanted)._asdict()
             if "density" in self.names:
                 found["density"] = _density(found["argmax"], attention_map.shape[2])
-            if "image_to_text" in self.names and "text" in entry.keys:
+            if "image_to_text" in self.names and _sees_text(entry):
                 found["image_to_text"] = entry.map("image->text").to_dense()
             for name, function in self.functions.items():
                 found[name] = _checked(name, function(attention_map), attention_map.shape[0])
@@ -176,6 +176,10 @@ class Recorder:
     def end(self) -> None:
         """Let go of what was only needed while layers ran."""
         self._rotary = (None, None)
+
+
+def _sees_text(entry: Entry) -> bool:
+    return "image" in entry.queries and "text" in entry.keys
 
 
 def _mean_of(entry: Entry) -> tuple[Any, ...]:

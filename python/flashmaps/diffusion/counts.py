@@ -1,0 +1,430 @@
+"""How many tokens of each part diffusers' models are called with, and on which grid."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from flashmaps.diffusion.layouts import Tokens, common
+from flashmaps.maps.grids import Grid
+
+Given = Mapping[str, Any]  # what a model was called with, by name
+
+_LENGTHS = (
+    "the texts of this batch have different lengths, so the text has no place in common; run one "
+    "prompt at a time, or leave the layer out"
+)
+
+
+# -- what models are called with -------------------------------------------------------------------
+
+
+def called_with(model: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """What a model was called with, by name."""
+    parameters = inspect.signature(model.forward).parameters
+    names = list(parameters)
+    if any(each.kind is each.VAR_POSITIONAL for each in parameters.values()):
+        # Someone's `forward(*args, **kwargs)` before the model's own, as DeepCache has it.
+        names = list(inspect.signature(type(model).forward).parameters)[1:]
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def timestep_of(given: Given) -> Any:
+    """The timestep, by whichever name the model has for it."""
+    names = ("timestep", "timesteps", "t", "timestep_ratio")
+    return next((given[name] for name in names if given.get(name) is not None), None)
+
+
+def latents_of(given: Given) -> Tensor | None:
+    """The latents, batch first; None if they are not one tensor, nor several alike (Z-Image)."""
+    found = given.get("sample", given.get("hidden_states", given.get("x")))
+    if isinstance(found, (list, tuple)) and found and all(isinstance(x, Tensor) for x in found):
+        alike = all(x.shape == found[0].shape for x in found)
+        return torch.stack(list(found)) if alike else None
+    return found if isinstance(found, Tensor) else None
+
+
+def _length(x: Any, dim: int = 1) -> int | None:
+    return x.shape[dim] if isinstance(x, Tensor) and x.ndim == 3 else None
+
+
+def _sizes(**sizes: int | None) -> dict[str, int]:
+    return {name: n for name, n in sizes.items() if n is not None}
+
+
+def _text(given: Given) -> dict[str, int]:
+    return _sizes(text=_length(given.get("encoder_hidden_states")))
+
+
+# Reading a tensor makes a GPU wait: each is read once.
+_read: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _once(function: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    @functools.wraps(function)
+    def of(x: Tensor) -> Any:
+        found = _read.get(x)
+        version = None if x.is_inference() else x._version
+        if found is None or found[0] != version:
+            found = _read[x] = (version, function(x))
+        return found[1]
+
+    return of
+
+
+@_once
+def _counts(mask: Tensor) -> list[int]:
+    """How many tokens of each row of a mask [B, N] are there."""
+    return [int(n) for n in mask.bool().sum(1).tolist()]
+
+
+@_once
+def _first_grid(ids: Tensor) -> Grid | None:
+    """(height, width) of the first image in ids (image, row, column, ...) of each token.
+
+    [N, 3 or 4] or [B, N, ...]. Reference images follow with another first id. None where the first
+    image's tokens do not stand row by row.
+    """
+    if ids.shape[-1] not in (3, 4):
+        return None
+    ids = (ids[0] if ids.ndim == 3 else ids).detach().float().cpu()
+    others = (ids[:, 0] != ids[0, 0]).nonzero()
+    first = ids[: int(others[0])] if len(others) else ids
+    places = first[:, 1:3] - first[0, 1:3]
+    height, width = (int(n) + 1 for n in places[-1])
+    if height < 1 or width < 1 or height * width != len(first):
+        return None
+    rows = torch.arange(height).repeat_interleave(width)
+    columns = torch.arange(width).repeat(height)
+    return (height, width) if torch.equal(places, torch.stack([rows, columns], 1).float()) else None
+
+
+# -- tokens of each kind of model ------------------------------------------------------------------
+
+
+def _plane(latent: Any, patch: Any, sizes: Mapping[str, int], **more: Any) -> Tokens:
+    """Of latents [B, C, height, width] in square patches."""
+    if not isinstance(latent, Tensor) or latent.ndim != 4:
+        return Tokens(sizes=sizes)
+    grid = (latent.shape[2] // patch, latent.shape[3] // patch)
+    return Tokens(grid, sizes={**sizes, "image": grid[0] * grid[1]}, **more)
+
+
+def _video(latent: Any, patch: Any, sizes: Mapping[str, int], frames_at: int = 2) -> Tokens:
+    """Of latents [B, C, frames, height, width] in patches (time, height, width)."""
+    if not isinstance(latent, Tensor) or latent.ndim != 5:
+        return Tokens(sizes=sizes)
+    shape = (latent.shape[frames_at], *latent.shape[3:])
+    frames, height, width = (n // p for n, p in zip(shape, patch, strict=True))
+    return Tokens((height, width), frames, sizes={**sizes, "image": frames * height * width})
+
+
+def patched(model: Any, given: Given) -> Tokens:
+    """Of latents [B, C, height, width] in patches, and a text beside them: PixArt, SD3, DiT."""
+    return _plane(given.get("hidden_states"), model.config.patch_size, _text(given))
+
+
+def unet(model: Any, given: Given) -> Tokens:
+    """Of UNets on images: the finest grid is that of the latents."""
+    config = model.config
+    sizes = _text(given)
+    images = getattr(getattr(model, "encoder_hid_proj", None), "num_image_text_embeds", None)
+    if getattr(config, "encoder_hid_dim_type", None) == "image_proj":  # Kandinsky 2.2
+        sizes = _sizes(image_prompt=images)
+    elif getattr(config, "encoder_hid_dim_type", None) == "text_image_proj":  # Kandinsky 2.1
+        sizes |= _sizes(image_prompt=images)
+    return _plane(given.get("sample"), 1, sizes, levels=True)
+
+
+def video_unet(frames_at: int, name: str = "text") -> Callable[[Any, Given], Tokens]:
+    """Of UNets that see frames as rows of the batch, and times at each place."""
+
+    def tokens(model: Any, given: Given) -> Tokens:
+        sample = given.get("sample")
+        sizes = _sizes(**{name: _length(given.get("encoder_hidden_states"))})
+        if not isinstance(sample, Tensor) or sample.ndim != 5:
+            return Tokens(sizes=sizes)
+        grid, frames = (sample.shape[3], sample.shape[4]), sample.shape[frames_at]
+        sizes |= {"image": grid[0] * grid[1], "frames": frames}
+        return Tokens(grid, rows=frames, levels=True, sizes=sizes)
+
+    return tokens
+
+
+def latte(model: Any, given: Given) -> Tokens:
+    """Of Latte, whose blocks see frames and places in turn."""
+    latent, patch = given.get("hidden_states"), model.config.patch_size
+    if not isinstance(latent, Tensor) or latent.ndim != 5:
+        return Tokens(sizes=_text(given))
+    grid, frames = (latent.shape[3] // patch, latent.shape[4] // patch), latent.shape[2]
+    sizes = _text(given) | {"image": grid[0] * grid[1], "frames": frames}
+    return Tokens(grid, rows=frames, sizes=sizes)
+
+
+def packed(model: Any, given: Given) -> Tokens:
+    """Of latents [B, N, C] with the place of each token as ids: Flux, Chroma."""
+    latent, ids = given.get("hidden_states"), given.get("img_ids")
+    sizes, tokens = _text(given), _length(latent)
+    if tokens is None:
+        return Tokens(sizes=sizes)
+    before = given.get("num_ref_tokens", 0) if given.get("kv_cache_mode") == "extract" else 0
+    cache = given.get("kv_cache") if given.get("kv_cache_mode") == "cached" else None
+    grid = None
+    if isinstance(ids, Tensor) and not before:
+        grid = _first_grid(ids)
+    own = tokens - before if grid is None else grid[0] * grid[1]
+    sizes |= {"image": own, "reference": tokens - before - own}
+    sizes |= {"cached": before or getattr(cache, "num_ref_tokens", 0)}
+    return Tokens(grid, sizes=sizes)
+
+
+def qwen(model: Any, given: Given) -> Tokens:
+    """Of packed latents with the shapes of the images beside them; the first is the one made."""
+    tokens, shapes = _length(given.get("hidden_states")), given.get("img_shapes")
+    sizes = _text(given)
+    if tokens is None:
+        return Tokens(sizes=sizes)
+    try:
+        first: Any = shapes[0] if shapes is not None else None
+        while isinstance(first[0], (list, tuple)):
+            first = first[0]
+        frames, height, width = (int(n) for n in first)
+    except (TypeError, ValueError, IndexError, KeyError):
+        return Tokens(sizes={**sizes, "image": tokens, "reference": 0})
+    if frames != 1:
+        return Tokens(sizes={**sizes, "image": tokens, "reference": 0})
+    own = height * width
+    return Tokens((height, width), sizes={**sizes, "image": own, "reference": tokens - own})
+
+
+def z_image(model: Any, given: Given) -> Tokens:
+    """Each image, then its text, both filled up to a multiple of 32 tokens."""
+    images, texts = given.get("x"), given.get("cap_feats")
+    patch, times = given.get("patch_size", 2), given.get("f_patch_size", 1)
+    if not (isinstance(images, (list, tuple)) and isinstance(texts, (list, tuple))):
+        return Tokens()
+    if not all(isinstance(x, Tensor) for x in (*images, *texts)):  # several images in each
+        return Tokens()
+    shapes = [(x.shape[1] // times, x.shape[2] // patch, x.shape[3] // patch) for x in images]
+    items = []
+    for (frames, height, width), text in zip(shapes, texts, strict=True):
+        image = frames * height * width
+        more = {"fill": -image % 32, "text_fill": -len(text) % 32}
+        items.append({"image": image, "text": len(text), **more})
+    frames, *place = shapes[0]
+    one = all(shape == shapes[0] for shape in shapes)
+    sizes = common(items)
+    differ = tuple(items) if len(sizes) < len(items[0]) else ()
+    grid = (place[0], place[1]) if one else None
+    note = _LENGTHS if differ else ""
+    return Tokens(grid, frames if one else 1, sizes=sizes, items=differ, note=note)
+
+
+def lumina(model: Any, given: Given) -> Tokens:
+    """The text that its mask leaves of each prompt, then the image."""
+    mask = given.get("encoder_attention_mask")
+    sizes = _sizes(padded_text=_length(given.get("encoder_hidden_states")))
+    counts = _counts(mask) if isinstance(mask, Tensor) and mask.ndim == 2 else []
+    if counts and len(set(counts)) == 1:
+        sizes["text"] = counts[0]
+    note = _LENGTHS if len(set(counts)) > 1 else ""
+    return _plane(given.get("hidden_states"), model.config.patch_size, sizes, note=note)
+
+
+def aura_flow(model: Any, given: Given) -> Tokens:
+    """Learned register tokens before the text, then the image."""
+    sizes = _text(given) | {"register": model.register_tokens.shape[1]}
+    return _plane(given.get("hidden_states"), model.config.patch_size, sizes)
+
+
+def cogvideox(model: Any, given: Given) -> Tokens:
+    """Of latents [B, frames, C, height, width]."""
+    patch = model.config.patch_size
+    patches = (getattr(model.config, "patch_size_t", None) or 1, patch, patch)
+    return _video(given.get("hidden_states"), patches, _text(given), frames_at=1)
+
+
+def hunyuan_video(model: Any, given: Given) -> Tokens:
+    """Of latents [B, C, frames, height, width], with a text padded to one length."""
+    patch = model.config.patch_size
+    patches = (model.config.patch_size_t, patch, patch)
+    return _video(given.get("hidden_states"), patches, _text(given))
+
+
+def hunyuan_video15(model: Any, given: Given) -> Tokens:
+    """The video, an image prompt if there is one, the text that masks leave, and what they hide."""
+    patch = model.config.patch_size
+    sizes = _sizes(padded_text=_length(given.get("encoder_hidden_states")))
+    images, masks = given.get("image_embeds"), []
+    for name in ("encoder_attention_mask_2", "encoder_attention_mask"):
+        if isinstance(mask := given.get(name), Tensor) and mask.ndim == 2:
+            masks.append(mask)
+    counts = [sum(each) for each in zip(*map(_counts, masks), strict=True)]
+    # Every image's text must be as long, or they stand at different places.
+    if len(masks) == 2 and isinstance(images, Tensor) and len(set(counts)) == 1:
+        sizes["text"] = counts[0]
+        sizes["image_prompt"] = images.shape[1] if _any(images) else 0
+    note = _LENGTHS if len(set(counts)) > 1 else ""
+    patches = (model.config.patch_size_t, patch, patch)
+    found = _video(given.get("hidden_states"), patches, sizes)
+    return dataclasses.replace(found, note=note)
+
+
+@_once
+def _any(x: Tensor) -> bool:
+    return bool((x != 0).any())
+
+
+def hunyuan_image(model: Any, given: Given) -> Tokens:
+    """The image, then both texts together."""
+    latent = given.get("hidden_states")
+    first = _length(given.get("encoder_hidden_states"))
+    second = _length(given.get("encoder_hidden_states_2"))
+    if getattr(model, "context_embedder_2", None) is None:
+        second = 0
+    sizes = _sizes(first_text=first)
+    if first is not None:
+        sizes["text"] = first + (second or 0)
+    patch = tuple(model.config.patch_size)
+    if len(patch) == 3:
+        return _video(latent, patch, sizes)
+    if not isinstance(latent, Tensor) or latent.ndim != 4:
+        return Tokens(sizes=sizes)
+    grid = (latent.shape[2] // patch[0], latent.shape[3] // patch[1])
+    return Tokens(grid, sizes={**sizes, "image": grid[0] * grid[1]})
+
+
+def hidream(model: Any, given: Given) -> Tokens:
+    """The image, filled up to ``max_seq`` where it is not square; then three texts."""
+    latent, sizes = given.get("hidden_states"), {}
+    t5, llama = given.get("encoder_hidden_states_t5"), given.get("encoder_hidden_states_llama3")
+    if _length(t5) is not None and isinstance(llama, Tensor) and llama.ndim == 4:
+        sizes["text"] = t5.shape[1] + 2 * llama.shape[2]  # type: ignore[union-attr]
+    found = _plane(latent, model.config.patch_size, sizes)
+    if found.grid is None:
+        return found
+    square = latent.shape[2] == latent.shape[3]  # type: ignore[union-attr]
+    fill = 0 if square else model.max_seq - found.sizes["image"]
+    return Tokens(found.grid, sizes={**found.sizes, "fill": fill})
+
+
+def omnigen(model: Any, given: Given) -> Tokens:
+    """The text, with the images that it speaks of inside; the time; the image."""
+    ids, images = given.get("input_ids"), given.get("input_image_sizes")
+    sizes = {"before": 0, "text": 0}
+    if isinstance(ids, Tensor):
+        sizes["before" if images else "text"] = ids.shape[1]
+    return _plane(given.get("hidden_states"), model.config.patch_size, {**sizes, "time": 1})
+
+
+def ltx(model: Any, given: Given) -> Tokens:
+    """Packed latents, with the numbers of frames, rows and columns beside them."""
+    tokens, sizes = _length(given.get("hidden_states")), _text(given)
+    shape = [given.get(name) for name in ("num_frames", "height", "width")]
+    if tokens is None or not all(isinstance(n, int) for n in shape):
+        return Tokens(sizes=sizes)
+    frames, height, width = shape
+    if frames * height * width != tokens:  # type: ignore[operator]
+        return Tokens(sizes=sizes)
+    return Tokens((height, width), frames, sizes={**sizes, "image": tokens})  # type: ignore[arg-type]
+
+
+def mochi(model: Any, given: Given) -> Tokens:
+    """The video; how much of each text is left, its calls tell."""
+    patch = model.config.patch_size
+    return _video(given.get("hidden_states"), (1, patch, patch), {})
+
+
+def kandinsky5(model: Any, given: Given) -> Tokens:
+    """Latents with the channels last; in blocks of 8 x 8 where attention is sparse."""
+    latent, sizes = given.get("hidden_states"), _text(given)
+    if not isinstance(latent, Tensor) or latent.ndim != 5:
+        return Tokens(sizes=sizes)
+    patch = model.config.patch_size
+    frames, height, width = (n // p for n, p in zip(latent.shape[1:4], patch, strict=True))
+    sizes |= {"image": frames * height * width}
+    sparse = given.get("sparse_params")
+    if sparse is not None and sparse.get("to_fractal"):
+        return Tokens(sizes=sizes)
+    return Tokens((height, width), frames, sizes=sizes)
+
+
+def wan(model: Any, given: Given) -> Tokens:
+    """Of latents [B, C, frames, height, width] in patches (time, height, width): Wan, Cosmos."""
+    found = _video(given.get("hidden_states"), model.config.patch_size, _text(given))
+    # Its processor takes the last 512 tokens of image and text for the text.
+    told = {"told_text": 512} if found.sizes.get("text") == 512 else {}
+    return Tokens(found.grid, found.frames, sizes={**found.sizes, **told})
+
+
+def allegro(model: Any, given: Given) -> Tokens:
+    """Of latents [B, C, frames, height, width], with a patch of time apart."""
+    patch = model.config.patch_size
+    patches = (model.config.patch_size_t, patch, patch)
+    return _video(given.get("hidden_states"), patches, _text(given))
+
+
+def hunyuan_dit(model: Any, given: Given) -> Tokens:
+    """The texts of CLIP and of T5, one after the other."""
+    clip = _length(given.get("encoder_hidden_states"))
+    t5 = _length(given.get("encoder_hidden_states_t5"))
+    sizes = {} if clip is None or t5 is None else {"text": clip + t5}
+    return _plane(given.get("hidden_states"), model.config.patch_size, sizes)
+
+
+def cascade(model: Any, given: Given) -> Tokens:
+    """After the image: text, its pooled embedding as several tokens, and an image prompt."""
+    per = model.config.clip_seq
+    text, pooled, image = (given.get(f"clip_{name}") for name in ("text", "text_pooled", "img"))
+    sizes = {"text": 0, "image_prompt": 0}
+    if isinstance(pooled, Tensor):
+        sizes["pooled_text"] = per * (pooled.shape[1] if pooled.ndim == 3 else 1)
+    if isinstance(text, Tensor) and isinstance(image, Tensor):
+        sizes["text"] = text.shape[1]
+        sizes["image_prompt"] = per * (image.shape[1] if image.ndim == 3 else 1)
+    return _plane(given.get("sample"), model.config.patch_size, sizes, levels=True)
+
+
+# -- how deep in a UNet a layer is -----------------------------------------------------------------
+
+_BLOCK = re.compile(r"(?:.*\.)?(down_blocks|up_blocks|mid_block)(?:\.(\d+))?\.")
+
+
+def unet_level(model: Any, layer: str) -> int | None:
+    """How many times the grid was halved before a layer, from the blocks that do it."""
+    found = _BLOCK.match(layer)
+    if found is None:
+        return None
+    where, index = found.group(1), int(found.group(2) or 0)
+    downs = [getattr(block, "downsamplers", None) is not None for block in model.down_blocks]
+    if where == "down_blocks":
+        return sum(downs[:index])
+    if where == "mid_block":
+        return sum(downs)
+    ups = [getattr(block, "upsamplers", None) is not None for block in model.up_blocks]
+    return sum(downs) - sum(ups[:index])
+
+
+def cascade_level(model: Any, layer: str) -> int | None:
+    """How many times Stable Cascade's grid was halved before a layer."""
+    found = _BLOCK.match(layer)
+    if found is None or found.group(2) is None:
+        return None
+    last = len(model.down_blocks) - 1
+    index = int(found.group(2))
+    halves = [len(scaler) > 1 and _halves(scaler[1]) for scaler in model.down_downscalers[1:]]
+    return sum(halves[: index if found.group(1) == "down_blocks" else last - index])
+
+
+def _halves(scaler: Any) -> bool:
+    if isinstance(scaler, nn.Conv2d):
+        return scaler.stride == (2, 2)
+    return any(isinstance(part, nn.Upsample) for part in scaler.modules())
