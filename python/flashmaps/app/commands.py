@@ -2,54 +2,33 @@
 
 from __future__ import annotations
 
-import functools
-import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-# Errors whose message tells the user what to mend; anything else is a bug and shows its traceback.
-_MISTAKES = (ValueError, OSError, ImportError)
-_EXIT_MISTAKE = 2
+from flashmaps.app.arguments import (
+    OWN,
+    Backend,
+    Compare,
+    Device,
+    Layers,
+    Model,
+    Out,
+    Seed,
+    Size,
+    Timestep,
+)
+from flashmaps.app.terminal import friendly, print_tables, quiet_libraries
 
-Model = Annotated[
-    str, typer.Option(help="'builtin', a Stable Diffusion folder, or a hub id such as owner/name.")
-]
-Layers = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Pattern of self-attention layers; may be repeated.",
-        show_default="the model's own, or of the decoder",
-    ),
-]
-_OWN = "the model's own"
-Timestep = Annotated[
-    list[int] | None,
-    typer.Option(
-        help="Noise level shown to the model: 0 is none, 999 nearly all; may be repeated.",
-        show_default=f"{_OWN}, or 1",
-    ),
-]
-Seed = Annotated[
-    list[int] | None,
-    typer.Option(
-        help="Noise seed; repeat it to average over several.", show_default=f"{_OWN}, or 0"
-    ),
-]
-Compare = Annotated[
-    str | None,
-    typer.Option(
-        help="kk, qq, features: keys, queries or block outputs by cosine. qk: attention.",
-        show_default=f"{_OWN}, or kk",
-    ),
-]
-Backend = Annotated[str, typer.Option(help="What computes the maps; flashmaps doctor lists them.")]
+# Packages that evaluating a way of matching takes.
+EVALUATION = (
+    "diffusers", "transformers", "skimage", "sklearn", "scipy", "matplotlib", "pyarrow",
+)  # fmt: skip
 
 
 def make_app() -> typer.Typer:
@@ -61,27 +40,10 @@ def make_app() -> typer.Typer:
         help="Numbers from attention maps that are never built.",
     )
     for command in (match, demo, world, doctor, bench):
-        app.command()(_friendly(command))
-    app.command("eval")(_friendly(evaluate))
-    app.command("study")(_friendly(study))
+        app.command()(friendly(command))
+    app.command("eval")(friendly(evaluate))
+    app.command("study")(friendly(study))
     return app
-
-
-def _friendly(command: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except (typer.Exit, typer.Abort):  # typer's own, which are RuntimeErrors
-            raise
-        except (*_MISTAKES, RuntimeError) as error:
-            if os.environ.get("FLASHMAPS_DEBUG"):
-                raise
-            print(f"flashmaps: {error}", file=sys.stderr)
-            print("(set FLASHMAPS_DEBUG=1 to see where this happened)", file=sys.stderr)
-            raise typer.Exit(_EXIT_MISTAKE if isinstance(error, _MISTAKES) else 1) from None
-
-    return run
 
 
 def match(
@@ -92,14 +54,8 @@ def match(
     timestep: Timestep = None,
     seed: Seed = None,
     prompt: Annotated[str, typer.Option(help="Text the model sees.")] = "",
-    size: Annotated[
-        int | None,
-        typer.Option(
-            help="Longer side in pixels that the model sees; more pixels, more tokens.",
-            show_default="what the model was trained on",
-        ),
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("flashmaps-match"),
+    size: Size = None,
+    out: Out = Path("flashmaps-match"),
     compare: Compare = None,
     backend: Backend = "auto",
 ) -> None:
@@ -116,7 +72,7 @@ def match(
     first, second = load_image(source, "SOURCE"), load_image(target, "TARGET")
     console = Console()
     with console.status("loading the model"):
-        _quiet_libraries()
+        quiet_libraries()
         from flashmaps.diffusion.features import load_model
         from flashmaps.matching.match import match as match_images
 
@@ -140,7 +96,7 @@ def match(
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("demo-output"),
+    out: Out = Path("demo-output"),
     model: Model = "builtin",
     layers: Layers = None,
     timestep: Timestep = None,
@@ -152,7 +108,7 @@ def demo(
     """Match a real stereo pair and drawn scenes, score them against the truth, write a report."""
     from rich.console import Console
 
-    _quiet_libraries()
+    quiet_libraries()
     from flashmaps.app import demo as job
     from flashmaps.app import report
     from flashmaps.app.doctor import require
@@ -208,23 +164,15 @@ def evaluate(
     prompt: Annotated[
         str, typer.Option(help="Text the model sees; {category} stands for the pair's.")
     ] = "",
-    size: Annotated[
-        int | None,
-        typer.Option(
-            help="Longer side in pixels that the model sees; more pixels, more tokens.",
-            show_default="what the model was trained on",
-        ),
-    ] = None,
+    size: Size = None,
     compare: Annotated[
         list[str] | None,
         typer.Option(
             help="kk, qq, qk or features, as in match; may be repeated.",
-            show_default=f"{_OWN}, or kk",
+            show_default=f"{OWN}, or kk",
         ),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Where the model runs, such as cuda.", show_default="cpu")
-    ] = None,
+    device: Device = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, float16 or bfloat16.", show_default="as it is")
     ] = None,
@@ -247,8 +195,8 @@ def evaluate(
     from flashmaps.app.doctor import require
     from flashmaps.evaluation.run import evaluate as run
 
-    require("diffusers", "transformers", "skimage", "sklearn", "scipy", "matplotlib", "pyarrow")
-    _quiet_libraries()
+    require(*EVALUATION)
+    quiet_libraries()
     folder = Path(f"flashmaps-eval-{benchmark}") if out is None else out
     results = run(
         benchmark, folder, pairs=pairs, points=points, seed=seed, data=data, split=split,
@@ -259,28 +207,10 @@ def evaluate(
     )  # fmt: skip
     from flashmaps.evaluation.markdown import tables
 
-    console = Console()
-    _show(console, tables(results))
-    console.print(
+    print_tables(tables(results))
+    Console().print(
         f"Written to {escape(str(folder))}: results.md, results.json, points.parquet, plots."
     )
-
-
-def _show(console: Any, tables: list[tuple[str, list[str], list[list[str]]]]) -> None:
-    """Titled tables of text, the first column to the left."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    for title, header, rows in tables:
-        table = Table(
-            title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0)
-        )
-        for index, name in enumerate(header):
-            table.add_column(name, justify="left" if index == 0 else "right")
-        for row in rows:
-            table.add_row(*(escape(cell) for cell in row))
-        console.print(table)
-        console.print()
 
 
 def study(
@@ -312,13 +242,11 @@ def study(
             help="How many noises to average, to try; may be repeated.", show_default="1 2 4"
         ),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Where the model runs, such as cuda.", show_default="cpu")
-    ] = None,
+    device: Device = None,
     keep: Annotated[
         bool, typer.Option("--keep", help="Write match.json beside the model's weights too.")
     ] = False,
-    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("flashmaps-study"),
+    out: Out = Path("flashmaps-study"),
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Throw away a study of other settings in it.")
     ] = False,
@@ -336,8 +264,8 @@ def study(
     from flashmaps.evaluation.study import study as run
     from flashmaps.matching.options import COMPARE
 
-    require("diffusers", "transformers", "skimage", "sklearn", "scipy", "matplotlib", "pyarrow")
-    _quiet_libraries()
+    require(*EVALUATION)
+    quiet_libraries()
     results = run(
         out, model=model, pairs=pairs, points=points, test_pairs=test_pairs, seed=seed,
         compare=compare or tuple(COMPARE), timesteps=timestep or TIMESTEPS, sizes=size or (None,),
@@ -345,8 +273,8 @@ def study(
     )  # fmt: skip
     from flashmaps.evaluation.study_report import tables
 
+    print_tables(tables(results))
     console = Console()
-    _show(console, tables(results))
     console.print(f"Written to {escape(str(out))}: match.json, results.md, results.json, plots.")
     if keep:
         console.print("match.json lies beside the model's weights too.")
@@ -452,18 +380,3 @@ def _benches() -> Path | None:
         if (root / "benches").is_dir() and (root / "python" / "flashmaps").is_dir():
             return root / "benches"
     return None
-
-
-def _quiet_libraries() -> None:
-    """Keep the loading bars and notes of diffusers and transformers off the terminal."""
-    # Set before they are imported, since they also note things while being imported.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if find_spec("diffusers") is None or find_spec("transformers") is None:
-        return  # load_model says how to get them
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()

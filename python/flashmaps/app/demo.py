@@ -19,6 +19,7 @@ from torch import Tensor
 from flashmaps import evaluation
 from flashmaps.app import costs
 from flashmaps.diffusion.features import BUILTIN, Features, features, load_model
+from flashmaps.diffusion.loading import name_of
 from flashmaps.evaluation.baselines import colours, nearest, unit_rows, untrained
 from flashmaps.evaluation.benchmark import Pair
 from flashmaps.evaluation.methods import CEILING, Methods, judged_by
@@ -117,7 +118,7 @@ def run(
         step("drawing and writing the report")
         known = np.isfinite(pair.truth).all(axis=-1)
         results: dict[str, Any] = {
-            "model": str(model) if isinstance(model, (str, Path)) else type(model).__name__,
+            "model": name_of(model),
             "settings": match.summary(),
             "truth": _describe_truth(pair, known),
             "methods": methods,

@@ -40,6 +40,11 @@ def load_model(
     return _place(model, device, dtype)
 
 
+def name_of(model: Any) -> str:
+    """What reports call a model given as :func:`load_model` takes it: its name, else its class."""
+    return str(model) if isinstance(model, (str, Path)) else type(model).__name__
+
+
 def _check_pipeline(pipe: Any) -> None:
     reason = _unfit(pipe)
     if reason is not None:

@@ -62,6 +62,11 @@ class Benchmark(Protocol):
         ...
 
 
+def inside(folder: Path, *names: str) -> Path:
+    """The data set's own folder, where the one that holds it was given."""
+    return next((folder / name for name in names if (folder / name).is_dir()), folder)
+
+
 def need_files(folder: Path, wanted: Sequence[str], layout: str) -> None:
     """FileNotFoundError unless ``folder`` holds everything in ``wanted``; says what it lacks."""
     if not folder.is_dir():

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from flashmaps.diffusion.images import load_image
-from flashmaps.evaluation.benchmark import Pair, need_files
+from flashmaps.evaluation.benchmark import Pair, inside, need_files
 
 DEFAULT_PAIRS = 1000
 _LISTS = (
@@ -44,8 +44,7 @@ class Cub:
     ) -> None:
         if split not in ("test", "trn"):
             raise ValueError(f"split={split!r}; CUB has test and trn")
-        if (folder / "CUB_200_2011").is_dir():
-            folder = folder / "CUB_200_2011"
+        folder = inside(folder, "CUB_200_2011")
         need_files(folder, [*_LISTS, "images"], self.layout)
         self._folder = folder
         self._paths = {i: rest[0] for i, rest in self._list("images.txt", 2)}

@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from flashmaps.diffusion.images import load_image
-from flashmaps.evaluation.benchmark import Pair, choose, need_files
+from flashmaps.evaluation.benchmark import Pair, choose, inside, need_files
 
 VOC = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -51,7 +51,7 @@ class PFPascal:
     ) -> None:
         if split not in ("test", "val", "trn"):
             raise ValueError(f"split={split!r}; PF-Pascal has test, val and trn")
-        folder = _inside(folder, "PF-dataset-PASCAL", "PF-PASCAL")
+        folder = inside(folder, "PF-dataset-PASCAL", "PF-PASCAL")
         need_files(folder, ["JPEGImages"], self.layout)
         names = (f"{split}_pairs.csv", f"{split}_pairs_pf_pascal.csv")
         rows = _rows(folder, names, self.layout)
@@ -119,7 +119,7 @@ class PFWillow:
     ) -> None:
         if split != "test":
             raise ValueError(f"split={split!r}; PF-Willow has test only")
-        folder = _inside(folder, "PF-dataset", "PF-WILLOW")
+        folder = inside(folder, "PF-dataset", "PF-WILLOW")
         rows = _rows(folder, ("test_pairs.csv", "test_pairs_pf.csv"), self.layout)
         self._folder, self._rows = folder, [rows[i] for i in choose(len(rows), pairs, seed)]
         self.what = f"PF-Willow, {len(self._rows)} of {len(rows)} pairs"
@@ -145,11 +145,6 @@ class PFWillow:
         base = float(np.ptp(target, axis=0).max())
         category = names[0].split("/")[0]
         return Pair(category, names[0], names[1], loaded[0], loaded[1], source, target, base)
-
-
-def _inside(folder: Path, *names: str) -> Path:
-    """The data set's own folder, where the one that holds it was given."""
-    return next((folder / name for name in names if (folder / name).is_dir()), folder)
 
 
 def _rows(folder: Path, names: tuple[str, ...], layout: str) -> list[list[str]]:

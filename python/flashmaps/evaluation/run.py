@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from flashmaps.diffusion.features import BUILTIN, load_model
+from flashmaps.diffusion.loading import name_of
 from flashmaps.evaluation import markdown
 from flashmaps.evaluation.benchmark import Benchmark, Pair
 from flashmaps.evaluation.bootstrap import RESAMPLES
@@ -131,7 +132,7 @@ def evaluate(
         "points": points,
         "seed": seed,
         "data": None if data is None else str(Path(data).expanduser().resolve()),
-        "model": str(model) if isinstance(model, (str, Path)) else type(model).__name__,
+        "model": name_of(model),
         "weights": fingerprint(pipe),
         "compare": list(compare),
         "device": device,

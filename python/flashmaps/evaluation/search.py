@@ -178,8 +178,7 @@ class Search:
     def _alike(self, settings: MatchSettings) -> list[str]:
         """The layers with as many tokens as the first of the chosen ones."""
         assert settings.layers is not None
-        timestep = settings.timestep
-        first = timestep if isinstance(timestep, int) else timestep[0]
+        first = settings.timesteps[0]
         grid = self.store.grid(settings.layers[0], settings.size, first)
         return [
             layer
@@ -250,5 +249,4 @@ class Search:
 
 def passes(settings: MatchSettings) -> int:
     """Forward passes of the UNet for one image."""
-    timestep = settings.timestep
-    return len(settings.seeds) * (1 if isinstance(timestep, int) else len(timestep))
+    return len(settings.seeds) * len(settings.timesteps)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from flashmaps.diffusion.images import load_image
-from flashmaps.evaluation.benchmark import Pair, choose, need_files
+from flashmaps.evaluation.benchmark import Pair, choose, inside, need_files
 
 SPLITS = ("test", "val", "trn")
 
@@ -39,8 +39,7 @@ class SPair:
     ) -> None:
         if split not in SPLITS:
             raise ValueError(f"split={split!r}; SPair-71k has {', '.join(SPLITS)}")
-        if (folder / "SPair-71k").is_dir():
-            folder = folder / "SPair-71k"
+        folder = inside(folder, "SPair-71k")
         listing = f"Layout/large/{split}.txt"
         need_files(folder, ["JPEGImages", f"PairAnnotation/{split}", listing], self.layout)
         names = (folder / listing).read_text("utf-8").split()

@@ -61,14 +61,14 @@ class Store:
             apart = APART if side and not settings.same_noise else 0
             parts: dict[str, list[Tensor]] = {name: [] for name in wanted}
             for seed in settings.seeds:
-                for timestep in _several(settings.timestep):
+                for timestep in settings.timesteps:
                     for layer in settings.layers or ():
                         for name in wanted:
                             key = (settings.size, timestep, seed + apart, layer, name)
                             parts[name].append(self._read(*key)[side::2].float())
             found.append({name: torch.cat(each, dim=1) for name, each in parts.items()})
         scale, grid = self._about(settings)
-        passes = len(settings.seeds) * len(_several(settings.timestep))
+        passes = len(settings.seeds) * len(settings.timesteps)
         weights = [torch.full((heads,), 1 / heads) for heads in self._heads(settings)]
         joined = torch.cat(weights * passes)  # in the order of the parts above
         made = []
@@ -99,12 +99,12 @@ class Store:
         return side, side
 
     def _about(self, settings: MatchSettings) -> tuple[float, Grid]:
-        layer, timestep = (settings.layers or ())[0], _several(settings.timestep)[0]
+        layer, timestep = (settings.layers or ())[0], settings.timesteps[0]
         width = self._read(settings.size, timestep, settings.seeds[0], layer, "key").shape[3]
         return width**-0.5, self.grid(layer, settings.size, timestep)
 
     def _heads(self, settings: MatchSettings) -> list[int]:
-        timestep = _several(settings.timestep)[0]
+        timestep = settings.timesteps[0]
         return [
             self._read(settings.size, timestep, settings.seeds[0], layer, "key").shape[1]
             for layer in settings.layers or ()
@@ -152,7 +152,3 @@ class Store:
         joined = {key: torch.cat(each).contiguous() for key, each in parts.items()}
         with whole_file(path) as new:
             save_file(joined, new)
-
-
-def _several(timestep: int | Sequence[int]) -> tuple[int, ...]:
-    return (timestep,) if isinstance(timestep, int) else tuple(timestep)

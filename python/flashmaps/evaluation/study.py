@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from flashmaps.diffusion.features import BUILTIN, load_model
+from flashmaps.diffusion.loading import name_of
 from flashmaps.evaluation.benchmark import Benchmark
 from flashmaps.evaluation.bootstrap import RESAMPLES
 from flashmaps.evaluation.calibrate import TAKEN, fit
@@ -118,7 +119,7 @@ def study(
     asked: dict[str, Any] = {
         "flashmaps": metadata.version("flashmaps"),
         "study": "matching",
-        "model": str(model) if isinstance(model, (str, Path)) else type(model).__name__,
+        "model": name_of(model),
         "weights": fingerprint(pipe),
         "pairs": pairs,
         "points": points,
@@ -260,9 +261,7 @@ def _row(trial: Trial) -> dict[str, Any]:
         "stage": trial.stage,
         "compare": settings.compare,
         "layers": list(settings.layers or ()),
-        "timestep": [settings.timestep]
-        if isinstance(settings.timestep, int)
-        else list(settings.timestep),
+        "timestep": list(settings.timesteps),
         "noises": len(settings.seeds),
         "same_noise": settings.same_noise,
         "size": settings.size,

@@ -46,6 +46,11 @@ class MatchSettings(MatchOptions):
         return super().with_given(**given)
 
     @property
+    def timesteps(self) -> tuple[int, ...]:
+        """``timestep`` as several, also where it is one."""
+        return (self.timestep,) if isinstance(self.timestep, int) else tuple(self.timestep)
+
+    @property
     def options(self) -> MatchOptions:
         """What is not about the features."""
         own = {each.name: getattr(self, each.name) for each in fields(MatchOptions)}
