@@ -13,7 +13,7 @@ from typing import Any
 import flashmaps as fm
 import oracle
 import torch
-from contract import Subject
+from contract import Subject, smallest
 from flashmaps.maps.backends.choice import get
 from problems import Problem, grids, inputs, plain, truth
 from torch import Tensor
@@ -168,21 +168,13 @@ def check_return_probability(of: Checked) -> None:
     both.check("diagonal", (of.lazy @ back).diagonal().cpu())
 
 
-def _smallest_budget(first: fm.AttentionMap, second: fm.AttentionMap) -> int:
-    """For a composition, as the error message names it."""
-    try:
-        fm.compose(first, second, memory_budget=1)
-    except ValueError as error:
-        return int(str(error).rsplit(" ", 1)[1])
-    raise AssertionError("one byte was enough")
-
-
 def check_composition(of: Checked) -> None:
     """Rows of A A', in as few strips as there are and in as many as a small budget allows."""
     back, composed = _way_back(of)
     both = Subject(None, composed[0], composed[1], of.dtype)  # type: ignore[arg-type]
     names = ("entropy", "max", "argmax", "expectation", "diagonal")
-    for budget in (None, 6 * _smallest_budget(of.lazy, back)):
+    least = smallest(lambda: fm.compose(of.lazy, back, memory_budget=1))
+    for budget in (None, 6 * least):
         fields = fm.compose(of.lazy, back, memory_budget=budget).reduce(*names)
         for name in names:
             both.check_reduction(name, getattr(fields, name).cpu())

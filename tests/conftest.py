@@ -30,6 +30,22 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
+def threads() -> Iterator[None]:
+    """A test may change how many there are."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """torch.compile knows nothing of other tests."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
 def poison() -> Iterator[None]:
     """Every torch.empty is NaN, or the largest int64, until something is written to it.
 

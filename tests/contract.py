@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import flashmaps as fm
 import oracle
 import torch
 from flashmaps.maps.lazy import REDUCTIONS
+from problems import Problem, inputs, plain, truth
 from torch import Tensor
 
 
@@ -41,6 +44,17 @@ class Subject:
         else:
             self.check(name, got)
 
+    def check_reductions(self) -> None:
+        """All that there are, in one call."""
+        fields = self.lazy.reduce(*self.reductions)
+        for name in self.reductions:
+            self.check_reduction(name, getattr(fields, name))
+
+    def check_rows(self, index: Any) -> None:
+        picked = torch.arange(self.truth.values.shape[1])[index].reshape(-1)
+        got = self.lazy.rows(index)
+        self.check_entries(f"rows({index})", got, lambda values: values[:, picked])
+
     def check_topk(self, k: int) -> None:
         """Values as the oracle's; indices distinct, and where those values are."""
         values, indices = self.lazy.topk(k)
@@ -55,7 +69,34 @@ class Subject:
     @property
     def reductions(self) -> list[str]:
         """The names that this shape and grid allow."""
-        _, queries, keys = self.truth.values.shape
-        without = {"diagonal"} if queries != keys else set()
-        without |= {"expectation"} if self.truth.key_centres is None else set()
-        return [name for name in REDUCTIONS if name not in without]
+        shape = self.truth.values.shape
+        return possible(shape, has_grid=self.truth.key_centres is not None)
+
+
+def possible(shape: tuple[int, ...], *, has_grid: bool) -> list[str]:
+    """The reductions of a map [batch, N, M], with or without a key grid."""
+    without = {"diagonal"} if shape[1] != shape[2] else set()
+    without |= set() if has_grid else {"expectation"}
+    return [name for name in REDUCTIONS if name not in without]
+
+
+def lazy_map(problem: Problem, dtype: torch.dtype, backend: str) -> fm.AttentionMap:
+    query, key, options = inputs(problem, dtype)
+    return fm.AttentionMap(query, key, **options, backend=backend)
+
+
+def subject_of(case: tuple[Problem, torch.dtype], backend: str) -> Subject:
+    """A map, and what is true of it."""
+    return Subject(lazy_map(*case, backend), truth(*case)[0], plain(*case)[0], case[1])
+
+
+def smallest(run: Callable[[], object]) -> int:
+    """The smallest memory budget, as the error says; ``run`` gives one byte."""
+    try:
+        run()
+    except ValueError as error:
+        known = r"memory_budget = 1 bytes is too small for .* the smallest that works is (\d+)$"
+        found = re.search(known, str(error), flags=re.DOTALL)
+        assert found, str(error)
+        return int(found[1])
+    raise AssertionError("one byte was enough")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields
 
 import flashmaps as fm
@@ -24,11 +24,7 @@ SOURCE = tensor(2, 3, 16, 8)
 TARGET = tensor(2, 3, 25, 8, seed=1)
 
 
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def reductions(backend: str, q: Tensor, k: Tensor) -> tuple[Tensor, ...]:

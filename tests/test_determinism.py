@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import flashmaps as fm
@@ -22,13 +21,6 @@ def need_cpu() -> None:
     available = fm.backends()["cpu"]
     if not available:
         pytest.skip(f"backend 'cpu': {available.reason}")
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def check_same_bits(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:

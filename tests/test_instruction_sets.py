@@ -6,10 +6,10 @@ import flashmaps as fm
 import pytest
 import test_operations as contract_tests
 import torch
-from contract import Subject
+from contract import subject_of
 from every_operation import outputs
 from flashmaps.maps.backends import cpu
-from problems import CASE_NAMES, CASES, Problem, inputs, plain, truth
+from problems import CASE_NAMES, CASES, Problem
 
 BUILDS = cpu._C.instruction_sets() if fm.backends()["cpu"] else []
 
@@ -44,9 +44,7 @@ def test_there_are_builds() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=CASE_NAMES)
 def test_contract(case: tuple[Problem, torch.dtype], build: str) -> None:
-    query, key, options = inputs(*case)
-    lazy = fm.AttentionMap(query, key, **options, backend="cpu")
-    subject = Subject(lazy, truth(*case)[0], plain(*case)[0], case[1])
+    subject = subject_of(case, "cpu")
     contract_tests.test_lse(subject, case)
     contract_tests.test_to_dense(subject)
     contract_tests.test_reductions_fused(subject)

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,14 +18,13 @@ import flashmaps as fm
 import numpy as np
 import pytest
 import torch
-from contract import Subject
+from contract import possible, smallest, subject_of
 from flashmaps.maps import problem as _problem
 from flashmaps.maps import strips
 from flashmaps.maps.backends import reference
 from flashmaps.maps.backends.choice import plan_pass
-from flashmaps.maps.lazy import REDUCTIONS
 from flashmaps.maps.problem import Request
-from problems import CASE_NAMES, CASES, inputs, plain, truth
+from problems import CASE_NAMES, CASES
 from torch import Tensor
 from workspaces import flat, output_bytes, peak
 
@@ -40,13 +39,6 @@ PLANNED = [name for name in ("cpu", "reference") if fm.backends()[name]]
 def planned(request: pytest.FixtureRequest) -> str:
     """The backends whose memory torch and C++ tell the whole truth about."""
     return request.param
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
@@ -120,7 +112,7 @@ def operations_of_a_map(A: fm.AttentionMap) -> dict[str, tuple[Run, Planner]]:
             lambda **options: A.plan(*names, **options),
         )
 
-    for name in possible(A):
+    for name in possible(A.shape, has_grid=A.key_grid is not None):
         reduce(name)
     reduce("entropy", "max", "argmax", "column_sum", "column_entropy", "column_argmax")
     x, y = (torch.randn(batch, tokens, 5, dtype=A.dtype) for tokens in (keys, queries))
@@ -182,21 +174,6 @@ def operations_of_two(A: fm.AttentionMap, B: fm.AttentionMap) -> dict[str, tuple
         planner = lambda name=name, operands=operands, **o: R.plan(name, **operands, **o)  # noqa: E731
         found[f"R {name}"] = run, planner
     return found
-
-
-def possible(A: fm.AttentionMap | fm.Composition) -> list[str]:
-    """The reductions that this shape and grid allow."""
-    grid = A.key_grid if isinstance(A, fm.AttentionMap) else A.second.key_grid
-    without = {"diagonal"} if A.shape[1] != A.shape[2] else set()
-    without |= {"expectation"} if grid is None else set()
-    return [name for name in REDUCTIONS if name not in without]
-
-
-def smallest(run: Callable[[], Any]) -> int:
-    """As the error of a budget of one byte names it; ``run`` is given that budget."""
-    with pytest.raises(ValueError, match="memory_budget = 1 bytes is too small for") as error:
-        run()
-    return int(re.search(r"the smallest that works is (\d+)$", str(error.value))[1])
 
 
 def check_same(got: Any, want: Any, *, bits: bool, what: str) -> None:
@@ -337,9 +314,8 @@ SMALL_CASES = [i for i, case in enumerate(CASES) if case[1] in (torch.float32, t
 )
 @pytest.mark.usefixtures("poison", "one_thread")
 def test_answers_under_the_smallest_budget_are_held_to_the_oracle(case: Any, planned: str) -> None:
-    query, key, options = inputs(*case)
-    A = fm.AttentionMap(query, key, **options, backend=planned)
-    subject = Subject(A, truth(*case)[0], plain(*case)[0], case[1])
+    subject = subject_of(case, planned)
+    A = subject.lazy
 
     def within(run: Callable[[], None], *names: str, **operands: Any) -> None:
         with fm.memory_budget(smallest(lambda: A.plan(*names, **operands, memory_budget=1))):
@@ -523,13 +499,6 @@ def statistics(A: fm.AttentionMap, B: fm.AttentionMap, budget: int | None) -> tu
     pooled = A.pool((2, 2), (2, 2), memory_budget=budget)
     values, _ = A.topk(2, memory_budget=budget)
     return trip.spread, trip.hard_ims, found.entropy, found.diagonal, pooled, values
-
-
-@pytest.fixture
-def fresh() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 @pytest.mark.usefixtures("one_thread", "fresh")

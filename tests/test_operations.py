@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import flashmaps as fm
 import oracle
 import pytest
 import torch
-from contract import Subject
-from problems import CASE_NAMES, CASES, Problem, grids, inputs, plain, truth
+from contract import Subject, subject_of
+from problems import CASE_NAMES, CASES, Problem, grids, plain, truth
 
 pytestmark = pytest.mark.usefixtures("poison", "one_thread")
 
@@ -19,9 +18,7 @@ def case(request: pytest.FixtureRequest) -> tuple[Problem, torch.dtype]:
 
 @pytest.fixture
 def subject(case: tuple[Problem, torch.dtype], backend: str) -> Subject:
-    query, key, options = inputs(*case)
-    lazy = fm.AttentionMap(query, key, **options, backend=backend)
-    return Subject(lazy, truth(*case)[0], plain(*case)[0], case[1])
+    return subject_of(case, backend)
 
 
 def test_is_lazy_and_says_what_it_is(subject: Subject, backend: str) -> None:
@@ -45,9 +42,7 @@ def test_to_dense(subject: Subject) -> None:
 
 
 def test_reductions_fused(subject: Subject) -> None:
-    fields = subject.lazy.reduce(*subject.reductions)
-    for name in subject.reductions:
-        subject.check_reduction(name, getattr(fields, name))
+    subject.check_reductions()
 
 
 def test_reductions_alone_have_the_bits_of_fused(subject: Subject) -> None:
@@ -66,9 +61,7 @@ def test_rows(subject: Subject) -> None:
         [last, 0, last],
         torch.tensor([-queries, last // 2]),
     ):
-        picked = torch.arange(queries)[index].reshape(-1)
-        got = subject.lazy.rows(index)
-        subject.check_entries(f"rows({index})", got, lambda values, i=picked: values[:, i])
+        subject.check_rows(index)
 
 
 def test_topk(subject: Subject) -> None:

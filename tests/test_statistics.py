@@ -9,6 +9,7 @@ import flashmaps as fm
 import oracle
 import pytest
 import torch
+from contract import lazy_map
 from problems import (
     DTYPES,
     Options,
@@ -115,10 +116,7 @@ class Trip(NamedTuple):
 @pytest.fixture(params=CASES, ids=CASE_NAMES)
 def trip(request: pytest.FixtureRequest, backend: str) -> Trip:
     first, second, grid, dtype = request.param
-    lazy = []
-    for problem in (first, second):
-        query, key, options = inputs(problem, dtype)
-        lazy.append(fm.AttentionMap(query, key, **options, backend=backend))
+    lazy = [lazy_map(problem, dtype, backend) for problem in (first, second)]
     dense = [m(p, dtype)[0] for m in (truth, plain) for p in (first, second)]
     return Trip(*lazy, *dense, oracle.centres(grid), dtype)
 
@@ -278,7 +276,7 @@ def test_average(problems, weighting, dtype: torch.dtype, backend: str) -> None:
     normalized = None
     for problem in problems:
         query, key, options = inputs(problem, dtype)
-        maps.append(fm.AttentionMap(query, key, **options, backend=backend))
+        maps.append(lazy_map(problem, dtype, backend))
         normalized = options.get("normalize")
         options = {**options, "normalize": None}
         for compute, found in dense.items():
