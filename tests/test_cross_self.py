@@ -93,7 +93,7 @@ def test_identical_images_attend_as_without(unet):
     latent, text = random(1, 4, 8, 8).expand(2, -1, -1, -1), random(1, 5, 32).expand(2, -1, -1)
     plain = unet(latent, 7, encoder_hidden_states=text).sample
     for keys in ("other", "source"):
-        with fm.CrossSelfAttnProcessor.on(unet, keys=keys):
+        with fm.CrossSelfAttnProcessor.on(unet, guidance=False, keys=keys):
             mixed = unet(latent, 7, encoder_hidden_states=text).sample
         # The same numbers, but torch may split the work for the two images differently.
         torch.testing.assert_close(mixed, plain, atol=1e-6, rtol=1e-5)
@@ -278,7 +278,110 @@ def test_odd_batches_are_refused(unet):
         call(unet, batch=3)
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_batches_without_pairs_once_guidance_is_taken_off_are_refused(pipe, count):
+    prompts = PAIR[:1] * count
+    message = rf"got a batch of {2 * count} in 2 parts of guidance, that is {count};"
+    with fm.CrossSelfAttnProcessor.on(pipe, SELF, keys="source"):
+        with pytest.raises(ValueError, match=message):
+            FAMILY["sd2"].run(pipe, prompts=prompts, guidance=True)
+    # Set by hand nothing tells of guidance, but the first layer sees one picture twice.
+    latent = torch.randn(count, 4, 8, 8).repeat(2, 1, 1, 1)
+    text = torch.randn(2 * count, 5, 32)
+    unet = tiny_unet()
+    unet.set_attn_processor(fm.CrossSelfAttnProcessor.for_layers(unet, SELF))
+    with pytest.raises(ValueError, match=r"parts of guidance.*say guidance=False"):
+        unet(latent, 7, encoder_hidden_states=text)
+    unet.set_attn_processor(AttnProcessor2_0())
+    unet.set_attn_processor(fm.CrossSelfAttnProcessor.for_layers(unet, SELF, guidance=False))
+    if count == 1:
+        unet(latent, 7, encoder_hidden_states=text)
+
+
+def test_parts_of_guidance_that_cannot_be_told_are_refused(pipe):
+    class Own:  # someone's pipeline, which guides in an order of its own
+        do_classifier_free_guidance = True
+        unet = pipe.unet
+
+    with fm.CrossSelfAttnProcessor.on(Own(), SELF):
+        with pytest.raises(ValueError, match=r"cannot be told; say guidance=True"):
+            FAMILY["sd2"].run(pipe, prompts=PAIR)
+    with fm.CrossSelfAttnProcessor.on(Own(), SELF, guidance=True) as record:
+        FAMILY["sd2"].run(pipe, prompts=PAIR)
+    assert len(record) == 10
+
+
+@pytest.mark.parametrize("keys", ["source", "both"])
+def test_one_source_for_many_targets(keys):
+    attn, x = layer(), random(3, 12, 16)
+    seen = [x[0], x[0], x[0]]
+    if keys == "both":
+        seen = [torch.cat([own, x[0]]) for own in x]
+    got = fm.CrossSelfAttnProcessor(keys=keys, sources="first")(attn, x)
+    torch.testing.assert_close(got, dense(attn, x, seen), atol=1e-6, rtol=1e-5)
+    # The source's output: to the last bit, or twice the same keys, which changes the rounding.
+    plain = AttnProcessor2_0()(attn, x)
+    if keys == "source":
+        assert torch.equal(got[0], plain[0])
+    torch.testing.assert_close(got[0], plain[0], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("guidance", [False, True])
+def test_one_source_for_many_targets_in_a_pipeline(pipe, guidance):
+    prompts = ["a cat", "a dog", "a red cat"]
+    plain = FAMILY["sd2"].run(pipe, prompts=prompts, guidance=guidance)
+    options = {"keys": "source", "sources": "first", "keep": "qk", "reduce": ()}
+    with fm.CrossSelfAttnProcessor.on(pipe, SELF, **options) as record:
+        mixed = FAMILY["sd2"].run(pipe, prompts=prompts, guidance=guidance)
+    assert torch.equal(mixed[0], plain[0])
+    assert all(not torch.equal(mixed[n], plain[n]) for n in (1, 2))
+    for half in record[0].key.chunk(1 + guidance):  # every image has the keys of its half's first
+        assert torch.equal(half[0], half[1]) and torch.equal(half[0], half[2])
+
+
+def test_injection_has_a_place():
+    attn, x = layer(), random(4, 12, 16)  # two pairs, on 3 x 4 tokens
+    whole = fm.CrossSelfAttnProcessor(keys="source")(attn, x)
+    plain = AttnProcessor2_0()(attn, x)
+    where = torch.zeros(6, 8)
+    where[:, 4:] = 1  # the right half
+    some = fm.CrossSelfAttnProcessor(keys="source", where=where, grid=(3, 4))(attn, x)
+    got, inside, outside = (y.unflatten(1, (3, 4)) for y in (some, whole, plain))
+    assert torch.equal(got[:, :, 2:], inside[:, :, 2:])
+    assert torch.equal(got[:, :, :2], outside[:, :, :2])
+    partly = fm.CrossSelfAttnProcessor(keys="source", where=where * 0.25, grid=(3, 4))(attn, x)
+    blend = torch.lerp(outside, inside, 0.25)[:, :, 2:]
+    torch.testing.assert_close(partly.unflatten(1, (3, 4))[:, :, 2:], blend)
+    each = torch.stack([where, where, 1 - where, 1 - where])
+    some = fm.CrossSelfAttnProcessor(keys="source", where=each, grid=(3, 4))(attn, x)
+    assert torch.equal(some.unflatten(1, (3, 4))[2:, :, :2], inside[2:, :, :2])
+
+
+def test_a_place_is_found_on_every_level_of_a_pipeline(pipe):
+    plain = FAMILY["sd2"].run(pipe, prompts=PAIR, guidance=True)
+    with fm.CrossSelfAttnProcessor.on(pipe, SELF, where=torch.zeros(32, 48)):
+        assert torch.equal(FAMILY["sd2"].run(pipe, prompts=PAIR, guidance=True), plain)
+    with fm.CrossSelfAttnProcessor.on(pipe, SELF):
+        injected = FAMILY["sd2"].run(pipe, prompts=PAIR, guidance=True)
+    with fm.CrossSelfAttnProcessor.on(pipe, SELF, where=torch.ones(2, 5, 7)):
+        assert torch.equal(FAMILY["sd2"].run(pipe, prompts=PAIR, guidance=True), injected)
+
+
 def test_bad_arguments_are_refused():
+    with pytest.raises(ValueError, match=r"sources='last'; choose from 'pairs', 'first'"):
+        fm.CrossSelfAttnProcessor(sources="last")
+    with pytest.raises(ValueError, match=r"one source for many targets.*choose keys='source'"):
+        fm.CrossSelfAttnProcessor(sources="first")
+    with pytest.raises(ValueError, match=r"where= must be \[height, width\].*got \(4,\)"):
+        fm.CrossSelfAttnProcessor(where=torch.ones(4))
+    with pytest.raises(ValueError, match=r"where= must be weights from 0"):
+        fm.CrossSelfAttnProcessor(where=torch.full((2, 2), 2.0))
+    with pytest.raises(ValueError, match=r"where= needs the grid of 11 tokens"):
+        fm.CrossSelfAttnProcessor(where=torch.ones(2, 2))(layer(), random(2, 11, 16))
+    with pytest.raises(ValueError, match=r"weights for 3 images, but the batch has 2"):
+        fm.CrossSelfAttnProcessor(where=torch.ones(3, 2, 2))(layer(), random(2, 9, 16))
+    with pytest.raises(ValueError, match=r"needs a batch of a source and at least one target"):
+        fm.CrossSelfAttnProcessor(keys="both", sources="first")(layer(), random(1, 9, 16))
     with pytest.raises(ValueError, match=r"keys='mine'; choose from 'other', 'both', 'source'"):
         fm.CrossSelfAttnProcessor(keys="mine")
     with pytest.raises(ValueError, match=r"no grid for expectation; give block='image->other'"):

@@ -175,10 +175,16 @@ class MapAttnProcessor:
                 for prefix, model in models.items():
                     own = {name: each for name, each in chosen.items() if name in of[prefix]}
                     undo.callback(_tell_tokens(model, prefix, own).remove)
+            undo.enter_context(cls._told([made for _, made in chosen.values()], pipe_or_model))
             for layer, made in chosen.values():
                 undo.callback(_put_back, layer, made, layer.processor)
                 layer.processor = made
             yield options["record"]
+
+    @classmethod
+    def _told(cls, processors: list[Any], pipe_or_model: Any) -> contextlib.AbstractContextManager:
+        """What `on` does besides, while its processors are in place."""
+        return contextlib.nullcontext()
 
     @classmethod
     def _for(
@@ -306,9 +312,11 @@ class MapAttnProcessor:
         layer, step, first_time = self._count(attn)
         if not self._works(layer, step, first_time, context):
             return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        own = key, value, mask
         key, value, mask, parts = self._mix(key, value, mask)
         if not first_time:
-            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+            return self._blend(attended, query, *own, grid)
         attended, lse = attend(query, key, value, mask, wants_lse=self._gains_from_lse(query))
         tokens, keys = query.shape[2], key.shape[2]
         found = self._layout(grid, context is None, tokens, keys)
@@ -331,6 +339,18 @@ class MapAttnProcessor:
                 _mask_alike=alike,
             )
         )
+        return self._blend(attended, query, *own, grid)
+
+    def _blend(
+        self,
+        attended: Tensor,  # [B, H, N, d]
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        grid: Grid | None,
+    ) -> Tensor:
+        """What the layer gives on: from what `_mix` made of keys and values, and from its own."""
         return attended
 
     def _layout(self, grid: Grid | None, alone: bool, queries: int, keys: int) -> Layout:
