@@ -62,7 +62,7 @@ def test_drawn_scenes_are_scored_beside_simple_ways(done):
     _, results = done
     scenes = results["scenes"]
     assert scenes["pairs"] == 2 and scenes["points"] == 2 * demo.SCENE_POINTS
-    assert not scenes["calibrated"]  # a model without a match.json
+    assert not scenes["calibrated"]  # a model without a match-settings.json
     assert next(iter(scenes["methods"])) == scenes["method"] == "keys on keys, hard"
     assert {"identity", "random", "SIFT", "best token there is"} <= set(scenes["methods"])
     shares = {name: score["pck@0.1"] for name, score in scenes["methods"].items()}
@@ -118,5 +118,5 @@ def test_eager_round_trip_is_the_definition(pipe):
 
 def test_an_occupied_folder_is_refused_before_the_work(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"no results\.json in it"):
+    with pytest.raises(ValueError, match=r"holds other files \('notes\.txt'\)"):
         demo.run(tmp_path, model="not even looked at")

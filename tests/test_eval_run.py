@@ -116,7 +116,7 @@ def test_results_hold_every_method_and_score(done):
     assert results["points"] + results["hidden_points"] == 60 and results["pairs"] == 3
     assert results["tokens"] == {"source": ["8 x 8"], "target": ["8 x 8"]}
     assert sorted(path.name for path in out.iterdir()) == [
-        "points.parquet", "results.json", "results.md", "run.json",
+        "flashmaps.jsonl", "points.parquet", "results.json", "results.md",
     ]  # fmt: skip
 
 
@@ -199,7 +199,7 @@ def test_a_run_of_other_settings_is_refused_unless_told(pipe, tmp_path):
         evaluate(Toy(1), out, model=pipe, timestep=7, **OPTIONS)
     assert (out / "results.json").read_text() == before
     evaluate(Toy(1), out, model=pipe, timestep=7, overwrite=True, **OPTIONS)
-    assert json.loads((out / "run.json").read_text())["timestep"] == 7
+    assert json.loads((out / "results.json").read_text())["settings"]["timestep"] == 7
 
 
 def test_other_weights_are_other_settings(pipe, tmp_path):
@@ -213,7 +213,7 @@ def test_other_weights_are_other_settings(pipe, tmp_path):
 def test_a_folder_with_other_things_is_refused_before_the_work(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     toy = Toy()
-    with pytest.raises(ValueError, match=r"holds other files \(there is no run\.json in it\)"):
+    with pytest.raises(ValueError, match=r"holds other files \('notes\.txt'\)"):
         evaluate(toy, tmp_path, model="not even looked at")
     with pytest.raises(ValueError, match="compare='kv' is not known"):
         evaluate(toy, tmp_path / "out", model="not even looked at", compare="kv")

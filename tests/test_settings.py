@@ -1,4 +1,4 @@
-"""match.json beside a model's weights: what it holds, when it counts, and when it does not."""
+"""match-settings.json beside a model's weights: what it holds, and when it counts."""
 
 from __future__ import annotations
 

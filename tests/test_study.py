@@ -201,7 +201,7 @@ def test_a_study_from_scenes_to_settings(folder, tmp_path, monkeypatch):
     out = tmp_path / "study"
     results = study(out, model=str(folder), keep=True, **SMALL)
     assert sorted(path.name for path in out.iterdir()) == [
-        "match.json", "results.json", "results.md", "run.json",
+        "flashmaps.jsonl", "match-settings.json", "results.json", "results.md",
     ]  # fmt: skip
     assert json.loads((out / "results.json").read_text()) == results
     page = (out / "results.md").read_text()

@@ -65,10 +65,10 @@ def match(
 
     from flashmaps.app.doctor import require
     from flashmaps.diffusion.images import load_image
-    from flashmaps.files import check_replaceable
+    from flashmaps.files import check_folder
 
     require("diffusers", "transformers", "PIL", "matplotlib")
-    check_replaceable(out, "match.json")
+    check_folder(out, "match")
     first, second = load_image(source, "SOURCE"), load_image(target, "TARGET")
     console = Console()
     with console.status("loading the model"):
@@ -244,7 +244,8 @@ def study(
     ] = None,
     device: Device = None,
     keep: Annotated[
-        bool, typer.Option("--keep", help="Write match.json beside the model's weights too.")
+        bool,
+        typer.Option("--keep", help="Write match-settings.json beside the model's weights too."),
     ] = False,
     out: Out = Path("flashmaps-study"),
     overwrite: Annotated[
@@ -275,9 +276,11 @@ def study(
 
     print_tables(tables(results))
     console = Console()
-    console.print(f"Written to {escape(str(out))}: match.json, results.md, results.json, plots.")
+    console.print(
+        f"Written to {escape(str(out))}: match-settings.json, results.md, results.json, plots."
+    )
     if keep:
-        console.print("match.json lies beside the model's weights too.")
+        console.print("match-settings.json lies beside the model's weights too.")
 
 
 def world(

@@ -28,7 +28,7 @@ from flashmaps.evaluation.scene_figure import scene_pairs
 from flashmaps.evaluation.stereo import StereoPair, load_pair
 from flashmaps.evaluation.threads import fit_threads
 from flashmaps.evaluation.worlds import Worlds
-from flashmaps.files import check_replaceable, whole_folder, write_json
+from flashmaps.files import check_folder, whole_folder, write_json
 from flashmaps.maps.backends.choice import check_name
 from flashmaps.maps.grids import centres
 from flashmaps.matching.match import match_features
@@ -38,7 +38,7 @@ from flashmaps.matching.result import Match
 from flashmaps.matching.settings import MatchSettings, settings_of
 
 DEMO_SIZE = 288  # longer side in pixels: 48 x 72 tokens at a quarter of the pixels
-MARKER = "results.json"
+KIND = "demo"  # of the folder
 
 CLICKED = (372, 268)  # a pixel of the left view: on the engine, with texture and a true disparity
 _RANDOM_SEED = 0
@@ -72,7 +72,7 @@ def run(
     """
     from tqdm.auto import tqdm
 
-    check_replaceable(out, MARKER)  # before the work, not after it
+    check_folder(out, KIND)  # before the work, not after it
     check_name(backend)
     MatchOptions().with_given(compare=compare)
     started = time.perf_counter()
@@ -367,8 +367,8 @@ def _write(
             highlighted=[name for name in methods if name.startswith(tuple(READING.values()))],
         ),
     }
-    with whole_folder(out, MARKER) as folder:
+    with whole_folder(out, KIND) as folder:
         for name, figure in figures.items():
             figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
         report.write(folder / "report.html", results, folder)
-        write_json(folder / MARKER, results)
+        write_json(folder / "results.json", results)

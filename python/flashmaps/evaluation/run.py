@@ -1,14 +1,14 @@
 """`flashmaps eval`: every method on every pair of a benchmark, and a folder with what came of it.
 
-The folder while it runs: run.json (what was asked), parts/*.parquet (the points of a few pairs
-each). At the end: points.parquet (all of them), results.md, the plots, and results.json, which is
-written last. Every file is written whole, so that a run which was interrupted goes on where it was.
+The folder while it runs: flashmaps.jsonl (what was asked, and which files are the run's),
+parts/*.parquet (the points of a few pairs each). At the end: points.parquet (all of them), and
+results.json, results.md and the plots, written together. A run which was interrupted goes on where
+it was; parts that are damaged are made again.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
@@ -22,18 +22,18 @@ from flashmaps.diffusion.features import BUILTIN, load_model
 from flashmaps.diffusion.loading import name_of
 from flashmaps.evaluation import markdown
 from flashmaps.evaluation.benchmark import Benchmark, Pair
-from flashmaps.evaluation.bootstrap import RESAMPLES
+from flashmaps.evaluation.bootstrap import RESAMPLES, resample
 from flashmaps.evaluation.methods import Methods, Outcome, fingerprint, judged_by, method_names
 from flashmaps.evaluation.opening import open_benchmark
 from flashmaps.evaluation.results import CURVE, Table, summarise
 from flashmaps.evaluation.threads import fit_threads
-from flashmaps.files import check_replaceable, whole_file, write_json, write_text
+from flashmaps.files import Run, check_folder, open_run, write_json, write_text
 from flashmaps.maps.backends.choice import check_name
 from flashmaps.matching.options import comparisons
 from flashmaps.matching.pairs import need_pyarrow
 from flashmaps.matching.settings import MatchSettings, settings_of
 
-MARKER = "run.json"
+KIND = "evaluation"  # of the folder
 WHOLE = "points.parquet"
 CHUNK = 8  # pairs a part: what an interruption loses at most, and what the model sees together
 EXAMPLES = 4  # pairs that are drawn
@@ -98,7 +98,8 @@ def evaluate(
     if dtype not in (None, *DTYPES):
         raise ValueError(f"dtype={dtype!r} is not known; wanted {', '.join(DTYPES)}")
     check_name(backend)
-    check_replaceable(out, MARKER)
+    check_folder(out, KIND, grows=True)
+    resample(2, resamples, seed)  # refuses what the report could not be made with
     if isinstance(benchmark, str):
         benchmark = open_benchmark(
             benchmark,
@@ -142,28 +143,33 @@ def evaluate(
         "match": chosen.options.to_json(),
     }
     asked = json.loads(json.dumps(asked))  # as it will be read again
-    folder = Path(out)
-    if open_folder(folder, asked, overwrite):
-        (folder / "results.json").unlink(missing_ok=True)  # until the new report is there
     names = method_names(compare, chosen)
-    if not (folder / WHOLE).is_file():
-        methods = Methods(
-            pipe, compare=compare, backend=backend, seed=seed, options=options, settings=chosen
-        )
-        with fit_threads(pipe):
-            _compute(folder, benchmark, methods, names, progress)
-    table = read_table(folder / WHOLE)
-    results: dict[str, Any] = {
-        "settings": asked,
-        **report(
-            table, benchmark, names, {each: judged_by(each, chosen) for each in compare},
-            resamples=resamples, seed=seed,
-        ),
-    }  # fmt: skip
-    write_text(folder / "results.md", markdown.page(results, plots=plots))
-    if plots:
-        draw(folder, results, table, benchmark, names[0])
-    write_json(folder / "results.json", results)
+    with open_run(out, KIND, asked, overwrite=overwrite) as run:
+        if WHOLE not in run.names:
+            methods = Methods(
+                pipe, compare=compare, backend=backend, seed=seed, options=options, settings=chosen
+            )
+            with fit_threads(pipe):
+                _compute(run, benchmark, methods, names, progress)
+        elif not run.whole(WHOLE):
+            raise ValueError(
+                f"{str(run.folder / WHOLE)!r} is not what was written: it is damaged or was "
+                "changed. Its numbers are still in results.json; to compute them again, give "
+                "another folder"
+            )
+        table = read_table(run.folder / WHOLE)
+        results: dict[str, Any] = {
+            "settings": asked,
+            **report(
+                table, benchmark, names, {each: judged_by(each, chosen) for each in compare},
+                resamples=resamples, seed=seed,
+            ),
+        }  # fmt: skip
+        with run.files() as new:
+            write_text(new / "results.md", markdown.page(results, plots=plots))
+            if plots:
+                draw(new, results, table, benchmark, names[0])
+            write_json(new / "results.json", results)
     return results
 
 
@@ -195,15 +201,14 @@ def report(
 
 
 def _compute(
-    folder: Path, benchmark: Benchmark, methods: Methods, names: Sequence[str], progress: bool
+    run: Run, benchmark: Benchmark, methods: Methods, names: Sequence[str], progress: bool
 ) -> None:
     """Points of all pairs that have none yet, part by part; and points.parquet at the end."""
     from tqdm.auto import tqdm
 
     count = len(benchmark)
-    (folder / "parts").mkdir(exist_ok=True)
-    parts = {first: _part(folder, first) for first in range(0, count, CHUNK)}
-    missing = [first for first, path in parts.items() if not path.is_file()]
+    parts = {first: f"parts/{first:06d}.parquet" for first in range(0, count, CHUNK)}
+    missing = [first for first, part in parts.items() if not run.whole(part)]
     todo = sum(min(CHUNK, count - first) for first in missing)
     with tqdm(total=count, initial=count - todo, desc="pairs", disable=not progress) as bar:
         for first in missing:
@@ -212,45 +217,18 @@ def _compute(
             for (number, pair), (_, outcome) in zip(chunk, methods.run(chunk), strict=True):
                 rows.append(point_rows(number, pair, outcome, names))
                 bar.update()
-            write_table(parts[first], join(rows))
-    write_table(folder / WHOLE, join([read_table(path) for path in parts.values()]))
-    shutil.rmtree(folder / "parts")
+            with run.file(parts[first]) as new:
+                write_table(new, join(rows))
+    every = [read_table(run.folder / part) for part in parts.values()]
+    with run.files(instead_of=parts.values()) as new:
+        write_table(new / WHOLE, join(every))
 
 
-# -- the folder ------------------------------------------------------------------------------------
-
-
-def open_folder(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool:
-    """Make the folder, or make sure that it holds a run of the same settings: whether it did."""
-    known = folder / MARKER
-    if known.is_file():
-        try:
-            before = json.loads(known.read_text("utf-8"))
-        except ValueError:
-            before = {}
-        differing = [k for k in {**settings, **before} if before.get(k) != settings.get(k)]
-        if not differing:
-            return True
-        if not overwrite:
-            told = "; ".join(
-                f"{key}: {before.get(key)!r} there, {settings.get(key)!r} now" for key in differing
-            )
-            raise ValueError(
-                f"out: {str(folder)!r} holds a run of other settings ({told}); give another "
-                "folder, or overwrite it (--overwrite)"
-            )
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(known, settings)
-    return False
-
-
-def _part(folder: Path, first: int) -> Path:
-    return folder / "parts" / f"{first:06d}.parquet"
+# -- tables ---------------------------------------------------------------------------------------
 
 
 def write_table(path: Path, table: Table) -> None:
-    """A table of points as Parquet, whole or not at all."""
+    """A table of points as Parquet."""
     pyarrow, parquet = need_pyarrow()
     columns = {
         name: pyarrow.array(values.tolist()).dictionary_encode()
@@ -258,8 +236,7 @@ def write_table(path: Path, table: Table) -> None:
         else values
         for name, values in table.items()
     }
-    with whole_file(path) as new:
-        parquet.write_table(pyarrow.table(columns), new)
+    parquet.write_table(pyarrow.table(columns), path)
 
 
 def read_table(path: Path) -> Table:
@@ -331,5 +308,4 @@ def draw(
     drawn = figures.draw(results)
     drawn["examples"] = figures.examples(shown, found, results["benchmark"]["headline"], method)
     for name, figure in drawn.items():
-        with whole_file(folder / f"{name}.png") as new:
-            figure.savefig(new, dpi=110, format="png")
+        figure.savefig(folder / f"{name}.png", dpi=110, format="png")

@@ -18,7 +18,7 @@ from flashmaps.diffusion.capture import capture
 from flashmaps.diffusion.features import Features, block_of, block_outputs, features
 from flashmaps.diffusion.images import Image
 from flashmaps.diffusion.observe import find_layers
-from flashmaps.files import whole_file
+from flashmaps.files import open_run
 from flashmaps.maps.grids import Grid
 from flashmaps.matching.options import COMPARE
 from flashmaps.matching.settings import MatchSettings
@@ -48,6 +48,7 @@ class Store:
     ) -> None:
         self.folder, self.pipe, self.images, self.progress = folder, pipe, images, progress
         self.layers = tuple(find_layers(pipe.unet, "*.attn1"))
+        self._known: set[str] = set()  # passes that are there, and whole
         self._read = lru_cache(maxsize=_KEPT)(self._read_tensor)
 
     def features(self, settings: MatchSettings) -> tuple[Features, Features]:
@@ -115,15 +116,18 @@ class Store:
     ) -> Tensor:
         from safetensors import safe_open
 
-        path = self.folder / f"size-{size or 'own'}" / f"t{timestep}-seed{seed}.safetensors"
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._run(path, size, timestep, seed)
-        with safe_open(path, framework="pt") as file:
+        path = f"size-{size or 'own'}/t{timestep}-seed{seed}.safetensors"
+        if path not in self._known:
+            with open_run(self.folder, "passes") as run:
+                if not run.whole(path):
+                    with run.file(path) as new:
+                        self._run(new, size, timestep, seed)
+            self._known.add(path)
+        with safe_open(self.folder / path, framework="pt") as file:
             return file.get_tensor(f"{layer}:{name}")
 
     def _run(self, path: Path, size: int | None, timestep: int, seed: int) -> None:
-        """One forward pass of every image, written whole."""
+        """One forward pass of every image."""
         from safetensors.torch import save_file
         from tqdm.auto import tqdm
 
@@ -150,5 +154,4 @@ class Store:
                 for name, tensor in zip(WHAT, (entry.query, entry.key, block), strict=True):
                     parts.setdefault(f"{entry.layer}:{name}", []).append(tensor.cpu())
         joined = {key: torch.cat(each).contiguous() for key, each in parts.items()}
-        with whole_file(path) as new:
-            save_file(joined, new)
+        save_file(joined, path)

@@ -6,16 +6,16 @@
 3. The best variant is scored once on pairs of the test split, beside the baselines, under three
    noises.
 
-The folder: run.json (what was asked), passes/ and test-*/ while it runs; at the end match.json,
-which :func:`flashmaps.match` reads beside a model's weights, results.md, plots, and results.json,
-written last. Files are written whole, and a study that was interrupted goes on where it was.
+The folder: flashmaps.jsonl (what was asked, and which files are the study's), passes/ and test-*/
+while it runs; at the end match-settings.json, which :func:`flashmaps.match` reads beside a model's
+weights, results.md, plots and results.json, written together. A study that was interrupted goes on
+where it was.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -26,7 +26,7 @@ import numpy as np
 from flashmaps.diffusion.features import BUILTIN, load_model
 from flashmaps.diffusion.loading import name_of
 from flashmaps.evaluation.benchmark import Benchmark
-from flashmaps.evaluation.bootstrap import RESAMPLES
+from flashmaps.evaluation.bootstrap import RESAMPLES, resample
 from flashmaps.evaluation.calibrate import TAKEN, fit
 from flashmaps.evaluation.methods import Methods, judged_by, method_names
 from flashmaps.evaluation.results import Table
@@ -36,7 +36,6 @@ from flashmaps.evaluation.run import (
     draw,
     evaluate,
     join,
-    open_folder,
     read_table,
     report,
 )
@@ -45,12 +44,12 @@ from flashmaps.evaluation.store import Store
 from flashmaps.evaluation.study_report import confidence_auroc, page
 from flashmaps.evaluation.threads import fit_threads
 from flashmaps.evaluation.worlds import SIDE, Worlds
-from flashmaps.files import check_replaceable, write_json, write_text
+from flashmaps.files import Run, check_folder, open_run, write_json, write_text
 from flashmaps.matching.options import COMPARE, comparisons
 from flashmaps.matching.pairs import need_pyarrow
-from flashmaps.matching.settings import FILE, MatchSettings, fingerprint, folder_of
+from flashmaps.matching.settings import FILE, MatchSettings, check_beside, fingerprint, folder_of
 
-MARKER = "run.json"
+KIND = "study"  # of the folder
 TEST_NOISES = 3
 _NOISE_STEP = 1000  # between the seeds of one test run and the next
 _CALIBRATED_POINTS = 64  # of a pair, for the confidence
@@ -92,8 +91,8 @@ def study(
         resamples: of the bootstrap over pairs.
         device: where the model runs, for instance "cuda"; default: where it is. Maps of the search
             are computed on the CPU.
-        keep: write match.json beside the model's weights too, where fm.match finds it; the model
-            must be "builtin" or a folder.
+        keep: write match-settings.json beside the model's weights too, where fm.match finds it;
+            the model must be "builtin" or a folder.
         overwrite: throw away a study of other settings in ``out``.
         plots: draw them too.
         progress: show bars.
@@ -111,11 +110,14 @@ def study(
     compare = comparisons(compare)
     if min(noises) < 1:
         raise ValueError(f"noises={tuple(noises)}; wanted at least one noise each")
-    check_replaceable(out, MARKER)
+    check_folder(out, KIND, grows=True)
+    resample(2, resamples, seed)  # refuses what the report could not be made with
     pipe = load_model(model, device=device)
     beside = folder_of(pipe) if keep else None
     if keep and beside is None:
         raise ValueError("keep: the model was not loaded from a folder, so nothing can lie in it")
+    if beside is not None:
+        check_beside(beside)
     asked: dict[str, Any] = {
         "flashmaps": metadata.version("flashmaps"),
         "study": "matching",
@@ -133,47 +135,59 @@ def study(
         "resamples": resamples,
         "device": device,
     }
-    folder = Path(out)
-    if open_folder(folder, asked, overwrite) and (folder / "results.json").is_file():
-        results = json.loads((folder / "results.json").read_text("utf-8"))
-        _keep(beside, folder)
-        return results
 
     def split(name: str, count: int, each: int) -> Benchmark:
         return Worlds(count, each, seed=seed, side=image_size, split=name, hidden=False)
 
+    with open_run(out, KIND, asked, overwrite=overwrite) as run:
+        if not run.whole("results.json"):
+            _study(run, pipe, model, split, asked, plots, progress)
+        results = json.loads((run.folder / "results.json").read_text("utf-8"))
+        run.discard_children()
+        if beside is not None:
+            write_text(beside / FILE, (run.folder / FILE).read_text("utf-8"))
+    return results
+
+
+def _study(
+    run: Run,
+    pipe: Any,
+    model: Any,
+    split: Callable[[str, int, int], Benchmark],
+    asked: dict[str, Any],
+    plots: bool,
+    progress: bool,
+) -> None:
+    """The search, the calibration, the test, and the files that tell of them."""
     with fit_threads(pipe):
-        questions, images = Questions.of(split("validation", pairs, points))
-        store = Store(folder / "passes", pipe, images, progress=progress)
+        questions, images = Questions.of(split("validation", asked["pairs"], asked["points"]))
+        store = Store(run.child("passes"), pipe, images, progress=progress)
         search = Search(
-            store, questions, timesteps=timesteps, sizes=sizes, noises=noises, compare=compare,
-            resamples=resamples, seed=seed, progress=progress,
+            store, questions, timesteps=asked["timesteps"], sizes=asked["sizes"],
+            noises=asked["noises"], compare=asked["compare"], resamples=asked["resamples"],
+            seed=asked["seed"], progress=progress,
         )  # fmt: skip
         best = search.run()
         calibration, candidates = _calibrate(
-            pipe, best.settings, split("validation", pairs, _CALIBRATED_POINTS), seed, progress
-        )
+            pipe, best.settings, split("validation", asked["pairs"], _CALIBRATED_POINTS),
+            asked["seed"], progress,
+        )  # fmt: skip
     settings = replace(best.settings, calibration=calibration)
+    test = split("test", asked["test_pairs"], asked["points"])
+    tested, first = _test(run, pipe, model, settings, test, asked, progress)
     results = {
         "settings": asked,
         "trials": [_row(trial) for trial in search.trials.values()],
         "chosen": _row(best),
         "confidence": {"candidates": candidates},
-        "test": _test(folder, pipe, model, settings, split("test", test_pairs, points), asked,
-                      plots, progress),
-    }  # fmt: skip
-    write_json(folder / FILE, settings.to_file(asked["weights"], measured=_measured(results)))
-    write_text(folder / "results.md", page(results, plots=plots))
-    write_json(folder / "results.json", results)
-    for made in (folder / "passes", *folder.glob("test-*")):
-        shutil.rmtree(made, ignore_errors=True)
-    _keep(beside, folder)
-    return results
-
-
-def _keep(beside: Path | None, folder: Path) -> None:
-    if beside is not None:
-        write_text(beside / FILE, (folder / FILE).read_text("utf-8"))
+        "test": tested,
+    }
+    with run.files() as new:
+        if plots:
+            draw(new, tested, first, test, next(iter(tested["methods"])))
+        write_json(new / FILE, settings.to_file(asked["weights"], measured=_measured(results)))
+        write_text(new / "results.md", page(results, plots=plots))
+        write_json(new / "results.json", results)
 
 
 def _calibrate(
@@ -214,25 +228,26 @@ def _calibrate(
 
 
 def _test(
-    folder: Path,
+    run: Run,
     pipe: Any,
     model: Any,
     settings: MatchSettings,
     benchmark: Benchmark,
     asked: dict[str, Any],
-    plots: bool,
     progress: bool,
-) -> dict[str, Any]:
-    """The report of the chosen way on the test split, all noises together; and its plots."""
+) -> tuple[dict[str, Any], Table]:
+    """The report of the chosen way on the test split, all noises together; the first's points."""
     tables: list[Table] = []
+    shown: dict[str, Any] = {}
     for number in range(TEST_NOISES):
         seeds = tuple(each + number * _NOISE_STEP for each in settings.seeds)
-        one = folder / f"test-{number}"
-        evaluate(
+        one = run.child(f"test-{number}")
+        told = evaluate(
             benchmark, one, model=pipe, compare=(settings.compare,), seed=asked["seed"],
             settings=replace(settings, seeds=seeds), resamples=asked["resamples"], plots=False,
             progress=progress,
         )  # fmt: skip
+        shown = shown or told["settings"]
         tables.append(read_table(one / WHOLE))
     found = report(
         join(tables), benchmark, method_names((settings.compare,), settings),
@@ -242,11 +257,7 @@ def _test(
     key, name = f"{benchmark.headline:g}", next(iter(found["methods"]))
     found["noises"] = [float(_right(table, name, benchmark.headline).mean()) for table in tables]
     found["headline"] = {"method": name, "pck": key}
-    shown = json.loads((folder / "test-0" / MARKER).read_text("utf-8"))
-    results = {**found, "settings": {**shown, "model": asked["model"]}}
-    if plots:
-        draw(folder, results, tables[0], benchmark, name)
-    return results
+    return {**found, "settings": {**shown, "model": asked["model"]}}, tables[0]
 
 
 def _right(table: Table, method: str, threshold: float) -> np.ndarray:
@@ -286,7 +297,7 @@ def _row(trial: Trial) -> dict[str, Any]:
 
 
 def _measured(results: dict[str, Any]) -> dict[str, Any]:
-    """The numbers of match.json: where these settings come from and what they reach."""
+    """The numbers of match-settings.json: where these settings come from and what they reach."""
     test, asked = results["test"], results["settings"]
     one = test["methods"][test["headline"]["method"]]["pck"][test["headline"]["pck"]]
     confidence = confidence_auroc(test)

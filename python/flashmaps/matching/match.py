@@ -10,7 +10,7 @@ timesteps and noise seeds. What is compared with what, and how rows become place
 :class:`flashmaps.matching.options.MatchOptions`.
 
 What is best differs from model to model. ``flashmaps study`` finds it, on drawn scenes whose truth
-is known, and keeps it in match.json beside the model's weights
+is known, and keeps it in match-settings.json beside the model's weights
 (:mod:`flashmaps.matching.settings`).
 """
 
@@ -53,7 +53,7 @@ def match(
 ) -> Match:
     """Match ``source`` to ``target`` and back.
 
-    An argument that is left out is the model's own, where it has a match.json
+    An argument that is left out is the model's own, where it has a match-settings.json
     (:mod:`flashmaps.matching.settings`; the built-in model may), and else the default named below.
     The confidence is a probability only where all of them are the model's own.
 

@@ -294,7 +294,7 @@ class Match:
         """
         from safetensors.torch import save_file
 
-        with whole_folder(folder, "match.json") as new:
+        with whole_folder(folder, "match") as new:
             save_file(self._tensors(), new / "correspondences.safetensors")
             for name, figure in self.pictures():
                 figure.savefig(new / f"{name}.png", dpi=120)

@@ -1,4 +1,4 @@
-"""How a model matches best: the file match.json beside its weights, found by ``flashmaps study``.
+"""How a model matches best: match-settings.json beside its weights, found by ``flashmaps study``.
 
 A file is meant for the very weights it was found with, and names them; with others it is left
 aside, with a warning. Where there is none, the plain defaults of :class:`MatchSettings` hold.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -19,7 +20,7 @@ import torch
 from flashmaps.diffusion.features import DEFAULT_TIMESTEP
 from flashmaps.matching.options import MatchOptions
 
-FILE = "match.json"
+FILE = "match-settings.json"
 FORMAT = "flashmaps match settings 1"
 
 
@@ -65,7 +66,7 @@ class MatchSettings(MatchOptions):
         }
 
     def to_file(self, weights: str, **more: Any) -> dict[str, Any]:
-        """What match.json holds, for the weights of this fingerprint."""
+        """What that file holds, for the weights of this fingerprint."""
         plain = self.to_json()
         confidence = plain.pop("confidence")
         return {
@@ -75,7 +76,7 @@ class MatchSettings(MatchOptions):
 
     @classmethod
     def from_file(cls, found: Mapping[str, Any]) -> MatchSettings:
-        """From what match.json holds. Raises ValueError that says what is wrong with it."""
+        """From what that file holds. Raises ValueError that says what is wrong with it."""
         if found.get("format") != FORMAT:
             raise ValueError(f"its format is {found.get('format')!r}; wanted {FORMAT!r}")
         return cls.from_json({**found["settings"], "confidence": found.get("confidence")})
@@ -84,7 +85,7 @@ class MatchSettings(MatchOptions):
 def settings_of(pipe: Any) -> MatchSettings:
     """The settings that lie beside a loaded pipeline's weights, else the plain defaults.
 
-    Raises ValueError for a match.json that cannot be read.
+    Raises ValueError for a file that cannot be read as settings.
     """
     folder = folder_of(pipe)
     if folder is None or not (folder / FILE).is_file():
@@ -104,6 +105,23 @@ def settings_of(pipe: Any) -> MatchSettings:
         )
         return MatchSettings()
     return settings
+
+
+def check_beside(folder: Path) -> None:
+    """Raise ValueError unless settings may be written beside the weights in ``folder``."""
+    file = folder / FILE
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"keep: the model's folder {str(folder)!r} is not writable")
+    if os.path.lexists(file):
+        try:
+            ours = json.loads(file.read_text("utf-8"))["format"] == FORMAT
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            ours = False
+        if not ours:
+            raise ValueError(
+                f"keep: {str(file)!r} is there, and is none that `flashmaps study` has written; "
+                "move it away"
+            )
 
 
 def folder_of(pipe: Any) -> Path | None:

@@ -19,7 +19,7 @@ from flashmaps.files import whole_folder
 from .alignment import SQUARES
 from .pictures import REDUCTION, Pictures
 
-_MARKER = "bank.json"
+_RECIPE = "bank.json"
 _CHUNK = 64
 VIEWS = 2  # goes up when views of the same number change
 
@@ -62,8 +62,8 @@ def open_bank(folder: Path, pictures: Pictures, workers: int) -> Bank:
     }
     recipe["labels"] = SQUARES if pictures.labelled else 0
     recipe["views"] = VIEWS
-    marker = folder / _MARKER
-    if not (marker.is_file() and json.loads(marker.read_text()) == recipe):
+    known = folder / _RECIPE
+    if not (known.is_file() and json.loads(known.read_text()) == recipe):
         _draw(folder, pictures, recipe, workers)
     return Bank(folder)
 
@@ -73,7 +73,7 @@ def _draw(folder: Path, pictures: Pictures, recipe: dict[str, Any], workers: int
     count, side = len(pictures), pictures.size // REDUCTION
     cells = (count, side, side, 2)
     captions: list[tuple[tuple[str, ...], ...]] = []
-    with whole_folder(folder, _MARKER) as new:
+    with whole_folder(folder, "pictures") as new:
 
         def array(name: str, dtype: type, shape: tuple[int, ...]) -> np.ndarray:
             return np.lib.format.open_memmap(new / f"{name}.npy", "w+", dtype, shape)
@@ -90,7 +90,7 @@ def _draw(folder: Path, pictures: Pictures, recipe: dict[str, Any], workers: int
                 captions.append(example.captions)
         del images, where, labels  # writes what is not on disk yet
         (new / "captions.json").write_text(json.dumps(captions))
-        (new / _MARKER).write_text(json.dumps(recipe))
+        (new / _RECIPE).write_text(json.dumps(recipe))
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:

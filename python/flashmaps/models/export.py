@@ -18,6 +18,7 @@ from .vocabulary import write_vocabulary
 
 HISTORY = "training.json"
 LOG = "training.jsonl"
+KIND = "model"  # of the folder
 
 
 def as_pipeline(parts: Parts) -> Any:
@@ -52,7 +53,7 @@ def export(
         for name in ("vae", "unet", "text_encoder")
     }
     pipeline = as_pipeline(Parts(**halves, tokenizer=parts.tokenizer, scheduler=parts.scheduler))
-    with whole_folder(folder, "model_index.json") as staging:
+    with whole_folder(folder, KIND) as staging:
         pipeline.save_pretrained(staging)
         write_vocabulary(staging / "tokenizer")
         _load_in_float32_unless_asked(staging / "text_encoder" / "config.json")

@@ -17,7 +17,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from flashmaps.files import whole_folder
+from flashmaps.files import adopt, check_folder, whole_folder
 
 Loss = Callable[[int], tuple[Tensor, dict[str, Tensor]]]
 
@@ -83,8 +83,10 @@ class Loop:
         )
         if args.resume and self.folder.is_dir():
             self.accelerator.load_state(str(self.folder))
+            adopt(self.folder, "checkpoint")  # one that was written before folders had markers
             self.average.to(self.device)
             self._saved = self.step
+        check_folder(self.folder, "checkpoint")
 
     def state_dict(self) -> dict[str, Any]:
         """What the loop itself has to remember, for `Accelerator.save_state`."""
@@ -179,7 +181,7 @@ class Loop:
         if self._saved == self.step:
             return
         self._saved = self.step
-        with whole_folder(self.folder, "custom_checkpoint_0.pkl") as new:
+        with whole_folder(self.folder, "checkpoint") as new:
             self.accelerator.save_state(str(new))
 
     def _log(self) -> dict[str, float]:

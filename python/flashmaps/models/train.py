@@ -20,17 +20,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from flashmaps.files import adopt, check_folder, discard
+
 from .architecture import TINY, Parts, Sizes, build
 from .bank import open_bank
 from .card import model_card, trainings
-from .export import LOG, as_pipeline, export, read_log, read_trainings
+from .export import HISTORY, KIND, LOG, as_pipeline, export, read_log, read_trainings
 from .loop import Paused
 from .pictures import FIRST, Pictures
 from .sheet import CAPTIONS, write_sheet
@@ -73,10 +74,13 @@ def main(argv: list[str] | None = None) -> None:
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
+    if args.resume and (args.out / HISTORY).is_file():
+        adopt(args.out, KIND)  # one that was written before folders had markers
+    check_folder(args.out, KIND)
     args.work.mkdir(parents=True, exist_ok=True)
     if not args.resume:
-        for name in ("vae", "vae-done", "unet", "samples"):
-            shutil.rmtree(args.work / name, ignore_errors=True)
+        for name in ("vae", "vae-done", "unet"):
+            discard(args.work / name)
         for name in ("latents.pt", "log.jsonl", LOG):
             (args.work / name).unlink(missing_ok=True)
     _log_run(args)

@@ -72,7 +72,7 @@ def train_vae(
         scale = 1 / _deviation(vae, images[: min(len(images), 512)])
         facts = {"steps": loop.step, "scale": scale, **quality()}
         vae.register_to_config(scaling_factor=scale)
-        with whole_folder(done, "facts.json") as new:
+        with whole_folder(done, "vae") as new:
             vae.save_pretrained(new)
             write_json(new / "facts.json", facts)
     return _frozen(done)
