@@ -18,7 +18,8 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,11 +57,19 @@ from flashmaps.diffusion.observe import (
 )
 from flashmaps.diffusion.positions import rotary, rotates
 from flashmaps.diffusion.record import Record
-from flashmaps.diffusion.recorder import Recorder
+from flashmaps.diffusion.recorder import Recorder, Tally
 from flashmaps.diffusion.selection import of_guidance, resolutions, whole_numbers
 from flashmaps.maps.grids import Grid
 
 __all__ = ["Entry", "Record", "capture", "denoisers", "find_layers"]
+
+
+class Estimate(NamedTuple):
+    """What a capture would keep: bytes in all, bytes for each step (0 for means), and entries."""
+
+    bytes: int
+    bytes_per_step: int
+    entries: int
 
 
 class capture:
@@ -88,6 +97,9 @@ class capture:
         batch: the parts of guidance that a batch holds, in order, where the pipeline does not tell:
             ``("unconditional", "conditional")``. Names are free; the batch divides by them evenly.
         dtype, device: convert the recorded Q and K, for instance ``device="cpu"``.
+        to: a folder to write what is kept to while the model runs, in parts of 256 MB, so that
+            memory does not grow with the steps (``keep="qk"`` or ``"statistics"``). The record is
+            then read from there when it is used, on the CPU; later, ``fm.Record.load(folder)``.
         parts: which tokens are image and which text, where that is not known here (docs/models.md)
             or otherwise than it says: names in the order in which they stand, ``"text + image"``,
             or ``"image -> text"`` where the keys are others than the queries; ranges by name,
@@ -126,6 +138,7 @@ class capture:
         batch: Iterable[str] | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        to: str | Path | None = None,
         parts: Any = None,
         grid: Any = None,
     ) -> None:
@@ -145,7 +158,13 @@ class capture:
             )
         self._guidance = guidance
         self._recorder = Recorder(
-            keep=keep, reduce=reduce, pool_to=pool_to, block=block, dtype=dtype, device=device
+            keep=keep,
+            reduce=reduce,
+            pool_to=pool_to,
+            block=block,
+            dtype=dtype,
+            device=device,
+            to=to,
         )
         self._thread: int | None = None
         self._passes = Passes(
@@ -227,6 +246,37 @@ class capture:
         if self._ran_elsewhere:
             return "the model ran in another thread than the one that entered the capture"
         return None
+
+    def estimate(self, run_one_step: Callable[[], Any], *, steps: int = 1) -> Estimate:
+        """How many bytes a run of ``steps`` steps would keep, from running one of them.
+
+            cap = fm.capture(pipe, kind="self", keep="qk", dtype=torch.float16)
+            cap.estimate(lambda: pipe("a cat", num_inference_steps=1), steps=50).bytes
+
+        Nothing is kept of this run. It takes the layers, kinds, grids, guidance and ``steps=`` of
+        the capture into account, not passes that other steps have and the first has not.
+        """
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        recorder, wanted = self._recorder, self._wanted_step
+        tally: Any = Tally(recorder)
+        self._recorder, self._wanted_step = tally, lambda step: True
+        try:
+            with self:
+                run_one_step()
+        finally:
+            self._recorder, self._wanted_step = recorder, wanted
+            ran = self._passes.step + 1
+            self._passes.forget()
+            self._recorded = self._ran = False
+            self._seen.clear()
+        if ran < 1:
+            raise ValueError("the model did not run: give a function that runs the pipeline")
+        per_step = round(sum(size for _, size in tally.each) / ran)
+        chosen = sum(map(bool, map(wanted, range(steps))))
+        constant = sum(tally.means.values())
+        entries = round(len(tally.each) / ran * chosen) + len(tally.means)
+        return Estimate(per_step * chosen + constant, per_step, entries)
 
     def __deepcopy__(self, memo: Any) -> capture:
         return self  # a copy of a captured model has its hooks, but is another model: see below

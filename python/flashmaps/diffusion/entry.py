@@ -57,6 +57,7 @@ class Entry:
         statistics: by name, batch first; each is an attribute too: ``entry.entropy``.
         count: forward passes that the statistics are the mean of. Indices (argmax) do not average:
             they are those of the last pass.
+        per_head: whether statistics are those of each head, ``[B, H, ...]``, not of their mean.
         lse: ``[B, H, N]`` log-sum-exp where attention returned it.
         rotary: (cos, sin), ``[N, d]`` each, that query and key were rotated by, if they were.
     """
@@ -79,6 +80,7 @@ class Entry:
     causal: bool = False
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
     count: int = 1
+    per_head: bool = False
     lse: Tensor | None = None
     rotary: tuple[Tensor, Tensor] | None = None
     rotated: bool = False  # by an embedding known (`rotary`) or not

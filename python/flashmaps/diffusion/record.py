@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,7 +17,13 @@ from flashmaps.diffusion.selection import (
     resolutions,
     whole_numbers,
 )
+from flashmaps.diffusion.streaming import read_parts
+from flashmaps.diffusion.tables import plot, to_pandas, to_parquet
 from flashmaps.maps.attention_map import AttentionMap
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
 
 
 class Record(Sequence[Entry]):
@@ -33,7 +39,16 @@ class Record(Sequence[Entry]):
         return iter(self._entries)
 
     def __getitem__(self, index: Any) -> Any:
+        """One entry, or a Record of several: ``rec[0]``, ``rec[:10]``."""
+        if isinstance(index, slice):
+            return Record(self._entries[index])
         return self._entries[index]
+
+    def __add__(self, other: Record) -> Record:
+        """The entries of both, this one's first."""
+        if not isinstance(other, Record):
+            return NotImplemented
+        return Record([*self._entries, *other._entries])
 
     def __repr__(self) -> str:
         return f"Record({len(self)} entries of {len(self.layers)} layers)"
@@ -123,6 +138,36 @@ class Record(Sequence[Entry]):
         """Forget everything seen so far, to bound memory in a long run."""
         self._entries.clear()
 
+    # -- tables ------------------------------------------------------------------------------------
+
+    def to_pandas(self, *, tokens: bool = False) -> DataFrame:
+        """The statistics as a pandas data frame; entries without any have no rows.
+
+        A row is one statistic of one image in one entry: ``mean``, ``std`` (over all tokens, not a
+        sample's), ``min`` and ``max`` of its values. With ``tokens=True`` it is one ``value``, with
+        the number of its ``token`` and, of statistics with several numbers for each, its
+        ``channel``. Columns before these: ``entry`` (its index), ``layer``, ``step`` and
+        ``timestep`` (missing in means), ``kind``, ``guidance`` (the part that the image is of),
+        ``adapter``, ``height``, ``width``, ``frames``, ``count``, ``image`` (its index within the
+        part), ``head`` (where heads are apart), ``statistic``.
+
+        Raises ValueError where no entry has statistics, ImportError without pandas.
+        """
+        return to_pandas(self._entries, tokens=tokens)
+
+    def to_parquet(self, path: str | Path, *, tokens: bool = False) -> Path:
+        """What :meth:`to_pandas` has, as a Parquet file: whole or not at all, entry by entry."""
+        return to_parquet(self._entries, path, tokens=tokens)
+
+    def plot(self, statistic: str | None = None, *, cmap: str = "viridis") -> Figure:
+        """A statistic, averaged over tokens and images, layer by step: a matplotlib Figure.
+
+        Default: the first that there is. Layers are in order of execution. Means over steps have a
+        column "mean". Several entries of one layer and step (parts of guidance, adapters) are
+        averaged too: choose with :meth:`select` before.
+        """
+        return plot(self._entries, statistic, cmap=cmap)
+
     # -- files -------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> Path:
@@ -131,5 +176,10 @@ class Record(Sequence[Entry]):
 
     @classmethod
     def load(cls, path: str | Path, *, device: torch.device | str = "cpu") -> Record:
-        """Read what :meth:`save` wrote. Raises ValueError for any other file."""
+        """Read what :meth:`save` wrote, or the folder that ``fm.capture(..., to=folder)`` wrote.
+
+        On the CPU tensors are read when they are used. Raises ValueError for any other file.
+        """
+        if Path(path).is_dir():
+            return cls(read_parts(path, device))
         return cls(read_entries(path, device))

@@ -15,7 +15,15 @@ from flashmaps.files import whole_file
 
 _FORMAT = "flashmaps record 1"
 _PLAIN = ("layer", "step", "kind", "scale", "grid", "frames", "guidance", "causal", "count")
-_NEWER = ("batch", "call", "adapter", "adapter_image", "rows", "why")  # absent from older files
+_NEWER = (
+    "batch",
+    "call",
+    "adapter",
+    "adapter_image",
+    "per_head",
+    "rows",
+    "why",
+)  # absent from older files
 _TENSORS = ("query", "key", "lse", "_mask", "_mask_alike")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from flashmaps.diffusion.entry import Entry
 from flashmaps.diffusion.record import Record
+from flashmaps.diffusion.streaming import Stream, bytes_of
 from flashmaps.maps.attention_map import AttentionMap
 from flashmaps.maps.grids import Grid
 from flashmaps.maps.lazy import REDUCTIONS
@@ -39,6 +41,7 @@ class Recorder:
         pool_to: (height, width) for "pool", of queries and image keys.
         block: the part of the map that is reduced, as in `Entry.map`.
         dtype, device: of Q and K that are kept; device also of statistics.
+        to: a folder to write entries to while the model runs (`flashmaps.diffusion.streaming`).
         record: where to put what is kept, for several recorders that share one; None: a new one.
     """
 
@@ -51,6 +54,7 @@ class Recorder:
         block: str | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        to: str | Path | None = None,
         record: Record | None = None,
     ) -> None:
         self.names, self.functions = _statistics(reduce)
@@ -65,7 +69,13 @@ class Recorder:
                 f"keep={keep!r} keeps statistics, but reduce names none: for example "
                 "reduce=('entropy', 'argmax')"
             )
+        if to is not None and keep == "mean":
+            raise ValueError(
+                "to= writes what each pass keeps; means take constant memory, and are saved after "
+                "the run with record.save(path). Give keep='qk' or keep='statistics' with it"
+            )
         self.keep = keep
+        self._stream = None if to is None else Stream(to)
         self.pool_to = pool_to
         self.block = block
         self.dtype = dtype
@@ -76,17 +86,9 @@ class Recorder:
 
     def take(self, entry: Entry) -> None:
         """Record one layer of one pass; the entry's own tensors are not held on to."""
-        if self.names or self.functions:
-            try:
-                entry = dataclasses.replace(entry, statistics=self._reduce(entry))
-            except Exception as error:
-                error.add_note(
-                    f"Raised by reduce= on layer {entry.layer!r} (kind {entry.kind}, grid "
-                    f"{entry.grid}); kind=, layers= and resolution= choose which are reduced."
-                )
-                raise
+        entry = self._reduced(entry)
         if self.keep == "qk":
-            self.record._entries.append(self._copied(entry))
+            self._append(self._copied(entry))
             return
         if not entry.statistics:  # "image_to_text" of a layer without text
             return
@@ -94,9 +96,27 @@ class Recorder:
             entry, query=None, key=None, lse=None, rotary=None, _mask=None, _mask_alike=None
         )
         if self.keep == "statistics":
-            self.record._entries.append(entry)
+            self._append(entry)
         else:  # an average over steps has none
             self._accumulate(dataclasses.replace(entry, step=None, _timestep=None))
+
+    def _reduced(self, entry: Entry) -> Entry:
+        """The entry with its statistics."""
+        if not (self.names or self.functions):
+            return entry
+        try:
+            return dataclasses.replace(entry, statistics=self._reduce(entry))
+        except Exception as error:
+            error.add_note(
+                f"Raised by reduce= on layer {entry.layer!r} (kind {entry.kind}, grid "
+                f"{entry.grid}); kind=, layers= and resolution= choose which are reduced."
+            )
+            raise
+
+    def _append(self, entry: Entry) -> None:
+        self.record._entries.append(entry)
+        if self._stream is not None:
+            self._stream.added(self.record._entries)
 
     def _reduce(self, entry: Entry) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -174,12 +194,46 @@ class Recorder:
         entries[at] = dataclasses.replace(entry, statistics=means, count=count)
 
     def end(self) -> None:
-        """Let go of what was only needed while layers ran."""
+        """Let go of what was only needed while layers ran; write what waits to be."""
         self._rotary = (None, None)
+        if self._stream is not None:
+            self._stream.flush(self.record._entries)
 
 
 def _sees_text(entry: Entry) -> bool:
     return "image" in entry.queries and "text" in entry.keys
+
+
+class Tally:
+    """In a recorder's place, counts the bytes that it would keep: for `capture.estimate`."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self.record: list[None] = []  # as long as the record would be
+        self.means: dict[Any, int] = {}  # bytes of each mean
+        self.each: list[tuple[int | None, int]] = []  # step and bytes of each entry
+
+    def take(self, entry: Entry) -> None:
+        """Count one layer of one pass."""
+        one = self._recorder
+        self.record.append(None)
+        statistics = one._reduced(entry)
+        if one.keep == "qk":
+            kept = sum(
+                each.numel() * (one.dtype or each.dtype).itemsize
+                for each in (entry.query, entry.key)
+            )
+            kept += bytes_of(dataclasses.replace(statistics, query=None, key=None))
+            self.each.append((entry.step, kept))
+        elif statistics.statistics:
+            bare = dataclasses.replace(statistics, query=None, key=None, lse=None, _mask=None)
+            if one.keep == "mean":
+                self.means[_mean_of(bare)] = bytes_of(bare)
+            else:
+                self.each.append((entry.step, bytes_of(bare)))
+
+    def end(self) -> None:
+        """Nothing is held."""
 
 
 def _mean_of(entry: Entry) -> tuple[Any, ...]:
