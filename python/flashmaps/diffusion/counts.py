@@ -231,7 +231,7 @@ def z_image(model: Any, given: Given) -> Tokens:
 def lumina(model: Any, given: Given) -> Tokens:
     """The text that its mask leaves of each prompt, then the image."""
     mask = given.get("encoder_attention_mask")
-    sizes = _sizes(padded_text=_length(given.get("encoder_hidden_states")))
+    sizes: dict[str, int] = {}
     counts = _counts(mask) if isinstance(mask, Tensor) and mask.ndim == 2 else []
     if counts and len(set(counts)) == 1:
         sizes["text"] = counts[0]

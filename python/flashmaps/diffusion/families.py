@@ -41,7 +41,6 @@ def _by(*names: str) -> frozenset[str]:
     return frozenset(names)
 
 
-_FLUX = _by("FluxAttnProcessor", "FusedFluxAttnProcessor2_0")
 _PROMPTED = ("image -> image_prompt*",)  # a further attention of an IP-Adapter
 _SELF = Rule("*.attn1", ("image",))
 _CROSS = Rule("*.attn2", ("image -> text",))
@@ -66,6 +65,15 @@ _UNET = (
     Rule("*.attentions.*", (), alone=("image",)),
 )
 _TEXT_IMAGE = ("text + image + reference",)
+_FLUX = (
+    Rule(
+        "*",
+        _TEXT_IMAGE,
+        later=("image + reference -> image_prompt*",),
+        processors=_by("FluxIPAdapterAttnProcessor"),
+    ),
+    Rule("*", _TEXT_IMAGE, processors=_by("FluxAttnProcessor", "FusedFluxAttnProcessor2_0")),
+)
 
 FAMILIES = (
     Family(
@@ -101,20 +109,13 @@ FAMILIES = (
         counts.patched,
     ),
     Family(
-        "Flux, Chroma",
-        ("FluxTransformer2DModel", "FluxControlNetModel", "ChromaTransformer2DModel"),
-        (
-            Rule(
-                "*",
-                _TEXT_IMAGE,
-                later=("image + reference -> image_prompt*",),
-                processors=_by("FluxIPAdapterAttnProcessor"),
-            ),
-            Rule("*", _TEXT_IMAGE, processors=_FLUX),
-        ),
+        "Flux",
+        ("FluxTransformer2DModel", "FluxControlNetModel"),
+        _FLUX,
         counts.packed,
         passes=True,
     ),
+    Family("Chroma", ("ChromaTransformer2DModel",), _FLUX, counts.packed, passes=True),
     Family(
         "Flux.2",
         ("Flux2Transformer2DModel",),
@@ -170,7 +171,7 @@ FAMILIES = (
             Rule("noise_refiner.*", ("image",), processors=_by("Lumina2AttnProcessor2_0")),
             Rule(
                 "context_refiner.*",
-                ("text:padded_text",),
+                ("text + __*",),
                 processors=_by("Lumina2AttnProcessor2_0"),
             ),
             Rule("layers.*", ("text + image",), processors=_by("Lumina2AttnProcessor2_0")),
@@ -342,7 +343,6 @@ FAMILIES = (
             "WanVACETransformer3DModel",
             "SkyReelsV2Transformer3DModel",
             "ChronoEditTransformer3DModel",
-            "WanAnimateTransformer3DModel",
         ),
         (
             _SELF,

@@ -50,6 +50,9 @@ _WITHOUT_MAPS = {
     "PAGIdentitySanaLinearAttnProcessor2_0",
 }
 
+# Layers with a processor that diffusers has no `set_processor` for.
+_PLAIN_LAYERS = {"MochiAttention"}
+
 _attaching = threading.Lock()
 
 
@@ -64,7 +67,7 @@ def attention_layers(model: nn.Module) -> dict[str, nn.Module]:
         name = ".".join(part for part in name.split(".") if part != "_orig_mod")
         if (
             hasattr(module, "processor")
-            and hasattr(module, "set_processor")
+            and (hasattr(module, "set_processor") or type(module).__name__ in _PLAIN_LAYERS)
             and "_orig_mod" not in module._modules  # else the layer itself comes next
             and not name.startswith(("image_proj.", "encoder_hid_proj."))
         ):
