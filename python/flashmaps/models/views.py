@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 
 _UPRIGHT = 0.75  # share of the views that are turned by a little; the others by any angle
-_REPAINTED = 0.5  # share of the views whose hues change
+_REPAINTED, _TURNED = 0.5, 0.2  # shares of the views whose colours change so
+_SOFT = 0.06  # deviation of what counts as one colour, all channels in 0 to 1
+_PATTERNED = 0.25  # share of a repainted view's colours that get a pattern
 _BENDS = 5  # a side: the grid of random shifts that bends a view
 
 
@@ -58,30 +60,78 @@ def warped(
 
 
 def recoloured(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Other colours, the same everywhere in the picture: uint8 [size, size, 3].
+    """The picture in other paint: uint8 [size, size, 3], no point moved.
 
-    Contrast, brightness and gamma change, and grain is added. In half of the views channels are
-    exchanged, hues turned, saturation changed, and now and then light and dark exchanged: what can
-    be told by its colour is learnt from the others first.
+    Contrast, brightness and gamma change, and grain is added. Before that, in most views the
+    picture's own colours are gathered into a few, and each gets a new colour and perhaps a pattern
+    (``_REPAINTED``); or all hues are turned (``_TURNED``). Two things of one kind differ so, and
+    where the colours meet they stay alike.
     """
     pixels = image.astype(np.float32) / 255
-    if rng.random() < _REPAINTED:
+    kind = rng.random()
+    if kind < _REPAINTED:
         pixels = _repainted(pixels, rng)
-    pixels = pixels ** math.exp(rng.normal(0, 0.25))
+    elif kind < _REPAINTED + _TURNED:
+        pixels = _turned(pixels, rng)
+    pixels = pixels.clip(0, 1) ** math.exp(rng.normal(0, 0.25))
     pixels = (pixels - 0.5) * rng.uniform(0.6, 1.3) + 0.5 + rng.uniform(-0.12, 0.12)
     pixels += rng.normal(0, 0.03 * rng.random(), pixels.shape)
     return (pixels * 255).round().clip(0, 255).astype(np.uint8)
 
 
 def _repainted(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    size = pixels.shape[0]
+    flat = pixels.reshape(-1, 3)
+    # Grain must not decide which colour a pixel has.
+    padded = np.pad(pixels, ((1, 1), (1, 1), (0, 0)), mode="edge")
+    shifted = [padded[i : i + size, j : j + size] for i in range(3) for j in range(3)]
+    smooth = np.mean(shifted, axis=0).reshape(-1, 3)
+    centres = smooth[rng.choice(len(flat), rng.integers(3, 8), replace=False)]
+    some = smooth[rng.choice(len(flat), 512)]
+    for _ in range(6):  # Lloyd's k-means
+        nearest = _distances(some, centres).argmin(1)
+        for index in range(len(centres)):
+            if (nearest == index).any():
+                centres[index] = some[nearest == index].mean(0)
+    distances = _distances(smooth, centres)
+    shares = np.exp((distances.min(1, keepdims=True) - distances) / (2 * _SOFT**2))
+    shares /= shares.sum(1, keepdims=True)  # [size^2, colours]
+    # What was lighter or darker than its colour stays so: shading shows shape.
+    shade = (flat - shares @ centres).mean(1, keepdims=True) * rng.uniform(0.4, 1.3)
+    painted = shade + np.zeros((1, 3))
+    for share in shares.T:
+        paint, second = rng.random((2, 3))
+        pattern = _pattern(size, rng) if rng.random() < _PATTERNED else np.zeros(len(flat))
+        painted += share[:, None] * (paint + pattern[:, None] * (second - paint))
+    return painted.reshape(pixels.shape)
+
+
+def _distances(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """Squared, [points, centres]."""
+    return ((points[:, None] - centres) ** 2).sum(-1)
+
+
+def _pattern(size: int, rng: np.random.Generator) -> np.ndarray:
+    """Stripes or spots, [size^2] in 0 to 1."""
+    period, angle, offset = rng.uniform(0.05, 0.2), rng.uniform(0, math.pi), rng.random(2)
+    centres = (np.arange(size) + 0.5) / size
+    x, y = np.meshgrid(centres, centres)
+    c, s = math.cos(angle) / period, math.sin(angle) / period
+    wave = np.cos(2 * math.pi * (c * x + s * y + offset[0]))
+    if rng.random() < 0.5:
+        wave = wave * np.cos(2 * math.pi * (c * y - s * x + offset[1]))
+    return (0.5 + 4 * (wave - rng.uniform(-0.3, 0.5))).clip(0, 1).ravel()
+
+
+def _turned(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     if rng.random() < 0.5:
         pixels = pixels[:, :, rng.permutation(3)]
     grey = np.full((3, 3), 1 / 3)
-    turn = rng.uniform(-math.pi, math.pi) * (rng.random() < 0.8)
+    turn = rng.uniform(-math.pi, math.pi)
     cross = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
     # A rotation about the grey axis (Rodrigues), with the rest from that axis scaled.
     hue = grey + rng.uniform(0.4, 1.4) * (
         math.cos(turn) * (np.eye(3) - grey) + math.sin(turn) * cross
     )
-    pixels = (pixels @ hue.T.astype(np.float32)).clip(0, 1)
+    pixels = pixels @ hue.T.astype(np.float32)
     return 1 - pixels if rng.random() < 0.2 else pixels
