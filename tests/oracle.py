@@ -201,7 +201,7 @@ def vanishing(of: Map, dtype: torch.dtype) -> float:
     return torch.finfo(compute_dtype(dtype)).tiny * max(of.values.shape[1:])
 
 
-def error(got: Tensor, truth: Value, floor: float) -> Tensor:
+def error(got: Tensor, truth: Value, floor: float | Tensor) -> Tensor:
     """|got - truth| beyond what may vanish, in units of the magnitude, entry by entry."""
     off = ((got.double() - truth.value).abs() - floor).clamp_min(0)
     return torch.where(off > 0, off / truth.magnitude, 0.0)

@@ -196,7 +196,7 @@ def test_reduce_operator(names: str, backend: str) -> None:
     right = tensor(2, 25, 3) if "product" in names.split(",") else None
     left = tensor(2, 16, 3) if "transposed_product" in names else None
     cells = torch.arange(25) % 4 if "pooled" in names else None
-    args = (*one, names, right, left, 3, cells, 4, backend)
+    args = (*one, names, right, left, 3, cells, 4, backend, None)
     torch.library.opcheck(torch.ops.flashmaps.reduce, args)
 
 
@@ -205,7 +205,7 @@ def test_round_trip_operator(normalize: str | None, backend: str) -> None:
     there = problem(backend)
     back = fm.AttentionMap(TARGET, SOURCE, normalize=normalize, backend=backend)
     back = back.problem._replace(lse=fm.AttentionMap(TARGET, SOURCE, backend=backend).lse)
-    args = (*there, *back, "argmax,return_probability,product", tensor(2, 25, 4), backend)
+    args = (*there, *back, "argmax,return_probability,product", tensor(2, 25, 4), backend, None)
     torch.library.opcheck(torch.ops.flashmaps.round_trip, args)
 
 

@@ -1,13 +1,295 @@
-"""There are no gradients yet: forward works on tensors that want them, backward says so."""
+"""Gradients of every float result, on every backend, against autograd through dense maps."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import flashmaps as fm
+import oracle
 import pytest
 import torch
+from dense_gradients import FLOAT_RESULTS, Dense, assert_gradients
+from problems import CASE_NAMES, CASES, Problem, inputs, truth
 from torch import Tensor
+
+
+def _leaves(
+    problem: Problem, dtype: torch.dtype, into: torch.dtype | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What wants gradients, in the dtype ``into`` (None: as given), and the other options."""
+    query, key, options = inputs(problem, dtype)
+    options = {name: x for name, x in options.items() if name != "lse"}
+    compute = oracle.compute_dtype(dtype)
+    leaves = {"query": query, "key": key}
+    mask = options.get("key_mask")
+    if mask is not None and mask.dtype != torch.bool:
+        leaves["bias"] = options.pop("key_mask").to(compute)
+    if "head_weights" in options:
+        leaves["head_weights"] = torch.tensor(options.pop("head_weights"), dtype=compute)
+    batch, (queries, keys) = _batch(problem, options), problem.shape[2:4]
+    generator = torch.Generator().manual_seed(queries)
+    for name, tokens in (("right", keys), ("left", queries)):
+        drawn = torch.randn(batch, tokens, 3, generator=generator, dtype=torch.float64)
+        leaves[name] = drawn.to(compute)
+    made = {
+        # Strides are part of the problem: gradients have none.
+        name: (x if into is None else x.to(into)).detach().requires_grad_()
+        for name, x in leaves.items()
+    }
+    return made, options
+
+
+def _batch(problem: Problem, options: dict[str, Any]) -> int:
+    if "pairs" in options:
+        return len(options["pairs"])
+    return max(problem.shape[0], problem.keys_shape[0])
+
+
+def _cells(problem: Problem, options: dict[str, Any]) -> tuple[tuple[int, int] | None, Any]:
+    keys = problem.shape[3]
+    side = math.isqrt(keys)
+    grid = options.get("key_grid") or ((side, side) if side * side == keys else None)
+    if grid is None:
+        return None, None
+    to = (max(1, grid[0] // 2), max(1, 2 * grid[1] // 3))
+    return to, oracle.cells(grid, to)
+
+
+def _names(problem: Problem, grid: Any) -> tuple[str, ...]:
+    queries, keys = problem.shape[2:4]
+    without = {"diagonal"} if queries != keys else set()
+    without |= {"expectation", "pool"} if grid is None else set()
+    return tuple(name for name in FLOAT_RESULTS if name not in without)
+
+
+def _mine(
+    leaves: dict[str, Tensor], options: dict[str, Any], names: tuple[str, ...], k: int, to: Any,
+    backend: str, lse: Tensor | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
+    given = dict(options)
+    if "bias" in leaves:
+        given["key_mask"] = leaves["bias"]
+    if "head_weights" in leaves:
+        given["head_weights"] = leaves["head_weights"]
+    A = fm.AttentionMap(leaves["query"], leaves["key"], **given, backend=backend, lse=lse)
+    fused = [name for name in names if name in dir(A) and name not in _OTHERS]
+    found = A.reduce(*fused)._asdict() if fused else {}
+    others: dict[str, Callable[[], Tensor]] = {
+        "lse": lambda: A.lse,
+        "product": lambda: A @ leaves["right"],
+        "transposed_product": lambda: A.mT @ leaves["left"],
+        "topk": lambda: A.topk(k)[0],
+        "rows": lambda: A.rows([-1, 0, -1]),
+        "dense": A.to_dense,
+        "pool": lambda: A.pool(key_to=to),
+    }
+    return {name: found[name] if name in found else others[name]() for name in names}
+
+
+_OTHERS = ("lse", "product", "transposed_product", "topk", "rows", "dense", "pool")
+
+
+def _upstream(results: dict[str, Tensor]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(len(results))
+    return {
+        name: torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        for name, x in results.items()
+    }
+
+
+def _gradients(
+    results: dict[str, Tensor], g: dict[str, Tensor], leaves: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    loss = sum((results[name] * g[name].to(results[name].dtype)).sum() for name in results)
+    found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+    return dict(zip(leaves, found, strict=True))
+
+
+def _check(problem: Problem, dtype: torch.dtype, names: tuple[str, ...], backend: str) -> None:
+    mine, options = _leaves(problem, dtype, None)
+    to, cells = _cells(problem, options)
+    k = min(3, problem.shape[3])
+    compute = oracle.compute_dtype(dtype)
+    dense = Dense(_leaves(problem, dtype, torch.float64)[0], options)
+    rival = Dense(_leaves(problem, dtype, compute)[0], options)
+    true, plain = (d.results(names, k, cells) for d in (dense, rival))
+    g = _upstream(true)
+    lse = None
+    if problem.with_lse:
+        lse = inputs(problem, dtype)[2]["lse"]
+        names = tuple(name for name in names if name != "lse")
+        true, plain, g = ({n: x[n] for n in names} for x in (true, plain, g))
+    of, _ = truth(problem, dtype)
+    if "column_entropy" in g:
+        # Of a column that is mostly underflow there is nothing to go back through (oracle.py).
+        lost = oracle.vanishing(of, dtype) / oracle.band(of, dtype)
+        g["column_entropy"] = g["column_entropy"].where(of.values.sum(1) > lost, 0.0)
+    got = _mine(mine, options, names, k, to, backend, lse)
+    assert_gradients(
+        f"{problem}, {', '.join(names)}",
+        _gradients(got, g, mine), _gradients(true, g, dense.leaves),
+        _gradients(plain, g, rival.leaves), dense.magnitudes(g, k, cells),
+        dense.magnitudes(g, k, cells, torch.finfo(compute).tiny),
+        of, problem.shape[1], problem.shape[4], dtype,
+    )  # fmt: skip
+
+
+# Where two entries of a row are nearly the largest, both are right answers of an argmax, and have
+# other gradients. float64 tells them apart; in float32 these are left to _check's other results.
+PICKED = ("max", "topk", "column_max")
+
+
+@pytest.mark.parametrize(("problem", "dtype"), CASES, ids=CASE_NAMES)
+def test_all_results_together(problem: Problem, dtype: torch.dtype, backend: str) -> None:
+    if problem.special == "two-passes" and backend == "reference":
+        pytest.skip("as on every other shape")
+    grid = _cells(problem, inputs(problem, dtype)[2])[1]
+    names = _names(problem, grid)
+    if dtype != torch.float64:
+        names = tuple(name for name in names if name not in PICKED)
+    _check(problem, dtype, names, backend)
+
+
+# Two maps at once.
+
+
+def _two(dtype: torch.dtype, backend: str, **options: Any) -> tuple[list[Tensor], Any]:
+    """Leaves of a map and the way back, 12 tokens and 20; and what makes both of them."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = [(2, 3, 12, 8), (2, 3, 20, 8), (2, 3, 20, 8), (2, 3, 12, 8)]
+    leaves = [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
+    grids = {"query_grid": (3, 4), "key_grid": (4, 5)}
+
+    def make(q: Tensor, k: Tensor, back_q: Tensor, back_k: Tensor) -> tuple[Any, Any]:
+        back_grids = {"query_grid": (4, 5), "key_grid": (3, 4)}
+        A = fm.AttentionMap(q, k, **grids, **options, backend=backend)
+        return A, fm.AttentionMap(back_q, back_k, **back_grids, **options, backend=backend)
+
+    return [x.requires_grad_() for x in leaves], make
+
+
+COMPOSED = ("entropy", "expectation", "column_sum", "column_entropy")
+
+
+def _of_two(A: Any, B: Any) -> dict[str, Tensor]:
+    rt = fm.round_trip(A, B)
+    named = ("soft_distance", "spread", "return_probability", "inverse_entropy", "soft_density")
+    found = {name: getattr(rt, name) for name in (*named, "soft_ims")}
+    R = A @ B
+    found |= {f"R {name}": x for name, x in R.reduce(*COMPOSED)._asdict().items()}
+    found["R diagonal"] = R.diagonal()
+    found["R rows"] = R.rows([3, 0, 3])
+    found["R topk"] = R.topk(2)[0]
+    found["R @ x"] = R @ _ramp(A, R.shape[2])
+    found["R^T y"] = R.transposed_product(_ramp(A, R.shape[1]))
+    return found
+
+
+def _ramp(A: Any, tokens: int) -> Tensor:
+    return torch.linspace(-1, 1, tokens, dtype=A.dtype)[:, None]
+
+
+def _dense_of_two(a: Tensor, b: Tensor, lines: int, back_lines: int) -> dict[str, Tensor]:
+    """The same from dense printed maps."""
+    there, back = a / lines, b / back_lines
+    x = oracle.centres((3, 4), a.dtype)
+    trip, printed = there @ back, a @ b
+    mean = trip @ x
+    soft = (x - mean).norm(dim=-1)
+    square = (
+        (trip @ x.square().sum(-1)) - 2 * (x * mean).sum(-1) + x.square().sum(-1) * trip.sum(-1)
+    )
+    mass = printed.sum(1)
+    plogp = (printed * printed.log()).sum(1)
+    return {
+        "soft_distance": soft,
+        "spread": square.sqrt(),
+        "return_probability": trip.diagonal(dim1=1, dim2=2),
+        "inverse_entropy": -(back * back.log()).sum(-1),
+        "soft_density": there.sum(1),
+        "soft_ims": soft.mean(1),
+        "R entropy": -(trip * trip.log()).sum(-1),
+        "R expectation": mean,
+        "R column_sum": mass,
+        "R column_entropy": mass.log() - plogp / mass,
+        "R diagonal": printed.diagonal(dim1=1, dim2=2),
+        "R rows": printed[:, [3, 0, 3]],
+        "R topk": printed.topk(2, dim=-1).values,
+        "R @ x": printed @ torch.linspace(-1, 1, 12, dtype=a.dtype)[:, None],
+        "R^T y": printed.mT @ torch.linspace(-1, 1, 12, dtype=a.dtype)[:, None],
+    }
+
+
+TWO = {
+    "plain": {},
+    "pairs": {"pairs": [[0, 1], [1, 1], [1, 0]]},
+    "rows": {"normalize": "rows"},
+    "columns": {"normalize": "columns"},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("which", TWO)
+def test_round_trips_and_compositions(which: str, dtype: torch.dtype, backend: str) -> None:
+    options = TWO[which]
+    leaves, make = _two(dtype, backend, **options)
+    got = _of_two(*make(*leaves))
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    pair = [
+        Dense({"query": wide[n], "key": wide[n + 1]}, {**options, "key_grid": grid})
+        for n, grid in ((0, (4, 5)), (2, (3, 4)))
+    ]
+    true = _dense_of_two(pair[0].values, pair[1].values, pair[0].lines, pair[1].lines)
+    # Of the order of one: what float32 rounds there, and sums of it.
+    unit = torch.finfo(dtype).eps / 2
+    for name, mine in got.items():
+        g = torch.randn(mine.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        found = torch.autograd.grad(
+            mine, leaves, g.to(dtype), retain_graph=True, materialize_grads=True
+        )
+        wanted = torch.autograd.grad(true[name], wide, g, retain_graph=True, materialize_grads=True)
+        for which_leaf, (a, b) in enumerate(zip(found, wanted, strict=True)):
+            size = max(1.0, b.abs().max().item())
+            off = (a.double() - b).abs().max().item() / size
+            assert off <= 1000 * unit, f"{name}, leaf {which_leaf}: off by {off:.3g}"
+
+
+@pytest.mark.parametrize("normalize", [None, "rows", "columns"])
+def test_gradcheck(normalize: str | None, backend: str) -> None:
+    """Against differences of the results themselves, in float64."""
+    generator = torch.Generator().manual_seed(0)
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    query, key, mask, x, y = leaf(2, 2, 4, 3), leaf(2, 2, 4, 3), leaf(2, 4), leaf(4, 2), leaf(4, 2)
+    weights = torch.tensor([0.25, 0.75], dtype=torch.float64, requires_grad=True)
+
+    def everything(*leaves: Tensor) -> tuple[Tensor, ...]:
+        query, key, mask, x, y, weights = leaves
+        A = fm.AttentionMap(
+            query, key, key_mask=mask, head_weights=weights, normalize=normalize, backend=backend
+        )
+        B = fm.AttentionMap(key, query, normalize=normalize, backend=backend)
+        names = [name for name in FLOAT_RESULTS if name in dir(A) and name not in _OTHERS]
+        return (
+            *A.reduce(*names)._asdict().values(),
+            A.lse, A @ x, A.mT @ y, A.topk(2)[0], A.rows([0, 3]), A.to_dense(), A.pool((2, 1)),
+            *_of_two_small(A, B),
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(everything, (query, key, mask, x, y, weights), fast_mode=True)
+
+
+def _of_two_small(A: Any, B: Any) -> tuple[Tensor, ...]:
+    rt = fm.round_trip(A, B)
+    found = (A @ B).reduce("entropy", "column_entropy", "column_max", "max")
+    return rt.spread, rt.soft_distance, rt.return_probability, *found._asdict().values()
+
+
+# What has no gradient.
 
 
 def maps(backend: str, wanted: bool = True) -> tuple[fm.AttentionMap, fm.AttentionMap]:
@@ -20,44 +302,12 @@ def maps(backend: str, wanted: bool = True) -> tuple[fm.AttentionMap, fm.Attenti
     )
 
 
-DIFFERENTIABLE: dict[str, Callable[[fm.AttentionMap, fm.AttentionMap], Tensor]] = {
-    "entropy": lambda A, B: A.entropy(),
-    "lse": lambda A, B: A.lse,
-    "dense": lambda A, B: A.to_dense(),
-    "rows": lambda A, B: A.rows([0, 3]),
-    "product": lambda A, B: A @ torch.ones(16, 2),
-    "transposed": lambda A, B: A.mT @ torch.ones(16, 2),
-    "column_sum": lambda A, B: A.column_sum(),
-    "topk": lambda A, B: A.topk(3)[0],
-    "pool": lambda A, B: A.pool((2, 2), (2, 2)),
-    "composed": lambda A, B: (A @ B).reduce("entropy").entropy,
-    "composed-diagonal": lambda A, B: (A @ B).diagonal(),
-    "soft-ims": lambda A, B: fm.round_trip(A, B).soft_ims,
-}
-
-
-@pytest.mark.parametrize("name", DIFFERENTIABLE)
-def test_backward_says_that_there_is_none(name: str, backend: str) -> None:
-    got = DIFFERENTIABLE[name](*maps(backend))
-    want = DIFFERENTIABLE[name](*maps(backend, wanted=False))
-    assert torch.equal(got.detach(), want)
-    assert got.requires_grad  # silently detached would be a wrong gradient of zero
-    with pytest.raises(RuntimeError, match=r"flashmaps\.\w+.*no autograd formula"):
-        got.sum().backward()
-
-
-def test_an_operand_that_wants_a_gradient(backend: str) -> None:
-    A, _ = maps(backend, wanted=False)
-    x = torch.ones(16, 2, requires_grad=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
-        (A @ x).sum().backward()
-
-
 def test_indices_have_no_gradient(backend: str) -> None:
     A, B = maps(backend)
     rt = fm.round_trip(A, B)
     for index in (A.argmax(), A.topk(2)[1], A.column_argmax(), rt.forward, rt.density):
         assert not index.requires_grad
+    assert not rt.hard_distance.requires_grad
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -66,3 +316,56 @@ def test_without_gradients(mode: Callable, backend: str) -> None:
         A, B = maps(backend)
         got = A.entropy(), (A @ B).reduce("max").max, fm.round_trip(A, B).soft_ims
     assert not any(t.requires_grad for t in got)
+
+
+def test_second_derivatives_raise(backend: str) -> None:
+    A, _ = maps(backend)
+    query = A.problem.query
+    (slope,) = torch.autograd.grad(A.entropy().sum(), query, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        slope.square().sum().backward()
+    R = A @ maps(backend, wanted=False)[1]
+    (slope,) = torch.autograd.grad(R.reduce("entropy").entropy.sum(), query, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        slope.square().sum().backward()
+
+
+def test_a_kept_log_sum_exp_hides_no_gradient(backend: str) -> None:
+    """It is computed once without a graph, and asked for again with one."""
+    A, _ = maps(backend)
+    with torch.no_grad():
+        kept = A.lse
+    (slope,) = torch.autograd.grad(A.lse.sum(), A.problem.query)
+    assert torch.equal(kept, A.lse.detach()) and slope.abs().sum() > 0
+
+
+def test_a_given_log_sum_exp_is_an_input_of_its_own(backend: str) -> None:
+    """With its gradient, the sum of both ways is that of the map without it."""
+    A, _ = maps(backend)
+    query, key = A.problem.query, A.problem.key
+    given = fm.AttentionMap(query, key, lse=A.lse, backend=backend)
+    constant = fm.AttentionMap(query, key, lse=A.lse.detach(), backend=backend)
+    wanted, *found = (
+        torch.autograd.grad(m.entropy().sum(), query)[0] for m in (A, given, constant)
+    )
+    for mine in found:
+        torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_checkpointing_and_compile(backend: str) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    A, _ = maps(backend)
+    query, key = A.problem.query, A.problem.key
+
+    def loss(query: Tensor, key: Tensor) -> Tensor:
+        A = fm.AttentionMap(query, key, backend=backend)
+        found = A.reduce("entropy", "max", "column_entropy")
+        return found.entropy.sum() + found.max.sum() + found.column_entropy.sum()
+
+    (wanted,) = torch.autograd.grad(loss(query, key), query)
+    (again,) = torch.autograd.grad(checkpoint(loss, query, key, use_reentrant=False), query)
+    assert torch.equal(again, wanted)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    (traced,) = torch.autograd.grad(compiled(query, key), query)
+    assert torch.equal(traced, wanted)

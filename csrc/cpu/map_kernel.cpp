@@ -10,15 +10,13 @@
 #include <memory>
 #include <vector>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
+#include "cpu/back.h"
 #include "cpu/map.h"
 #include "cpu/memory.h"
 #include "cpu/reducers.h"
 #include "cpu/simd.h"
 #include "cpu/tile.h"
+#include "cpu/typed.h"
 
 namespace flashmaps::FLASHMAPS_ISA {
 namespace {
@@ -35,100 +33,6 @@ constexpr std::int64_t kFewKnownKeys = 192;
 
 // Strips whose columns wait to be reduced: as many as fit, at least one for each thread.
 constexpr std::int64_t kWindowBytes = std::int64_t(32) << 20;
-
-int thread_index() {
-#ifdef _OPENMP
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
-
-// The state that a thread needs in here, put back when it leaves.
-//
-// Numbers below the smallest normal one are zero here: they cost a hundred cycles each and weigh
-// nothing in a sum.
-class ThreadState {
- public:
-#if defined(__x86_64__)
-  ThreadState() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
-  ~ThreadState() { _mm_setcsr(before_); }
-  ThreadState(const ThreadState&) = delete;
-  ThreadState& operator=(const ThreadState&) = delete;
-
- private:
-  unsigned before_;
-#else
-  ThreadState() {}  // not trivial: an unused variable otherwise
-#endif
-};
-
-template <class T>
-T* pointer(std::uintptr_t p) {
-  return reinterpret_cast<T*>(p);
-}
-
-// A problem, typed. Scores are kept in log2 units: log2(e) is folded into the scale and the biases.
-template <class T>
-struct Map {
-  const Problem& problem;
-  Tokens<T> query, key;
-  T scale;
-  Buffer<T> bias;  // [B', M], log2 units
-
-  Map(const Problem& p, Workspace& workspace)
-      : problem(p),
-        query{pointer<const void>(p.query), p.query_strides, DType(p.dtype), p.dim},
-        key{pointer<const void>(p.key), p.key_strides, DType(p.dtype), p.dim},
-        scale(T(p.scale * kLog2e)) {
-    if (p.bias == 0) return;
-    const std::int64_t count = p.key_batch * p.keys;
-    bias = Buffer<T>(workspace, count);
-    if (workspace.planning) return;
-    const T* nats = pointer<const T>(p.bias);
-    for (std::int64_t n = 0; n < count; ++n) bias[n] = T(nats[n] * kLog2e);
-  }
-  // Pairs that Python could not check (under torch.compile) are held inside the batch.
-  static std::int64_t clamp(std::int64_t b, std::int64_t size) {
-    return std::clamp<std::int64_t>(b, 0, size - 1);
-  }
-  std::int64_t query_index(std::int64_t map) const {
-    const auto* pairs = pointer<const std::int64_t>(problem.pairs);
-    return clamp(pairs == nullptr ? map : pairs[2 * map], problem.query_batch);
-  }
-  std::int64_t key_index(std::int64_t map) const {
-    const auto* pairs = pointer<const std::int64_t>(problem.pairs);
-    return clamp(pairs == nullptr ? map : pairs[2 * map + 1], problem.key_batch);
-  }
-  T weight(std::int64_t h) const {
-    const auto* weights = pointer<const T>(problem.weights);
-    return weights == nullptr ? T(1) / T(problem.heads) : weights[h];
-  }
-  const T* key_bias(std::int64_t map) const {
-    return problem.bias == 0 ? nullptr : bias + key_index(map) * problem.keys;
-  }
-  // The given log-sum-exp of a query, in log2 units.
-  T lse(std::int64_t map, std::int64_t h, std::int64_t i) const {
-    const auto& stride = problem.lse_strides;
-    const auto* nats = pointer<const T>(problem.lse);
-    return T(nats[map * stride[0] + h * stride[1] + i * stride[2]] * kLog2e);
-  }
-};
-
-// The lines of note eq. 2.3 that the keys of a map lie on.
-struct Lines {
-  std::int64_t count = 1, period = 1;
-  bool wrap = false;
-  explicit Lines(const Problem& p) {
-    if (Normalize(p.normalize) == Normalize::Block) return;
-    wrap = Normalize(p.normalize) == Normalize::Columns;
-    count = wrap ? p.grid_width : p.grid_height;
-    period = p.grid_width;
-  }
-  std::int64_t of(std::int64_t key) const {
-    return count == 1 && !wrap ? 0 : wrap ? key % period : key / period;
-  }
-};
 
 // How a call is done: what it takes, and how fast it is. Only `known` changes any bit of the
 // result.
@@ -246,9 +150,7 @@ class Worker {
     if (plan.normalized) line_mass_ = Buffer<T>(w, plan.lines.count * R);
     const Outputs& out = plan.out;
     if (out.return_probability != 0) {
-      const Problem& b = plan.operands.partner;
-      back_query_ = Buffer<T>(w, b.heads * b.dim * R);
-      back_ = Buffer<T>(w, kBackKeys * R);
+      back_ = BackTile<T>(w, *plan.back, plan.operands.partner_line_mass);
     }
     rows_.shape = {p.queries, p.keys, T(1) / T(plan.lines.count)};
     rows_.entropy.out = pointer<T>(out.entropy);
@@ -290,7 +192,7 @@ class Worker {
     const std::int64_t keys = plan_.problem.keys;
     load_strip(s);
     if (plan_.wants_rows()) rows_.begin();
-    if (plan_.out.return_probability != 0) load_back(s);
+    if (plan_.out.return_probability != 0) back_.load(s);
     if (plan_.known) {
       const std::int64_t step = plan_.choice.known_keys;
       for (std::int64_t j0 = 0; j0 < keys; j0 += step) {
@@ -329,9 +231,6 @@ class Worker {
   const T* mean() const { return mean_; }
 
  private:
-  // Keys of the map back that are made at once.
-  static constexpr std::int64_t kBackKeys = kBlock;
-
   static std::int64_t block_end(std::int64_t j0, std::int64_t end) {
     return std::min(j0 + kBlock, end);
   }
@@ -391,13 +290,6 @@ class Worker {
     }
   }
 
-  static Target<T> known_target(T* mean, T weight) {
-    Target<T> to;
-    to.mean = mean;
-    for (auto& lane : to.coefficient) lane = splat(weight);
-    return to;
-  }
-
   // Keys j0 .. j1 of the mean map from the log-sum-exp of every head.
   void known_heads(const Strip& s, std::int64_t j0, std::int64_t j1, T* mean) {
     const Problem& p = plan_.problem;
@@ -412,7 +304,7 @@ class Worker {
         // A row without a visible key has LSE -inf: any shift gives zeros.
         lanes.shift[r / L][r % L] = x == -std::numeric_limits<T>::infinity() ? T(0) : x;
       }
-      const Target<T> to = known_target(mean, plan_.map.weight(h));
+      const Target<T> to = known_target<T>(mean, plan_.map.weight(h));
       if (h == 0) {
         score<Mode::KnownFirst>(s, h, j0, j1, lanes, to);
       } else {
@@ -429,16 +321,15 @@ class Worker {
       T* mass = line_mass_ + plan_.lines.of(j) * R;
       for (int v = 0; v < kWidth; ++v) store<T>(mass + v * L, load(mass + v * L) + at(mean, j, v));
     }
-    for (std::int64_t n = 0; n < plan_.lines.count * R; ++n) line_mass_[n] = inverse(line_mass_[n]);
+    for (std::int64_t n = 0; n < plan_.lines.count * R; ++n) {
+      line_mass_[n] = inverse_mass(line_mass_[n]);
+    }
     for (std::int64_t j = 0; j < keys; ++j) {
       const T* factor = line_mass_ + plan_.lines.of(j) * R;
       for (int v = 0; v < kWidth; ++v) {
         store<T>(mean + j * R + v * L, at(mean, j, v) * load(factor + v * L));
       }
     }
-  }
-  static T inverse(T mass) {
-    return mass >= T(std::numeric_limits<float>::min()) ? T(1) / mass : T(0);
   }
 
   // The reducers over keys j0 .. j1, whose block of the mean map starts at `mean`.
@@ -448,8 +339,7 @@ class Worker {
       if (!plan_.known && !plan_.normalized) combine_last(b0 - j0, b1 - j0, mean);
       const T* back = nullptr;
       if (plan_.out.return_probability != 0) {
-        back_block(s, b0, b1);
-        back = back_;
+        back = back_.block(s, b0, b1, convert_);
       }
       if (plan_.wants_rows()) rows_.update(s, mean + (b0 - j0) * R, back, b0, b1 - b0);
     }
@@ -474,70 +364,14 @@ class Worker {
     }
   }
 
-  // The map back, transposed: these queries are its keys i0 .. i0 + valid, in the lanes, and its
-  // queries are broadcast. 2^(score - lse) needs no other key of it.
-  void load_back(const Strip& s) {
-    const Problem& b = plan_.operands.partner;
-    const Map<T>& back = *plan_.back;
-    for (std::int64_t h = 0; h < b.heads; ++h) {
-      pack_lanes<T>(back.key, back.key_index(s.map), h, s.i0, s.valid, back.scale,
-                    back_query_ + h * b.dim * R);
-    }
-    const T* bias = back.key_bias(s.map);
-    for (int r = 0; r < R; ++r) {
-      const T x = bias == nullptr ? T(0) : r < s.valid ? bias[s.i0 + r] : T(0);
-      // A hidden key of the map back: the largest shift there is takes everything to zero.
-      back_shift_[r / L][r % L] =
-          x == -std::numeric_limits<T>::infinity() ? std::numeric_limits<T>::max() : -x;
-    }
-  }
-  void back_block(const Strip& s, std::int64_t j0, std::int64_t j1) {
-    const Problem& b = plan_.operands.partner;
-    const Map<T>& back = *plan_.back;
-    const std::int64_t count = j1 - j0;
-    for (std::int64_t h = 0; h < b.heads; ++h) {
-      T negative[kBackKeys];
-      for (std::int64_t j = 0; j < count; ++j) {
-        // A row of the map back without a visible key goes nowhere: probability 0, not infinity.
-        constexpr T kHidden = -std::numeric_limits<T>::infinity();
-        const T lse = back.lse(s.map, h, j0 + j);
-        negative[j] = lse == kHidden ? kHidden : -lse;
-      }
-      SoftmaxLanes<T> lanes;
-      for (int v = 0; v < kWidth; ++v) lanes.shift[v] = back_shift_[v];
-      const Target<T> to = known_target(back_, back.weight(h));
-      const T* lanes_k = back_query_ + h * b.dim * R;
-      const std::int64_t of = back.query_index(s.map);
-      if (h == 0) {
-        score_keys<T, Mode::KnownFirst>(lanes_k, back.query, of, h, j0, j1, negative - j0, lanes,
-                                        to, convert_);
-      } else {
-        score_keys<T, Mode::KnownLater>(lanes_k, back.query, of, h, j0, j1, negative - j0, lanes,
-                                        to, convert_);
-      }
-    }
-    if (plan_.operands.partner_line_mass != 0) normalize_back(s, j0, count);
-  }
-  void normalize_back(const Strip& s, std::int64_t j0, std::int64_t count) {
-    const std::int64_t lines = plan_.back_lines.count;
-    const T* mass = pointer<const T>(plan_.operands.partner_line_mass) +
-                    (s.map * plan_.problem.keys + j0) * lines;
-    for (std::int64_t j = 0; j < count; ++j, mass += lines) {
-      for (std::int64_t r = 0; r < s.valid; ++r) {
-        back_[j * R + r] *= inverse(mass[plan_.back_lines.of(s.i0 + r)]);
-      }
-    }
-  }
-
   Plan<T>& plan_;
   Rows<T> rows_;
-  Lanes<T> valid_, last_, back_shift_;  // last_: the coefficient of the head yet to be added
-  Buffer<T> query_;                     // [H][d][R], scaled
-  Buffer<T> convert_;                   // [kKeyChunk][d]
-  Buffer<T> mean_, head_;               // [keys of a block][R]
-  Buffer<T> line_mass_;                 // [lines][R]
-  Buffer<T> back_query_;                // [H][d][R]
-  Buffer<T> back_;                      // [kBackKeys][R]
+  BackTile<T> back_;
+  Lanes<T> valid_, last_;  // last_: the coefficient of the head yet to be added
+  Buffer<T> query_;        // [H][d][R], scaled
+  Buffer<T> convert_;      // [kKeyChunk][d]
+  Buffer<T> mean_, head_;  // [keys of a block][R]
+  Buffer<T> line_mass_;    // [lines][R]
 };
 
 // A call with everything that it holds.

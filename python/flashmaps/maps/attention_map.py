@@ -14,7 +14,14 @@ from flashmaps.maps.backends.choice import select
 from flashmaps.maps.budget import budget_in_force
 from flashmaps.maps.composition import Composition
 from flashmaps.maps.grids import Grid
-from flashmaps.maps.lazy import Lazy, LazyMap, Reductions, check_reductions, known_lse
+from flashmaps.maps.lazy import (
+    Lazy,
+    LazyMap,
+    Reductions,
+    check_reductions,
+    joined_lse,
+    lse_with_graph,
+)
 from flashmaps.maps.map_plans import plan_map
 from flashmaps.maps.planning import Ceilings, Plan, shares
 from flashmaps.maps.pooling import reduce_and_pool
@@ -172,7 +179,7 @@ class AttentionMap(LazyMap):
             normalize=first.problem.normalize,
             query_grid=first.query_grid,
             key_grid=first.key_grid,
-            lse=torch.cat([known_lse(m, None) for m in maps], 1) if given else None,
+            lse=joined_lse(maps) if given else None,
             backend=first.backend,
         )
         made._lse_offset = first._lse_offset
@@ -185,7 +192,7 @@ class AttentionMap(LazyMap):
         Kept until Q or K is changed in place (by torch, in a way that it counts: not through
         ``.data`` or numpy, and in inference mode nothing is kept).
         """
-        lse = known_lse(self, None)
+        lse = lse_with_graph(self)
         return lse if self._lse_offset is None else lse + self._lse_offset
 
     @property

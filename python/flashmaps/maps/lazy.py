@@ -221,11 +221,33 @@ def with_lse(A: LazyMap) -> Problem:
 
 
 def known_lse(A: LazyMap, memory_budget: int | None) -> Tensor:
-    """Computed where it is not there, and kept by the map."""
+    """Computed where it is not there, and kept by the map: a number to compute with.
+
+    It has no graph. Gradients take the log-sum-exp for the function of Q and K that it is.
+    """
     lse = A._lse
     if lse is None:
-        A._lse = lse = A._fields("lse", memory_budget=memory_budget)["lse"]
+        with torch.no_grad():
+            A._lse = lse = A._fields("lse", memory_budget=memory_budget)["lse"]
     return lse
+
+
+def lse_with_graph(A: LazyMap) -> Tensor:
+    """The log-sum-exp as a result, with gradients where they are wanted; or as it was given."""
+    if A.problem.lse is None and ops.wants_gradients(*A.problem):
+        return A._fields("lse")["lse"]
+    return known_lse(A, None)
+
+
+def joined_lse(maps: Sequence[LazyMap]) -> Tensor:
+    """Of all heads of several maps. Where one was given with a graph, it is an input of its own.
+
+    So are all of them then.
+    """
+    given = [m.problem.lse for m in maps]
+    free = ops.wants_gradients(*given)
+    found = [lse_with_graph(m) if free else known_lse(m, None) for m in maps]
+    return torch.cat(found, 1)
 
 
 def round_trip_fields(

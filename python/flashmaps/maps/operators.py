@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashmaps.maps import strips
+from flashmaps.maps import backward, gradients, strips
 from flashmaps.maps.backends.choice import get, plan_pass
-from flashmaps.maps.budget import budget_of_context, too_small
+from flashmaps.maps.budget import budget_in_force, budget_of_context, too_small
 from flashmaps.maps.modes import exact, refuse_forward_mode
 from flashmaps.maps.problem import Problem, Request, empty_outputs
 from flashmaps.maps.signatures import COMPOSE, REDUCE, ROUND_TRIP
@@ -80,24 +80,51 @@ def _(*args: Any) -> list[Tensor]:
     return list(empty_outputs(strips.result(first, second), request).values())
 
 
+_reduce.register_autograd(backward.of_reduce, setup_context=backward.keep_reduce)
+_round_trip.register_autograd(backward.of_round_trip, setup_context=backward.keep_round_trip)
+_compose.register_autograd(backward.of_compose, setup_context=backward.keep_compose)
+
+
+def wants_gradients(*arguments: object) -> bool:
+    """Whether autograd is on and one of these is a tensor that it follows."""
+    return torch.is_grad_enabled() and any(
+        isinstance(x, Tensor) and x.requires_grad for x in arguments
+    )
+
+
+def _with_way_back(request: Request, *more: str) -> Request:
+    """The same with the fields that the way back needs. The budget in force now holds then."""
+    names = tuple(dict.fromkeys((*gradients.with_companions(request.names), *more)))
+    return replace(request, names=names, memory_budget=budget_in_force(request.memory_budget))
+
+
 def reduce(problem: Problem, request: Request, backend: str) -> dict[str, Tensor]:
     """Run one pass: the fields of ``request.names``, by name."""
-    if request.partner is None:
+    asked, partner = request.names, request.partner
+    if wants_gradients(*problem, *(partner or ()), request.right, request.left):
+        # Found on the way, the log-sum-exp spares the way back a pass.
+        request = _with_way_back(request, *(("lse",) if problem.lse is None else ()))
+    if partner is None:
         arguments = REDUCE.pack((problem,), request, (backend,))
         refuse_forward_mode(arguments)
         outputs = _reduce(*arguments)
     else:
-        arguments = ROUND_TRIP.pack((problem, request.partner), request, (backend,))
+        arguments = ROUND_TRIP.pack((problem, partner), request, (backend,))
         refuse_forward_mode(arguments)
         outputs = _round_trip(*arguments)
-    return dict(zip(request.names, outputs, strict=True))
+    fields = dict(zip(request.names, outputs, strict=True))
+    return {name: fields[name] for name in asked}
 
 
 def compose(
     first: Problem, second: Problem, request: Request, backends: tuple[str, str]
 ) -> dict[str, Tensor]:
     """Fields of the product of two maps that need whole rows of it, by name."""
+    asked = request.names
+    if wants_gradients(*first, *second):
+        request = _with_way_back(request)
     arguments = COMPOSE.pack((first, second), request, backends)
     refuse_forward_mode(arguments)
     outputs = _compose(*arguments)
-    return dict(zip(request.names, outputs, strict=True))
+    fields = dict(zip(request.names, outputs, strict=True))
+    return {name: fields[name] for name in asked}

@@ -104,6 +104,49 @@ class Request:
     memory_budget: int | None = None  # bytes beyond inputs and outputs that it may take
 
 
+@dataclass(frozen=True)
+class Gradient:
+    """What to compute from one map going backwards: G = dL/dA in closed form, and for whom.
+
+    A is the printed map (after `normalize`), A' the map back. For every query i and key j
+
+        G_ij = row_add_i + column_add_j - (row_log_i + column_log_j) log A_ij
+               + left_i . right_j + dense_ij + pooled_i,cells(j)
+               + (row_back_i + column_back_j) A'_ji
+
+    and ``row_values`` are added at ``row_index``, ``column_values`` at ``column_index``. Terms that
+    are None are zero; the logarithm's is zero where A_ij is. ``lse`` is dL / d log-sum-exp.
+
+    ``wanted`` are among "query", "key", "bias", "head_weights" and "lse". The problem carries its
+    log-sum-exp. That is a function of queries and keys like all else, unless "lse" is wanted: then
+    it is an input of its own, which has its own gradient.
+    """
+
+    wanted: tuple[str, ...]
+    row_add: Tensor | None = None  # [P, N]
+    row_log: Tensor | None = None  # [P, N]
+    row_back: Tensor | None = None  # [P, N]
+    column_add: Tensor | None = None  # [P, M]
+    column_log: Tensor | None = None  # [P, M]
+    column_back: Tensor | None = None  # [P, M]
+    left: Tensor | None = None  # [P, N, C]
+    right: Tensor | None = None  # [P, M, C]
+    row_index: Tensor | None = None  # [P, N, S] int64
+    row_values: Tensor | None = None  # [P, N, S]
+    column_index: Tensor | None = None  # [P, M] int64
+    column_values: Tensor | None = None  # [P, M]
+    dense: Tensor | None = None  # [P, N, M]
+    cells: Tensor | None = None  # [M] int64
+    pooled: Tensor | None = None  # [P, N, number of cells]
+    lse: Tensor | None = None  # [P, H, N]
+    partner: Problem | None = None  # A', M x N with its lse, for row_back and column_back
+    memory_budget: int | None = None  # bytes beyond inputs and gradients that it may take
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that are given, by name."""
+        return {name: t for name, t in vars(self).items() if isinstance(t, Tensor)}
+
+
 Shape = tuple[int, ...]
 
 
@@ -170,6 +213,26 @@ def empty_outputs(problem: Problem, request: Request) -> dict[str, Tensor]:
             device=problem.query.device,
         )
         for name in request.names
+    }
+
+
+def gradient_shapes(problem: Problem) -> dict[str, Shape]:
+    """The shapes of what a `Gradient` may want, all in the compute dtype."""
+    return {
+        "query": (*problem.query.shape,),
+        "key": (*problem.key.shape,),
+        "bias": (problem.key.shape[0], problem.num_keys),
+        "head_weights": (problem.heads,),
+        "lse": (problem.batch, problem.heads, problem.num_queries),
+    }
+
+
+def empty_gradients(problem: Problem, gradient: Gradient) -> dict[str, Tensor]:
+    """Uninitialised tensors for what is wanted, in the order of ``wanted``."""
+    shapes = gradient_shapes(problem)
+    return {
+        name: torch.empty(shapes[name], dtype=problem.compute_dtype, device=problem.query.device)
+        for name in gradient.wanted
     }
 
 

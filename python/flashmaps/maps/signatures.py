@@ -50,11 +50,11 @@ class Signature:
 
     @property
     def schema(self) -> str:
-        """For `torch.library`."""
+        """For `torch.library`. No defaults: torch leaves them out of what its autograd counts."""
         arguments = [each for prefix in self.prefixes for each in problem_schema(prefix)]
         arguments += [f"{_TYPES[name]} {name}" for name in self.fields]
         arguments += [f"str {name}" for name in self.backends]
-        return f"({', '.join(arguments)}, SymInt? memory_budget=None) -> Tensor[]"
+        return f"({', '.join(arguments)}, SymInt? memory_budget) -> Tensor[]"
 
     def pack(
         self, problems: Sequence[Problem], request: Request, backends: Sequence[str]
@@ -65,7 +65,7 @@ class Signature:
         return (*(x for one in problems for x in one), names, *of_request, *backends, budget)
 
     def unpack(self, args: Sequence[Any]) -> tuple[list[Problem], Request, tuple[str, ...]]:
-        """`pack` undone. A budget of None may be left out, as torch does with defaults."""
+        """`pack` undone."""
         starts = range(0, PROBLEM * len(self.prefixes), PROBLEM)
         problems = [Problem(*args[start : start + PROBLEM]) for start in starts]
         rest = args[PROBLEM * len(self.prefixes) :]
@@ -73,8 +73,7 @@ class Signature:
         of_request = dict(zip(self.fields, rest[:count], strict=True))
         request = Request(tuple(of_request.pop("names").split(",")), **of_request)
         backends = (*rest[count : count + len(self.backends)],)
-        budget = rest[count + len(self.backends) :]
-        return problems, replace(request, memory_budget=budget[0] if budget else None), backends
+        return problems, replace(request, memory_budget=rest[-1]), backends
 
 
 REDUCE = Signature(("",), ("names", "right", "left", "k", "cells", "num_cells"))

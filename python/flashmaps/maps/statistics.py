@@ -138,11 +138,12 @@ def round_trip(
         A_st,
         A_ts,
         _THERE,
-        right=back["product"].div_(A_ts.problem.lines),
-        lse=back["lse"] if known is None else known,
+        right=_divided(back["product"], A_ts.problem.lines),
+        lse=back["lse"].detach() if known is None else known,
         memory_budget=of_there,
     )
-    ends = there["product"].div_(A_st.problem.lines)  # [batch, N_s, 4]: E x, E y, E |x|^2, mass
+    # [batch, N_s, 4]: E x, E y, E |x|^2, mass
+    ends = _divided(there["product"], A_st.problem.lines)
     mean = ends[..., :2]
     square = ends[..., 2] - 2 * (at * mean).sum(-1) + at.square().sum(-1) * ends[..., 3]
     hard = hard_chain(there["argmax"], back["argmax"], at)
@@ -153,12 +154,12 @@ def round_trip(
         forward=there["argmax"],
         hard_distance=hard,
         soft_distance=soft,
-        spread=square.clamp_min(0).sqrt(),
+        spread=_root(square),
         return_probability=there["return_probability"],
         backward=back["argmax"],
         inverse_entropy=back["entropy"],
         density=density,
-        soft_density=there["column_sum"].div_(A_st.problem.lines),
+        soft_density=_divided(there["column_sum"], A_st.problem.lines),
         nims=ratios.nims,
         nims_valid=ratios.valid,
         nims_log1p=ratios.log1p,
@@ -232,7 +233,7 @@ def inverse_mapping_score(A_st: AttentionMap, A_ts: AttentionMap, kind: str = "h
         steps = [Step(s.held + result, s.cost) for s in R._product_steps("product", x, own=True)]
         given = shares([*steps, Step(4 * result)], budget, what)
         ends = R._two_products("product", x, given)
-        ends /= A_st.problem.lines * A_ts.problem.lines
+        ends = _divided(ends, A_st.problem.lines * A_ts.problem.lines)
         return (at - ends).norm(dim=-1).mean(1)
     raise ValueError(f"kind = {kind!r} is unknown; choose 'hard' or 'soft'")
 
@@ -260,7 +261,7 @@ def mapping_density(A_st: AttentionMap, kind: str = "hard") -> Tensor:
         (budget,) = shares([step], budget_in_force(None), "mapping_density")
         return _count(A_st.reduce("argmax", memory_budget=budget).argmax, A_st.shape[2])
     if kind == "soft":
-        return A_st.column_sum().div_(A_st.problem.lines)
+        return _divided(A_st.column_sum(), A_st.problem.lines)
     raise ValueError(f"kind = {kind!r} is unknown; choose 'hard' or 'soft'")
 
 
@@ -271,13 +272,25 @@ def nims(entropy: Tensor, density: Tensor) -> Nims:
     everywhere for a perfect bijection. Shapes as given (they broadcast).
     """
     counts = density.to(entropy.dtype)
-    valid = counts >= 2
-    nan = torch.full_like(counts, torch.nan)
+    valid, some = counts >= 2, counts >= 1
+    # Divided by something even where the ratio is undefined: or its gradient would be NaN there.
+    two = torch.full_like(counts, 2.0)
     return Nims(
-        nims=entropy / torch.where(valid, counts, nan).log(),
+        nims=torch.where(valid, entropy / counts.where(valid, two).log(), torch.nan),
         valid=valid,
-        log1p=entropy / torch.where(counts >= 1, counts, nan).log1p(),
+        log1p=torch.where(some, entropy / counts.where(some, two).log1p(), torch.nan),
     )
+
+
+def _divided(x: Tensor, lines: int) -> Tensor:
+    """x / lines, in place: x was made for it, and autograd does not keep it."""
+    return x.div_(lines) if lines > 1 else x
+
+
+def _root(square: Tensor) -> Tensor:
+    """sqrt, 0 below 0; with the slope 0 there, where sqrt has none."""
+    some = square > 0
+    return torch.where(some, square.where(some, torch.ones_like(square)).sqrt(), 0.0)
 
 
 def _count(index: Tensor, size: int) -> Tensor:

@@ -262,7 +262,7 @@ def _head_weights(
     if weights.shape != (heads,):
         raise ValueError(f"head_weights has shape {_shape(weights)}; wanted [H] = [{heads}]")
     if not _compiling():
-        total = float(weights.sum())
+        total = float(weights.detach().sum())
         if not bool((weights >= 0).all()):
             raise ValueError(f"head_weights must be >= 0, got {weights.tolist()}")
         if not math.isclose(total, 1.0, rel_tol=1e-4):
@@ -382,7 +382,7 @@ def _given_lse(lse: Tensor, offset: Tensor | None, dtype: torch.dtype) -> Tensor
         raise TypeError(f"lse has dtype {lse.dtype}; wanted a float, the log-sum-exp of each row")
     # On a GPU that would wait for it: there, only if asked for.
     looks = not _compiling() and (lse.device.type == "cpu" or _check_values.get())
-    if looks and not (math.isfinite(lse.amin()) and math.isfinite(lse.amax())):
+    if looks and not torch.isfinite(torch.stack(lse.detach().aminmax())).all():
         raise ValueError(
             "lse has NaN or inf: rows that see no key, or scores that overflowed; leave lse out, "
             "and it is computed"

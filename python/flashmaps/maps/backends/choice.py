@@ -5,9 +5,11 @@ from __future__ import annotations
 from types import ModuleType
 from typing import NamedTuple
 
+from torch import Tensor
+
 from flashmaps.kernels import backend as triton
-from flashmaps.maps.backends import cpu, cuda, reference
-from flashmaps.maps.problem import Cost, Problem, Request, default_plan
+from flashmaps.maps.backends import cpu, cuda, reference, reference_backward
+from flashmaps.maps.problem import Cost, Gradient, Problem, Request, default_plan
 
 # In the order that "auto" tries them; each has supports(problem) and reduce(problem, request), and
 # most have plan(problem, request). One that has automatic(problem) may decline to be tried: see
@@ -105,4 +107,21 @@ def plan_pass(name: str, problem: Problem, request: Request) -> Cost:
     A budget below the smallest workspace there is gives that one: to refuse is the caller's part.
     """
     found: Cost = getattr(get(name), "plan", default_plan)(problem, request)
+    return found
+
+
+def _backward_module(name: str, problem: Problem) -> ModuleType:
+    """Who goes backwards for a backend."""
+    return reference_backward
+
+
+def run_backward(name: str, problem: Problem, gradient: Gradient) -> dict[str, Tensor]:
+    """The gradients that ``gradient`` wants, by the backend of that name."""
+    found: dict[str, Tensor] = _backward_module(name, problem).backward(problem, gradient)
+    return found
+
+
+def plan_backward_pass(name: str, problem: Problem, gradient: Gradient) -> Cost:
+    """What `run_backward` takes, as `plan_pass`."""
+    found: Cost = _backward_module(name, problem).plan_backward(problem, gradient)
     return found

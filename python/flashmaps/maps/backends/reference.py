@@ -72,8 +72,8 @@ def normalize_lines(values: Tensor, problem: Problem) -> Tensor:
     return block.flatten(-2)
 
 
-def mean_map(problem: Problem, maps: slice = slice(None), rows: slice = slice(None)) -> Tensor:
-    """normalise(sum_h w_h softmax(scale * Q_h K_h^T + bias)): [p, r, M]. Note eq. 2.1 to 2.3."""
+def head_probabilities(problem: Problem, maps: slice, rows: slice) -> Tensor:
+    """softmax(scale * Q_h K_h^T + bias): [p, H, r, M]."""
     probabilities = head_scores(problem, maps, rows)
     if problem.lse is None:
         probabilities = probabilities.softmax(-1)
@@ -83,10 +83,20 @@ def mean_map(problem: Problem, maps: slice = slice(None), rows: slice = slice(No
     if problem.bias is not None:  # a row whose keys are all hidden is zero, not 0 / 0
         hidden = (problem.bias == -torch.inf).all(1)[_picked(problem, maps)[1]]
         probabilities.masked_fill_(hidden[:, None, None, None], 0.0)
+    return probabilities
+
+
+def mean_of_heads(problem: Problem, probabilities: Tensor) -> Tensor:
+    """sum_h w_h P_h: [p, H, r, M] -> [p, r, M]."""
     if problem.head_weights is None:
-        values = probabilities.mean(1)
-    else:
-        values = torch.einsum("h,phnm->pnm", problem.head_weights, probabilities)
+        return probabilities.mean(1)
+    return torch.einsum("h,phnm->pnm", problem.head_weights, probabilities)
+
+
+def mean_map(problem: Problem, maps: slice = slice(None), rows: slice = slice(None)) -> Tensor:
+    """normalise(sum_h w_h softmax(scale * Q_h K_h^T + bias)): [p, r, M]. Note eq. 2.1 to 2.3."""
+    probabilities = head_probabilities(problem, maps, rows)
+    values = mean_of_heads(problem, probabilities)
     del probabilities
     return normalize_lines(values, problem)
 
