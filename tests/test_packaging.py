@@ -162,6 +162,19 @@ def test_import_is_light(tmp_path: Path):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_every_public_name_is_there_and_importing_loads_the_maps_alone(tmp_path: Path):
+    script = (
+        "import sys, flashmaps as fm\n"
+        "rooms = ('diffusion', 'matching', 'evaluation', 'app', 'world', 'models')\n"
+        "print([room for room in rooms if f'flashmaps.{room}' in sys.modules])\n"
+        "for name in fm.__all__: getattr(fm, name)\n"
+        "print(set(fm._LATER) <= set(fm.__all__) <= set(dir(fm)))\n"
+    )
+    done = python("-c", script, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.splitlines()[-2:] == ["[]", "True"]
+
+
 def test_the_version_is_the_same_everywhere():
     import flashmaps
 

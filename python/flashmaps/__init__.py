@@ -9,13 +9,9 @@ torch.Size([1, 256])
 
 from __future__ import annotations
 
-from flashmaps.diffusion.capture import capture
-from flashmaps.diffusion.cross_self import CrossSelfAttnProcessor
-from flashmaps.diffusion.entry import Entry
-from flashmaps.diffusion.known import register_layout
-from flashmaps.diffusion.processors import MapAttnProcessor
-from flashmaps.diffusion.record import Record
-from flashmaps.diffusion.words import WordMaps, word_maps
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from flashmaps.maps.attention_map import AttentionMap
 from flashmaps.maps.backends.choice import backends
 from flashmaps.maps.budget import memory_budget
@@ -33,10 +29,33 @@ from flashmaps.maps.statistics import (
     round_trip,
 )
 from flashmaps.maps.validation import checks
-from flashmaps.matching.match import match
-from flashmaps.matching.result import Match
+
+if TYPE_CHECKING:
+    from flashmaps.diffusion.capture import capture
+    from flashmaps.diffusion.cross_self import CrossSelfAttnProcessor
+    from flashmaps.diffusion.entry import Entry
+    from flashmaps.diffusion.known import register_layout
+    from flashmaps.diffusion.processors import MapAttnProcessor
+    from flashmaps.diffusion.record import Record
+    from flashmaps.diffusion.words import WordMaps, word_maps
+    from flashmaps.matching.match import match
+    from flashmaps.matching.result import Match
 
 __version__ = "0.1.0"
+
+# What is above the maps loads when it is first asked for: maps alone are quick to import.
+_LATER = {
+    "CrossSelfAttnProcessor": "flashmaps.diffusion.cross_self",
+    "Entry": "flashmaps.diffusion.entry",
+    "MapAttnProcessor": "flashmaps.diffusion.processors",
+    "Match": "flashmaps.matching.result",
+    "Record": "flashmaps.diffusion.record",
+    "WordMaps": "flashmaps.diffusion.words",
+    "capture": "flashmaps.diffusion.capture",
+    "match": "flashmaps.matching.match",
+    "register_layout": "flashmaps.diffusion.known",
+    "word_maps": "flashmaps.diffusion.words",
+}
 
 __all__ = [
     "AttentionMap",
@@ -67,3 +86,15 @@ __all__ = [
     "round_trip",
     "word_maps",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'flashmaps' has no attribute {name!r}")
+    found = getattr(importlib.import_module(_LATER[name]), name)
+    globals()[name] = found  # from now on without this detour
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
