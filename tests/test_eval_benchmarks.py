@@ -260,8 +260,8 @@ def test_a_missing_folder_is_described(name, tmp_path):
 def test_mistakes_are_named(tmp_path):
     for arguments, message in (
         ({"name": "spare"}, "benchmark 'spare' is not known; choose from world, stereo"),
-        ({"name": "warps", "pairs": 0}, "pairs=0; wanted at least 1"),
-        ({"name": "warps", "points": 0}, "points=0; wanted at least 1"),
+        ({"name": "warps", "pairs": 0}, "pairs must be a whole number from 1"),
+        ({"name": "warps", "points": 0}, "points must be a whole number from 1"),
         ({"name": "stereo", "pairs": 2}, "stereo is a single pair"),
         ({"name": "warps", "data": tmp_path}, "warps needs no folder"),
         ({"name": "warps", "image_size": 64}, "only world draws its images"),

@@ -231,9 +231,9 @@ def test_a_study_from_scenes_to_settings(folder, tmp_path, monkeypatch):
 
 def test_bad_arguments_are_named_before_the_work(tmp_path):
     for given, text in (
-        ({"pairs": 0}, "pairs=0; wanted at least 1"),
+        ({"pairs": 0}, "pairs must be a whole number from 1 to 10000000, got 0"),
         ({"timesteps": ()}, "timesteps is empty"),
-        ({"noises": (0,)}, r"noises=\(0,\); wanted at least one noise each"),
+        ({"noises": (0,)}, "noises must be a whole number from 1 to 64, got 0"),
         ({"compare": ("kv",)}, "compare='kv' is not known"),
     ):
         with pytest.raises(ValueError, match=text):

@@ -23,7 +23,8 @@ from flashmaps.app.arguments import (
     Size,
     Timestep,
 )
-from flashmaps.app.terminal import friendly, print_tables, quiet_libraries
+from flashmaps.app.terminal import friendly, plain, print_tables, quiet_libraries
+from flashmaps.escapes import printable
 
 # Packages that evaluating a way of matching takes.
 EVALUATION = (
@@ -65,34 +66,37 @@ def match(
 
     from flashmaps.app.doctor import require
     from flashmaps.diffusion.images import load_image
-    from flashmaps.files import check_folder
+    from flashmaps.files import whole_folder
 
     require("diffusers", "transformers", "PIL", "matplotlib")
-    check_folder(out, "match")
-    first, second = load_image(source, "SOURCE"), load_image(target, "TARGET")
     console = Console()
-    with console.status("loading the model"):
-        quiet_libraries()
-        from flashmaps.diffusion.features import load_model
-        from flashmaps.matching.match import match as match_images
+    with whole_folder(out, "match") as new:
+        first, second = load_image(source, "SOURCE"), load_image(target, "TARGET")
+        with console.status("loading the model"):
+            quiet_libraries()
+            from flashmaps.diffusion.features import load_model
+            from flashmaps.matching.match import match as match_images
 
-        pipe = load_model(model)
-    found = match_images(
-        first, second, model=pipe, layers=layers or None, timestep=timestep or None,
-        seeds=seed or None, prompt=prompt, size=size, compare=compare, backend=backend,
-        progress=True,
-    )  # fmt: skip
-    with console.status("drawing"):
-        found.save(out)
-    table = Table(title=f"{source} to {target}", title_justify="left", show_header=False)
+            pipe = load_model(model)
+        found = match_images(
+            first, second, model=pipe, layers=layers or None, timestep=timestep or None,
+            seeds=seed or None, prompt=prompt, size=size, compare=compare, backend=backend,
+            progress=True,
+        )  # fmt: skip
+        with console.status("drawing"):
+            found.write(new)
+    title = plain(f"{printable(source)} to {printable(target)}")
+    table = Table(title=title, title_justify="left", show_header=False)
     for name, value in found.summary().items():
         if isinstance(value, list):
             shown = (" x " if name.endswith(("size", "grid")) else "\n").join(map(str, value))
         else:
             shown = f"{value:.4g}" if isinstance(value, float) else str(value)
-        table.add_row(name.replace("_", " "), shown)
+        table.add_row(name.replace("_", " "), plain(shown))
     console.print(table)
-    console.print(f"Written to {out}: match.json, correspondences.safetensors and five pictures.")
+    console.print(
+        plain(f"Written to {printable(out)}: match.json, correspondences.safetensors and pictures.")
+    )
 
 
 def demo(
@@ -122,7 +126,8 @@ def demo(
     for table in report.tables(results):
         console.print(table)
         console.print()
-    console.print(f"Report: {Path(out, 'report.html').absolute().as_uri()}", soft_wrap=True)
+    page = Path(out, "report.html").absolute().as_uri()  # which escapes all that is not plain
+    console.print(plain(f"Report: {page}"), soft_wrap=True)
 
 
 def evaluate(
@@ -190,7 +195,6 @@ def evaluate(
     An interrupted run goes on where it was when the same command is given again.
     """
     from rich.console import Console
-    from rich.markup import escape
 
     from flashmaps.app.doctor import require
     from flashmaps.evaluation.run import evaluate as run
@@ -209,7 +213,7 @@ def evaluate(
 
     print_tables(tables(results))
     Console().print(
-        f"Written to {escape(str(folder))}: results.md, results.json, points.parquet, plots."
+        plain(f"Written to {printable(folder)}: results.md, results.json, points.parquet, plots.")
     )
 
 
@@ -258,7 +262,6 @@ def study(
     study goes on where it was when the same command is given again.
     """
     from rich.console import Console
-    from rich.markup import escape
 
     from flashmaps.app.doctor import require
     from flashmaps.evaluation.search import NOISES, TIMESTEPS
@@ -277,7 +280,7 @@ def study(
     print_tables(tables(results))
     console = Console()
     console.print(
-        f"Written to {escape(str(out))}: match-settings.json, results.md, results.json, plots."
+        plain(f"Written to {printable(out)}: match-settings.json, results.md, results.json, plots.")
     )
     if keep:
         console.print("match-settings.json lies beside the model's weights too.")
@@ -318,7 +321,7 @@ def world(
     console = Console()
     with whole_file(out) as file, console.status("drawing"):
         contact_sheet(scenes, count, pairs_or_none).save(file, format="PNG")
-    console.print(f"Written: {out}", soft_wrap=True)
+    console.print(plain(f"Written: {printable(out)}"), soft_wrap=True)
 
 
 def doctor() -> None:

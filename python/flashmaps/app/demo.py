@@ -28,7 +28,7 @@ from flashmaps.evaluation.scene_figure import scene_pairs
 from flashmaps.evaluation.stereo import StereoPair, load_pair
 from flashmaps.evaluation.threads import fit_threads
 from flashmaps.evaluation.worlds import Worlds
-from flashmaps.files import check_folder, whole_folder, write_json
+from flashmaps.files import whole_folder, write_json
 from flashmaps.maps.backends.choice import check_name
 from flashmaps.maps.grids import centres
 from flashmaps.matching.match import match_features
@@ -72,11 +72,13 @@ def run(
     """
     from tqdm.auto import tqdm
 
-    check_folder(out, KIND)  # before the work, not after it
     check_name(backend)
     MatchOptions().with_given(compare=compare)
     started = time.perf_counter()
-    with tqdm(total=8, disable=not progress, bar_format=_BAR) as bar:
+    with (
+        whole_folder(out, KIND) as folder,  # from the first, so that it is refused before the work
+        tqdm(total=8, disable=not progress, bar_format=_BAR) as bar,
+    ):
 
         def step(name: str) -> None:
             bar.set_description_str(f"{name:<34}")
@@ -132,7 +134,7 @@ def run(
             "seconds": {"model": feature_seconds, "matching": match_seconds},
         }
         results["seconds"]["before_drawing"] = time.perf_counter() - started
-        _write(out, matches, match, pair, scenes, results)
+        _write(folder, matches, match, pair, scenes, results)
         bar.update()
     return results
 
@@ -329,7 +331,7 @@ def _other(match: Match) -> str:
 
 
 def _write(
-    out: str | Path,
+    folder: Path,
     matches: dict[str, Match],
     match: Match,
     pair: StereoPair,
@@ -367,8 +369,7 @@ def _write(
             highlighted=[name for name in methods if name.startswith(tuple(READING.values()))],
         ),
     }
-    with whole_folder(out, KIND) as folder:
-        for name, figure in figures.items():
-            figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
-        report.write(folder / "report.html", results, folder)
-        write_json(folder / "results.json", results)
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
+    report.write(folder / "report.html", results, folder)
+    write_json(folder / "results.json", results)

@@ -145,6 +145,8 @@ def tables(results: dict[str, Any]) -> Iterator[Table]:
     """The same tables for the terminal."""
     from rich.table import Table
 
+    from flashmaps.app.terminal import plain
+
     truth = results["truth"]
     task = results["predictors_of_wrong_matches"]["_task"]
     settings, scenes = results["settings"], results["scenes"]
@@ -186,7 +188,7 @@ def tables(results: dict[str, Any]) -> Iterator[Table]:
         for index, name in enumerate(header):
             table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
         for row in body:
-            table.add_row(*row)
+            table.add_row(*map(plain, row))
         yield table
 
 

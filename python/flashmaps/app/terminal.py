@@ -11,6 +11,8 @@ from typing import Any
 
 import typer
 
+from flashmaps.escapes import printable
+
 # Errors whose message tells the user what to mend; anything else is a bug and shows its traceback.
 _MISTAKES = (ValueError, OSError, ImportError)
 _EXIT_MISTAKE = 2
@@ -31,7 +33,7 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
         except (*_MISTAKES, RuntimeError) as error:
             if os.environ.get("FLASHMAPS_DEBUG"):
                 raise
-            print(f"flashmaps: {error}", file=sys.stderr)
+            print(f"flashmaps: {printable(error, lines=True)}", file=sys.stderr)
             print("(set FLASHMAPS_DEBUG=1 to see where this happened)", file=sys.stderr)
             raise typer.Exit(_EXIT_MISTAKE if isinstance(error, _MISTAKES) else 1) from None
 
@@ -53,20 +55,30 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
 
 
+def plain(text: object) -> Any:
+    """Text for rich, which reads markup in a string; here nothing in it means anything."""
+    from rich.text import Text
+
+    return Text(printable(text, lines=True))
+
+
 def print_tables(tables: list[tuple[str, list[str], list[list[str]]]]) -> None:
     """Titled tables of text, the first column to the left."""
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
     for title, header, rows in tables:
         table = Table(
-            title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0)
+            title=plain(title),
+            title_justify="left",
+            title_style="bold",
+            box=None,
+            padding=(0, 2, 0, 0),
         )
         for index, name in enumerate(header):
-            table.add_column(name, justify="left" if index == 0 else "right")
+            table.add_column(plain(name), justify="left" if index == 0 else "right")
         for row in rows:
-            table.add_row(*(escape(cell) for cell in row))
+            table.add_row(*map(plain, row))
         console.print(table)
         console.print()

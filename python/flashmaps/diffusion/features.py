@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flashmaps.arguments import switch
 from flashmaps.diffusion.capture import Entry, capture, find_layers
 from flashmaps.diffusion.images import Image, fit_size, load_image, resize
 from flashmaps.diffusion.latents import Denoise, encode, invert, noised, plan_inversion
@@ -235,6 +236,25 @@ def features(
                     inversion_steps=inversion_steps,
                 )
     return [found[i] for i in range(len(loaded))]
+
+
+def check_features(
+    pipe: Any,
+    *,
+    layers: str | Iterable[str] | None = None,
+    timestep: int | Sequence[int] = DEFAULT_TIMESTEP,
+    seeds: int | Sequence[int] = (0,),
+    size: int | tuple[int, int] | None = None,
+    same_noise: bool = True,
+) -> None:
+    """Raise ValueError for arguments that :func:`features` refuses, before there are images."""
+    _patterns(pipe, layers)
+    trained = int(pipe.scheduler.config.num_train_timesteps)
+    _whole_numbers("timestep", timestep, 0, trained - 1)
+    _whole_numbers("seeds", seeds, 0, _SEEDS_END)
+    switch("same_noise", same_noise)
+    side = default_size(pipe)
+    fit_size(side, side, side if size is None else size, size_multiple(pipe))
 
 
 def _patterns(pipe: Any, layers: str | Iterable[str] | None) -> list[str]:

@@ -18,6 +18,9 @@ from torch import Tensor
 Image = np.ndarray  # [height, width, 3] float32 in [0, 1]
 
 SMALLEST_SIDE = 16  # pixels; below that a latent has fewer than 2 x 2 cells at the coarsest level
+# What a model is shown at most: far beyond what any was trained on, within what memory can hold.
+LARGEST_SIDE = 16_384
+LARGEST_AREA = 4096**2
 
 
 def load_image(image: Any, name: str = "image") -> Image:
@@ -65,17 +68,26 @@ def fit_size(
     ``size`` is the longer side in pixels, or (height, width) outright. Rounding to the multiple
     changes the aspect by at most half a multiple per side.
 
-    Raises ValueError if the size is neither, or below one multiple.
+    Raises ValueError if the size is neither, below one multiple, or beyond LARGEST_SIDE and
+    LARGEST_AREA.
     """
     sides = list(size) if isinstance(size, (tuple, list)) else [size, size]
     if len(sides) != 2 or not all(
         isinstance(side, numbers.Integral) and not isinstance(side, bool) for side in sides
     ):
         raise ValueError(f"size={size!r} must be a whole number of pixels, or (height, width)")
-    wanted = (float(sides[0]), float(sides[1]))
-    if not isinstance(size, (tuple, list)):
-        longer = max(height, width)
-        wanted = (height * wanted[0] / longer, width * wanted[1] / longer)
+    if min(sides) < 1:
+        raise ValueError(f"size={size}; both sides must be at least one pixel")
+    if max(sides) <= LARGEST_SIDE:
+        wanted = (float(sides[0]), float(sides[1]))
+        if not isinstance(size, (tuple, list)):
+            longer = max(height, width)
+            wanted = (height * wanted[0] / longer, width * wanted[1] / longer)
+    if max(sides) > LARGEST_SIDE or wanted[0] * wanted[1] > LARGEST_AREA:
+        raise ValueError(
+            f"size={size} is more than a model is shown: at most {LARGEST_SIDE} pixels a side, and "
+            f"{LARGEST_AREA} in all"
+        )
     if max(wanted) < multiple:
         raise ValueError(f"size={size} is too small; this model needs at least {multiple} pixels")
     rounded = [max(multiple, int(side / multiple + 0.5) * multiple) for side in wanted]
@@ -112,6 +124,8 @@ def _read(path: Path, name: str) -> np.ndarray:
         raise FileNotFoundError(f"{name}: there is no file {str(path)!r}")
     if path.is_dir():
         raise ValueError(f"{name}: {str(path)!r} is a folder; wanted an image file")
+    if not path.is_file():  # a pipe would keep us waiting, a device never end
+        raise ValueError(f"{name}: {str(path)!r} is no ordinary file; wanted an image file")
     try:
         with Pil.open(path) as image:
             return _from_pil(image)

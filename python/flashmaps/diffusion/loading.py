@@ -13,6 +13,7 @@ BUILTIN = "builtin"
 
 _NEEDED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+_LIBRARIES = (None, "diffusers", "transformers", "stable_diffusion")  # whose code a model may name
 _ELSEWHERE = (
     "features and fm.match take Stable Diffusion 1, 2 and XL pipelines. For other models run their "
     "own image-to-image pipeline, or the pipeline's call, under `fm.capture`."
@@ -34,10 +35,29 @@ def load_model(
 
     Raises ValueError or FileNotFoundError for anything that is not such a model, saying why.
     """
+    place = None if device is None else usable_device(device)
     if isinstance(model, (str, Path)):
-        return _load_cached(str(model), None if device is None else torch.device(device), dtype)
+        return _load_cached(str(model), place, dtype)
     _check_pipeline(model)
-    return _place(model, device, dtype)
+    return _place(model, place, dtype)
+
+
+def usable_device(device: Any) -> torch.device:
+    """The device, if torch can compute on it here. Raises ValueError that says what there is."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError, ValueError):
+        raise ValueError(
+            f"device={device!r} is not known; wanted cpu, cuda, cuda:1 or the like"
+        ) from None
+    if found.type == "meta":
+        raise ValueError("device='meta' computes nothing; wanted cpu, cuda, cuda:1 or the like")
+    try:
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise ValueError(f"device={str(device)!r} cannot be used here: {reason}") from None
+    return found
 
 
 def name_of(model: Any) -> str:
@@ -141,12 +161,83 @@ def _check_folder(folder: Path) -> None:
             raise ValueError("it is not an object")
     except ValueError as error:
         raise ValueError(f"{str(index)!r} is not readable as JSON: {error}") from None
+    _check_libraries(names, f"model folder {str(folder)!r}")
     absent = [name for name in _NEEDED if name not in names or not (folder / name).is_dir()]
     if absent:
         kind = names.get("_class_name", "pipeline")
         raise ValueError(
             f"model folder {str(folder)!r}, a {kind}, lacks {', '.join(absent)}. {_ELSEWHERE}"
         )
+    for name in ("tokenizer", "tokenizer_2"):
+        # Without one transformers makes an empty one, to which every prompt is the same.
+        if (folder / name).is_dir() and not _has_vocabulary(folder / name):
+            raise ValueError(
+                f"model folder {str(folder)!r}: its {name} has no vocabulary (vocab.json and "
+                "merges.txt, or tokenizer.json)"
+            )
+
+
+def _check_libraries(names: dict[str, Any], what: str) -> None:
+    """Raise ValueError where a pipeline's index names code that is not of the known libraries.
+
+    diffusers imports what the index names.
+    """
+    for name, part in names.items():
+        if name.startswith("_") or not isinstance(part, list):
+            if name in _NEEDED:
+                raise ValueError(f"{what}: its model_index.json has {part!r} for {name}")
+            continue
+        if len(part) != 2 or part[0] not in _LIBRARIES:
+            raise ValueError(
+                f"{what}: its {name} is {part!r}; only parts of diffusers and transformers are "
+                "loaded"
+            )
+
+
+def _reason(source: Path | str, error: Exception) -> str:
+    """Why a model could not be loaded, in a sentence or two."""
+    if isinstance(source, Path):
+        pickled = [name for name in PARTS if _only_pickled(source / name)]
+        if pickled:
+            return (
+                f"the weights of {', '.join(pickled)} are pickles, which can run code and are not "
+                "read; convert them where you trust them: load the pipeline with diffusers and "
+                "call pipe.save_pretrained(folder)"
+            )
+        empty = [name for name in _NEEDED if not any((source / name).glob("*"))]
+        if empty:
+            return f"its {', '.join(empty)} is empty"
+    elif _no_network(error):
+        return (
+            "it is not on this machine, and the hub cannot be reached; check the network, or give "
+            "a folder"
+        )
+    # diffusers' own errors run to a page; the first lines say it.
+    return f"{type(error).__name__}: " + " ".join(str(error).split())[:400]
+
+
+def _only_pickled(folder: Path) -> bool:
+    pickles = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.ckpt")]
+    return bool(pickles) and not any(folder.glob("*.safetensors"))
+
+
+def _has_vocabulary(folder: Path) -> bool:
+    pair = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    return pair or (folder / "tokenizer.json").is_file()
+
+
+def _no_network(error: BaseException | None) -> bool:
+    """Whether an error, or one behind it, is that the hub was out of reach."""
+    while error is not None:
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        if kinds & {"ConnectionError", "ConnectError", "OfflineModeIsEnabled", "TimeoutError",
+                    "LocalEntryNotFoundError", "TimeoutException"}:  # fmt: skip
+            return True
+        text = str(error)
+        if "couldn't connect to" in text or "outgoing traffic has been disabled" in text:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _load_from(source: Path | str) -> Any:
@@ -166,13 +257,18 @@ def _load_from(source: Path | str) -> Any:
     what = "model folder" if local else "hub model"
     try:
         names = DiffusionPipeline.load_config(source, local_files_only=local)
+        _check_libraries(names, "it names code of its own")
         absent = [name for name in _NEEDED if name not in names]
         if absent:  # known before gigabytes of it are fetched
             kind = names.get("_class_name", "pipeline")
             raise ValueError(f"it is a {kind} without {', '.join(absent)}. {_ELSEWHERE}")
         if "text_encoder_2" in names:
             pipe = StableDiffusionXLPipeline.from_pretrained(
-                source, feature_extractor=None, image_encoder=None, local_files_only=local
+                source,
+                feature_extractor=None,
+                image_encoder=None,
+                local_files_only=local,
+                use_safetensors=True,
             )
         else:
             pipe = StableDiffusionPipeline.from_pretrained(
@@ -181,11 +277,14 @@ def _load_from(source: Path | str) -> Any:
                 feature_extractor=None,
                 requires_safety_checker=False,
                 local_files_only=local,
+                use_safetensors=True,  # a pickle is a program; nobody asked to run one
             )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        # diffusers' own errors run to a page; the first lines say it.
-        reason = " ".join(str(error).split())[:400]
-        raise ValueError(f"{what} {str(source)!r} could not be loaded: {reason}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # of five libraries, each with errors of its own
+        raise ValueError(
+            f"{what} {str(source)!r} could not be loaded: {_reason(source, error)}"
+        ) from error
     for name in PARTS:
         part = getattr(pipe, name, None)
         if part is not None:

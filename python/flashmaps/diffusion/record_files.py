@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flashmaps.arguments import number, sides, switch, whole
 from flashmaps.diffusion.entry import Entry
 from flashmaps.files import whole_file
 
@@ -46,7 +48,7 @@ def read_entries(path: str | Path, device: torch.device | str = "cpu") -> list[E
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {str(path)!r} to load a record from")
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt", device="cpu") as file:
             about = file.metadata() or {}
             if about.get("format") != _FORMAT:
                 raise ValueError(
@@ -56,7 +58,38 @@ def read_entries(path: str | Path, device: torch.device | str = "cpu") -> list[E
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{str(path)!r} is not a safetensors file: {error}") from None
-    return [_from_json(row, tensors) for row in json.loads(about["entries"])]
+    try:
+        entries = [_from_json(row, tensors) for row in _strict(about["entries"])]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        why = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else error
+        raise ValueError(f"{str(path)!r} is a damaged record: {why}") from None
+    if str(device) == "cpu":
+        return entries
+    return [_moved(entry, device) for entry in entries]
+
+
+def _strict(text: str) -> list[dict[str, Any]]:
+    """A list of objects from JSON without NaN."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no number")
+
+    rows = json.loads(text, parse_constant=refuse)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError("its entries are no list of objects")
+    return rows
+
+
+def _moved(entry: Entry, device: torch.device | str) -> Entry:
+    def there(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    return replace(
+        entry,
+        **{name: there(getattr(entry, name)) for name in _TENSORS},
+        statistics={name: there(x) for name, x in entry.statistics.items()},
+        rotary=None if entry.rotary is None else tuple(there(x) for x in entry.rotary),
+    )
 
 
 def _as_json(
@@ -91,6 +124,8 @@ def _as_json(
 
 
 def _from_json(row: dict[str, Any], tensors: Mapping[str, Tensor]) -> Entry:
+    """One entry. Raises ValueError, KeyError or TypeError for what is none."""
+    _check_row(row)
     values: dict[str, Any] = {name: row[name] for name in (*_PLAIN, "rotated")}
     values |= {name: row[name] for name in _NEWER if name in row}
     values["batch"] = tuple(values.get("batch", ()))
@@ -104,3 +139,25 @@ def _from_json(row: dict[str, Any], tensors: Mapping[str, Tensor]) -> Entry:
     if "rotary" in row:
         values["rotary"] = tuple(tensors[name] for name in row["rotary"])
     return Entry(**values)
+
+
+def _check_row(row: dict[str, Any]) -> None:
+    """Raise ValueError, KeyError or TypeError for plain values of the wrong kind."""
+    for name in ("layer", "kind"):
+        if not isinstance(row[name], str):
+            raise ValueError(f"{name} is {row[name]!r}")
+    number("scale", row["scale"])
+    whole("frames", row["frames"], 1)
+    whole("count", row["count"], 1)
+    if row["step"] is not None:
+        whole("step", row["step"], 0)
+    if row["timestep"] is not None:
+        number("timestep", row["timestep"])
+    switch("causal", row["causal"])
+    switch("rotated", row["rotated"])
+    if row["grid"] is not None and (sides("grid", row["grid"]) is None or min(row["grid"]) < 1):
+        raise ValueError(f"grid is {row['grid']!r}")
+    for name in ("queries", "keys"):
+        for part, (start, stop) in row[name].items():
+            whole(f"{name} of {part!r}", start, 0)
+            whole(f"{name} of {part!r}", stop, start)

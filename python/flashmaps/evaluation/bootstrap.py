@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 RESAMPLES = 1000
+MOST_RESAMPLES = 1_000_000
 LEVEL = 0.95
 
 

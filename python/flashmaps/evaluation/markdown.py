@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from flashmaps.escapes import markdown as literal
 from flashmaps.evaluation.results import THRESHOLDS, TITLES
 from flashmaps.matching.options import READING
 
@@ -21,16 +23,17 @@ def page(results: dict[str, Any], *, plots: bool = True) -> str:
     """results.md: what results.json holds, as tables to read, and the plots if there are any."""
     about = results["benchmark"]
     lines = [
-        f"# Evaluation: {about['name']}",
+        f"# Evaluation: {literal(about['name'])}",
         "",
-        _sentence(about["what"]),
+        literal(_sentence(about["what"])),
         "",
         *_settings(results),
         "",
         "## Percentage of correct keypoints",
         "",
-        f"PCK@a: the share of points found within a times {about['pck_base']}. Brackets: 95 % "
-        f"bootstrap intervals over {about['interval_unit']}, {results['resamples']} resamples. "
+        f"PCK@a: the share of points found within a times {literal(about['pck_base'])}. Brackets: "
+        f"95 % bootstrap intervals over {literal(about['interval_unit'])}, {results['resamples']} "
+        "resamples. "
         '"best token there is" is the one that holds the truth: more than it no choice among these '
         "tokens can reach.",
         "",
@@ -99,7 +102,7 @@ def _settings(results: dict[str, Any]) -> list[str]:
         ["tokens, source / target", tokens],
         ["seed of the benchmark", str(settings["seed"])],
     ]
-    return table(["setting", ""], rows)
+    return table(["setting", ""], [[name, literal(value)] for name, value in rows])
 
 
 def _match_settings(settings: dict[str, Any]) -> dict[str, str]:
@@ -228,7 +231,7 @@ def _category_section(results: dict[str, Any]) -> list[str]:
     rows = []
     for category, found in results["categories"].items():
         shares = [f"{100 * found['pck'][name][key]['per_point']:.1f}" for name in names]
-        rows.append([category, str(found["pairs"]), str(found["points"]), *shares])
+        rows.append([literal(category), str(found["pairs"]), str(found["points"]), *shares])
     return [
         f"## PCK@{key} by category, per point, %",
         "",
@@ -273,4 +276,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Lines of a table of Markdown, numbers to the right."""
     align = ["---", *("---:" for _ in header[1:])]
     every = [header, align, *rows]
-    return ["| " + " | ".join(cells) + " |" for cells in every]
+    return ["| " + " | ".join(map(_cell, cells)) + " |" for cells in every]
+
+
+def _cell(text: str) -> str:
+    """A bar would begin another cell, and a line end another row."""
+    return re.sub(r"(?<!\\)\|", r"\\|", text).replace("\n", " ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from flashmaps.arguments import whole
 from flashmaps.evaluation.benchmark import NAMES, PUBLIC, Benchmark
 from flashmaps.evaluation.cub import Cub
 from flashmaps.evaluation.proposal_flow import PFPascal, PFWillow
@@ -11,6 +12,8 @@ from flashmaps.evaluation.spair import SPair
 from flashmaps.evaluation.stereo import Stereo
 from flashmaps.evaluation.warps import Warps
 from flashmaps.evaluation.worlds import SIDE, Worlds
+
+MOST = 10_000_000  # pairs, and points of a pair
 
 
 def open_benchmark(
@@ -40,10 +43,11 @@ def open_benchmark(
     """
     if name not in NAMES:
         raise ValueError(f"benchmark {name!r} is not known; choose from {', '.join(NAMES)}")
-    if pairs is not None and pairs < 1:
-        raise ValueError(f"pairs={pairs}; wanted at least 1")
-    if points is not None and points < 1:
-        raise ValueError(f"points={points}; wanted at least 1")
+    whole("seed", seed, 0)
+    if pairs is not None:
+        whole("pairs", pairs, 1, MOST)
+    if points is not None:
+        whole("points", points, 1, MOST)
     if image_size is not None and name != "world":
         raise ValueError(f"image_size={image_size}: only world draws its images at any size")
     if name in PUBLIC:

@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from flashmaps.diffusion.features import BUILTIN, load_model
+from flashmaps.arguments import whole
+from flashmaps.diffusion.features import BUILTIN, check_features, load_model
 from flashmaps.diffusion.loading import name_of
 from flashmaps.evaluation import markdown
 from flashmaps.evaluation.benchmark import Benchmark, Pair
-from flashmaps.evaluation.bootstrap import RESAMPLES, resample
+from flashmaps.evaluation.bootstrap import MOST_RESAMPLES, RESAMPLES
 from flashmaps.evaluation.methods import Methods, Outcome, fingerprint, judged_by, method_names
 from flashmaps.evaluation.opening import open_benchmark
 from flashmaps.evaluation.results import CURVE, Table, summarise
@@ -99,7 +100,8 @@ def evaluate(
         raise ValueError(f"dtype={dtype!r} is not known; wanted {', '.join(DTYPES)}")
     check_name(backend)
     check_folder(out, KIND, grows=True)
-    resample(2, resamples, seed)  # refuses what the report could not be made with
+    whole("seed", seed, 0)
+    whole("resamples", resamples, 1, MOST_RESAMPLES)
     if isinstance(benchmark, str):
         benchmark = open_benchmark(
             benchmark,
@@ -124,6 +126,7 @@ def evaluate(
         chosen = chosen.with_given(compare=compare[0])
     if prompt:  # not what the confidence was fitted to
         chosen = replace(chosen, calibration=None)
+    check_features(pipe, **chosen.for_features)
     options = {**chosen.for_features, "prompt": prompt}
     asked = {
         "flashmaps": metadata.version("flashmaps"),

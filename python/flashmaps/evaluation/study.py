@@ -23,12 +23,14 @@ from typing import Any
 
 import numpy as np
 
-from flashmaps.diffusion.features import BUILTIN, load_model
+from flashmaps.arguments import whole
+from flashmaps.diffusion.features import BUILTIN, check_features, load_model
 from flashmaps.diffusion.loading import name_of
 from flashmaps.evaluation.benchmark import Benchmark
-from flashmaps.evaluation.bootstrap import RESAMPLES, resample
+from flashmaps.evaluation.bootstrap import MOST_RESAMPLES, RESAMPLES
 from flashmaps.evaluation.calibrate import TAKEN, fit
 from flashmaps.evaluation.methods import Methods, judged_by, method_names
+from flashmaps.evaluation.opening import MOST
 from flashmaps.evaluation.results import Table
 from flashmaps.evaluation.run import (
     CHUNK,
@@ -51,6 +53,7 @@ from flashmaps.matching.settings import FILE, MatchSettings, check_beside, finge
 
 KIND = "study"  # of the folder
 TEST_NOISES = 3
+MOST_NOISES = 64  # averaged
 _NOISE_STEP = 1000  # between the seeds of one test run and the next
 _CALIBRATED_POINTS = 64  # of a pair, for the confidence
 TOLERANCE = 0.1
@@ -102,17 +105,19 @@ def study(
     """
     need_pyarrow()
     for name, value in (("pairs", pairs), ("points", points), ("test_pairs", test_pairs)):
-        if value < 1:
-            raise ValueError(f"{name}={value}; wanted at least 1")
+        whole(name, value, 1, MOST)
     for name, several in (("timesteps", timesteps), ("noises", noises)):
         if not several:
             raise ValueError(f"{name} is empty; give at least one")
     compare = comparisons(compare)
-    if min(noises) < 1:
-        raise ValueError(f"noises={tuple(noises)}; wanted at least one noise each")
+    for each in noises:
+        whole("noises", each, 1, MOST_NOISES)
     check_folder(out, KIND, grows=True)
-    resample(2, resamples, seed)  # refuses what the report could not be made with
+    whole("seed", seed, 0)
+    whole("resamples", resamples, 1, MOST_RESAMPLES)
     pipe = load_model(model, device=device)
+    for side in sizes:
+        check_features(pipe, timestep=tuple(timesteps), size=side)
     beside = folder_of(pipe) if keep else None
     if keep and beside is None:
         raise ValueError("keep: the model was not loaded from a folder, so nothing can lie in it")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from flashmaps.escapes import markdown as literal
 from flashmaps.evaluation import markdown
 from flashmaps.evaluation.markdown import number, percent, table
 from flashmaps.evaluation.search import PRICE
@@ -53,13 +54,15 @@ def page(results: dict[str, Any], *, plots: bool = True) -> str:
         "Brackets: 95 % bootstrap intervals over pairs. The best of many is a little lucky on the "
         "pairs it was chosen on; the test split below was looked at once.",
         "",
-        *table(["setting", ""], [["model", f"{asked['model']} (weights {asked['weights']})"]]),
+        *table(
+            ["setting", ""], [["model", literal(f"{asked['model']} (weights {asked['weights']})")]]
+        ),
         "",
         "## Chosen",
         "",
         *table(
             ["setting", "value"],
-            [[title, shown(results["chosen"])] for title, shown in _AXES.values()],
+            [[title, literal(shown(results["chosen"]))] for title, shown in _AXES.values()],
         ),
         "",
         "## The best variant with each value",
@@ -70,7 +73,8 @@ def page(results: dict[str, Any], *, plots: bool = True) -> str:
     for axis in _AXES:
         title, rows = best_of(trials, axis)
         if len(rows) > 1:
-            lines += ["", *table([title, "PCK@0.05", "PCK@0.1", "mean error / base"], rows)]
+            told = [[literal(value), *cells] for value, *cells in rows]
+            lines += ["", *table([title, "PCK@0.05", "PCK@0.1", "mean error / base"], told)]
     lines += ["", *_confidence(results["confidence"]["candidates"])]
     lines += [
         "",

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashmaps.arguments import number
 from flashmaps.maps.statistics import RoundTrip
 
 # What a source token's match can be judged by: scores of the source token itself, and scores of the
@@ -127,7 +128,14 @@ class Calibration:
         try:
             terms = tuple(Term(**each) for each in found["terms"])
             made = cls(**{**found, "terms": terms})
-        except (TypeError, KeyError) as error:
+            for name, value in (
+                ("bias", made.bias), ("tolerance", made.tolerance),
+                *((key, getattr(each, key)) for each in terms for key in ("weight", "mean")),
+            ):  # fmt: skip
+                number(name, value)
+            for each in terms:
+                number("deviation", each.deviation, above=0)
+        except (TypeError, KeyError, ValueError) as error:
             raise ValueError(f"it is no calibration: {error}") from None
         unknown = [each.score for each in terms if each.score not in SCORES]
         if unknown or not terms:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from flashmaps.matching.result import Match
 
+TALLEST = 24.0  # inches; a picture of 1 x 240 would be 2500, and take gigabytes to draw
 GOOD, BAD = "#1a9850", "#d73027"
 _GOLDEN = 0.618034  # multiples of it, modulo 1, keep apart
 
@@ -269,13 +270,16 @@ def _aspect(image: Image) -> float:
 def new_figure(
     rows: int, columns: int, aspect: float, *, bar: bool = True
 ) -> tuple[Figure, np.ndarray]:
-    """A figure 12 inches wide whose axes have the given height / width; axes as a flat array."""
+    """A figure 12 inches wide whose axes have the given height / width; axes as a flat array.
+
+    It is at most TALLEST inches high: higher ones have room at the sides of their axes.
+    """
     from matplotlib.figure import Figure
 
     width = 12.0
     room = 0.86 if bar else 0.96  # the rest of the width is for colour bars and margins
     height = rows * (width * room / columns * aspect + 0.75)
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, min(height, TALLEST)), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     return figure, axes.ravel()
 

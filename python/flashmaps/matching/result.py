@@ -292,14 +292,18 @@ class Match:
 
         An earlier match in ``folder`` is replaced; a folder with anything else in it is refused.
         """
+        with whole_folder(folder, "match") as new:
+            self.write(new)
+        return Path(folder)
+
+    def write(self, folder: Path) -> None:
+        """The same into an empty folder that somebody else takes care of."""
         from safetensors.torch import save_file
 
-        with whole_folder(folder, "match") as new:
-            save_file(self._tensors(), new / "correspondences.safetensors")
-            for name, figure in self.pictures():
-                figure.savefig(new / f"{name}.png", dpi=120)
-            write_json(new / "match.json", self.summary())
-        return Path(folder)
+        save_file(self._tensors(), folder / "correspondences.safetensors")
+        for name, figure in self.pictures():
+            figure.savefig(folder / f"{name}.png", dpi=120)
+        write_json(folder / "match.json", self.summary())
 
     def _tensors(self) -> dict[str, Tensor]:
         rt = self.round_trip

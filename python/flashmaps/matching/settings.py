@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import torch
 
+from flashmaps.arguments import switch, whole
 from flashmaps.diffusion.features import DEFAULT_TIMESTEP
 from flashmaps.matching.options import MatchOptions
 
@@ -77,9 +78,23 @@ class MatchSettings(MatchOptions):
     @classmethod
     def from_file(cls, found: Mapping[str, Any]) -> MatchSettings:
         """From what that file holds. Raises ValueError that says what is wrong with it."""
+        if not isinstance(found, Mapping):
+            raise ValueError(f"it holds {type(found).__name__}; wanted an object")
         if found.get("format") != FORMAT:
             raise ValueError(f"its format is {found.get('format')!r}; wanted {FORMAT!r}")
-        return cls.from_json({**found["settings"], "confidence": found.get("confidence")})
+        made = cls.from_json({**found["settings"], "confidence": found.get("confidence")})
+        for name, value in (("timestep", made.timestep), ("seeds", made.seeds)):
+            several = value if isinstance(value, tuple) else (value,)
+            for each in several:
+                whole(name, each, 0)
+            if not several:
+                raise ValueError(f"its {name} is empty")
+        if made.size is not None:
+            whole("size", made.size, 1)
+        switch("same_noise", made.same_noise)
+        if made.layers is not None and not all(isinstance(each, str) for each in made.layers):
+            raise ValueError(f"its layers are {made.layers!r}")
+        return made
 
 
 def settings_of(pipe: Any) -> MatchSettings:
@@ -94,7 +109,7 @@ def settings_of(pipe: Any) -> MatchSettings:
     try:
         found = json.loads(file.read_text("utf-8"))
         settings = MatchSettings.from_file(found)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise ValueError(f"{str(file)!r} is not readable as match settings: {error}") from None
     here = fingerprint(pipe)
     if found.get("weights") != here:

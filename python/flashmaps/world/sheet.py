@@ -24,6 +24,8 @@ _CAPTION_LINES = 3
 _GOLDEN = 0.618034  # multiples of it, modulo 1, keep apart
 _ROWS = ("image", "parts", "coordinates", "objects", "keypoints")
 
+LARGEST = 2**27  # pixels of a sheet
+
 
 def contact_sheet(split: Split, count: int, pairs: Pairs | None = None, columns: int = 8) -> Image:
     """The first ``count`` scenes of a split, and pairs of scenes, as one PIL image.
@@ -35,7 +37,6 @@ def contact_sheet(split: Split, count: int, pairs: Pairs | None = None, columns:
     from PIL import Image as Pil
     from PIL import ImageDraw as Draw
 
-    scenes = [split[index] for index in range(count)]
     columns = min(columns, count)
     size, margin = split.size, 74
     strip = _CAPTION_LINES * _LINE + len(_ROWS) * (size + _GAP) + 2 * _GAP
@@ -45,9 +46,15 @@ def contact_sheet(split: Split, count: int, pairs: Pairs | None = None, columns:
     pair_rows = -(-len(pairs) // across) if pairs else 0
     height = strips * strip + pair_rows * (size + _LINE + 2 * _GAP) + _GAP
     width = max(width, margin + across * (2 * size + 2 * _GAP) if pairs else 0)
+    if width * height > LARGEST:
+        raise ValueError(
+            f"{count} scenes and {len(pairs) if pairs else 0} pairs of {size} pixels make a sheet "
+            f"of {width} x {height}; at most {LARGEST} pixels: ask for fewer, or smaller ones"
+        )
     sheet = Pil.new("RGB", (width, height), _PAPER)
     draw = Draw.Draw(sheet)
-    for n, scene in enumerate(scenes):
+    for n in range(count):
+        scene = split[n]
         left = margin + (n % columns) * (size + _GAP)
         top = (n // columns) * strip + _GAP
         _write(draw, scene.caption, left, top, size)
