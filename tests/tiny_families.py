@@ -235,7 +235,7 @@ CASES = [
         {
             "all_patch_size": (2,), "all_f_patch_size": (1,), "in_channels": 4, "dim": 32,
             "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2,
-            "cap_feat_dim": 16, "axes_dims": [4, 6, 6], "axes_lens": [64, 32, 32],
+            "cap_feat_dim": 16, "axes_dims": [4, 6, 6], "axes_lens": [128, 32, 32],
         },
         lambda: {
             "x": [random(4, 1, *_LATENT)], "t": torch.tensor([0.5]),

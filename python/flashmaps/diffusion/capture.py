@@ -16,7 +16,6 @@ import contextlib
 import sys
 import threading
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from flashmaps.diffusion.absence import LeftOut, why_nothing
 from flashmaps.diffusion.compiled import (
     attach_traceable,
     compiled_modules,
@@ -32,7 +32,7 @@ from flashmaps.diffusion.compiled import (
 )
 from flashmaps.diffusion.counts import called_with, latents_of, timestep_of
 from flashmaps.diffusion.entry import Entry
-from flashmaps.diffusion.guidance import GUIDANCE, UNTOLD, Passes
+from flashmaps.diffusion.guidance import GUIDANCE, Passes
 from flashmaps.diffusion.known import (
     plan_of,
     said,
@@ -173,8 +173,9 @@ class capture:
         self._forward: Forward | None = None
         self._plans: dict[str, Plan] = {}
         # What happened, to say why nothing was recorded.
-        self._recorded = self._ran = self._ran_elsewhere = self._untold = False
-        self._seen: Counter[str] = Counter()
+        self._recorded = self._ran = self._ran_elsewhere = False
+        self._left: dict[str, LeftOut] = {}
+        self._asked = {"kind": kind, "resolution": resolution, "guidance": guidance}
         self._undo = contextlib.ExitStack()
         self._stand_ins: dict[str, Any] = {}
         self._compiled: set[nn.Module] = set()
@@ -232,13 +233,8 @@ class capture:
 
     def _why_nothing(self) -> str | None:
         """Why there are no entries; None where the model did not run."""
-        if self._untold:
-            return UNTOLD
-        if self._seen:
-            seen = ", ".join(f"{count} of kind {what}" for what, count in self._seen.items())
-            return (
-                f"the layers ran ({seen}), but none had the kind, resolution and guidance asked for"
-            )
+        if self._left:
+            return why_nothing(self._left, self._asked)
         if self._ran:
             return "the model ran, but none of the chosen layers did"
         if self._passes.step >= 0:
@@ -269,7 +265,7 @@ class capture:
             ran = self._passes.step + 1
             self._passes.forget()
             self._recorded = self._ran = False
-            self._seen.clear()
+            self._left.clear()
         if ran < 1:
             raise ValueError("the model did not run: give a function that runs the pipeline")
         per_step = round(sum(size for _, size in tally.each) / ran)
@@ -346,10 +342,11 @@ class capture:
         except ValueError as error:
             error.add_note(f"Raised for layer {layer!r}.")
             raise
-        self._seen[found.kind] += 1
         if self._kinds is not None and found.kind not in self._kinds:
+            self._left[layer] = LeftOut.of(found, at.guidance, "kind")
             return
         if self._grids is not None and found.grid not in self._grids:
+            self._left[layer] = LeftOut.of(found, at.guidance, "resolution")
             return
         guidance, batch = at.guidance, at.batch
         if plan.rule is not None and plan.rule.each and batch and at.images:
@@ -383,10 +380,13 @@ class capture:
             _timestep=at.timestep,
         )
         chosen = entry if self._guidance is None else of_guidance(entry, self._guidance)
-        self._untold = self._untold or (chosen is None and at.guidance == "unknown")
-        if chosen is not None:
-            self._recorder.take(chosen)
-            self._recorded = self._recorded or len(self._recorder.record) > 0
+        if chosen is None:
+            self._left[layer] = LeftOut.of(found, at.guidance, "guidance")
+            return
+        self._recorder.take(chosen)
+        self._recorded = self._recorded or len(self._recorder.record) > 0
+        if not self._recorded:
+            self._left[layer] = LeftOut.of(found, at.guidance, "text")
 
 
 def denoisers(pipe_or_model: Any) -> dict[str, nn.Module]:

@@ -19,6 +19,7 @@ _LETTER = "[^\\W\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]"
 # of which the first that is there counts: text encoders side by side share positions.
 _TOKENIZERS: dict[str, dict[int, tuple[str, ...]]] = {
     "UNet2DConditionModel": {0: ("tokenizer", "tokenizer_2")},  # SDXL's two CLIPs side by side
+    "UNetMotionModel": {0: ("tokenizer", "tokenizer_2")},
     "SD3Transformer2DModel": {0: ("tokenizer", "tokenizer_2"), 77: ("tokenizer_3",)},
     "FluxTransformer2DModel": {0: ("tokenizer_2",)},  # CLIP's one vector is not attended to
     "PixArtTransformer2DModel": {0: ("tokenizer",)},

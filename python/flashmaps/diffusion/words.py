@@ -244,7 +244,7 @@ def word_maps(
         prompt: the text of this image, as it was given to the pipeline. With several text encoders
             what the one attended to was given: ``prompt_3`` or ``prompt_2`` if SD3 or Flux had one.
         pipe: the pipeline, which knows its tokenizers. Known are those around UNets (SD1.5, SD2,
-            SDXL), SD3, Flux, PixArt, Wan and Qwen-Image (not its editing).
+            SDXL, AnimateDiff), SD3, Flux, PixArt, Wan and Qwen-Image (not its editing).
         tokenizer, text_offset: for other models: a transformers tokenizer, and which text token is
             its first.
         image: index of the image in the batch, guidance not counted. (A bare model that was
@@ -266,7 +266,7 @@ def word_maps(
     _merge(merge)
     entries = _attending(record, guidance)
     length = _one(entries, "text tokens", lambda entry: _size(entry.keys["text"]))
-    frames = _one(entries, "frames", lambda entry: entry.frames)
+    frames = _one(entries, "frames", lambda entry: entry.frames * entry.rows)
     text = unicodedata.normalize("NFC", prompt)
     if tokenizer is not None:
         if not 0 <= text_offset < length:
@@ -294,9 +294,10 @@ def _attending(record: Iterable[Entry], guidance: str) -> list[Entry]:
     attending = [each for each in entries if "image" in each.queries and "text" in each.keys]
     if not attending:
         kinds = ", ".join(sorted({each.kind for each in entries})) or "none at all"
+        why = next((each.why for each in entries if each.why), "")
         raise ValueError(
             f"the record has no layer in which image tokens attend to text (it has: {kinds}); "
-            "capture with kind='cross' or, where the model attends jointly, kind='joint'"
+            + (why or "capture with kind='cross' or, where the model attends jointly, kind='joint'")
         )
     chosen = [half for each in attending if (half := of_guidance(each, guidance)) is not None]
     if not chosen:
@@ -323,19 +324,22 @@ def _means(entries: list[Entry], image: int) -> dict[Grid, Tensor]:
 
 
 def _image_to_text(entry: Entry, image: int) -> Tensor:  # [frames * h * w, tokens]
+    # Frames stand in one sequence, or are rows of the batch.
     statistic = entry.statistics.get("image_to_text")
     if statistic is None and entry.query is None:
         raise ValueError(
             f"layer {entry.layer!r}: neither 'image_to_text' nor Q and K were kept, only "
             f"{', '.join(entry.statistics)}; capture with reduce='image_to_text'"
         )
-    batch = len(entry.query if statistic is None else statistic)
+    batch = len(entry.query if statistic is None else statistic) // entry.rows
     if not -batch <= image < batch:
         raise ValueError(f"image={image} is out of range: layer {entry.layer!r} saw {batch}")
+    rows = [image % batch * entry.rows + frame for frame in range(entry.rows)]
     if statistic is None:
-        pair = (image % batch, image % batch)
-        return entry.map("image->text", pairs=[pair]).to_dense()[0].float()
-    return statistic[image].float()
+        maps = entry.map("image->text", pairs=[(row, row) for row in rows]).to_dense()
+    else:
+        maps = statistic[rows]
+    return maps.flatten(0, 1).float()
 
 
 def _resampled(mean: Tensor, frames: int, grid: Grid, size: Grid) -> Tensor:
