@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # More options for pip, for example PIP_FLAGS="--find-links /some/folder".
 PIP_FLAGS ?=
+# How long `make attack` takes, all attacks together.
+MINUTES ?= 20
 # More arguments for demo, test and bench, for example make test ARGS="-k entropy".
 ARGS ?=
 
@@ -13,7 +15,7 @@ CSRC := $(shell find csrc -type f 2>/dev/null)
 FORMATTED := $(filter %.cpp %.h %.cu %.cuh,$(CSRC))
 FAILURE_NOTE := python/flashmaps/_native_build_failed.txt
 
-.PHONY: help setup build demo test test-all lint format bench gpu-check wheel clean
+.PHONY: help setup build demo test test-all attack sanitize lint format bench gpu-check wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -35,6 +37,12 @@ test: setup  ## run the tests, all but the slow ones
 
 test-all: setup  ## run the tests, the slow ones too
 	$(BIN)/python -m pytest -m "" $(ARGS)
+
+attack: setup  ## random cases, bad input and kills for MINUTES=20; what is found is printed
+	$(BIN)/python tests/attack --minutes $(MINUTES) $(ARGS)
+
+sanitize: setup  ## build the C++ kernels with address and undefined-behaviour sanitizers, attack them
+	$(BIN)/python tests/sanitize.py $(ARGS)
 
 lint: setup  ## check style and types
 	$(BIN)/ruff check .

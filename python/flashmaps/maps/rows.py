@@ -71,6 +71,7 @@ def rows_in_portions(
     for start in range(0, count, size):
         some = picked_rows(problem, picked[start : start + size])
         out[:, start : start + size] = dense(some, budget)
+        del some  # before the next ones are copied
     return out
 
 

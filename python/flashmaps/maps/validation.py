@@ -376,6 +376,10 @@ def make_problem(
     return Made(problem, query_grid, key_grid, offset)
 
 
+# A log-sum-exp that is off by this makes all probabilities of its row off by a share of this.
+_LSE_OFF = 1 / 16
+
+
 def _given_lse(lse: Tensor, offset: Tensor | None, dtype: torch.dtype) -> Tensor:
     """In the compute dtype, of scores whose largest bias is 0."""
     if lse.dtype not in FLOATS:
@@ -387,6 +391,14 @@ def _given_lse(lse: Tensor, offset: Tensor | None, dtype: torch.dtype) -> Tensor
             "lse has NaN or inf: rows that see no key, or scores that overflowed; leave lse out, "
             "and it is computed"
         )
+    if offset is not None and not _compiling():
+        largest = float(offset.abs().max())
+        off = largest * torch.finfo(lse.dtype).eps / 2
+        if off > _LSE_OFF:
+            raise ValueError(
+                f"lse has no digits left beside a key_mask of {largest:.3g}: in {lse.dtype} it is "
+                f"rounded by up to {off:.3g}; give a key_mask whose largest bias is near 0"
+            )
     found = lse.to(dtype)
     return (found if offset is None else found - offset).contiguous()
 
