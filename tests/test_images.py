@@ -51,6 +51,46 @@ def test_grey_alpha_palette_and_16_bits():
     np.testing.assert_allclose(load_image(deep), load_image(grey), atol=1e-6)
 
 
+NUMBERS = COLOURS[:, :, 0].astype(np.int32)
+
+
+@pytest.mark.parametrize("ending", ["tiff", "png", "pgm"])
+def test_files_of_16_bits_keep_their_range(ending, tmp_path):
+    path = tmp_path / f"deep.{ending}"
+    Image.fromarray((NUMBERS * 257).astype(np.uint16)).save(path)
+    want = np.repeat(NUMBERS[..., None], 3, 2) / 255
+    np.testing.assert_allclose(load_image(path), want, atol=1e-6)
+    np.testing.assert_allclose(load_image((NUMBERS * 257).astype(np.uint16)), want, atol=1e-6)
+
+
+def test_float_tiffs_are_floats_from_0_to_1(tmp_path):
+    path = tmp_path / "float.tiff"
+    Image.fromarray(FLOATS[:, :, 0]).save(path)
+    np.testing.assert_allclose(load_image(path), np.repeat(FLOATS[:, :, :1], 3, 2), atol=1e-6)
+    Image.fromarray(255 * FLOATS[:, :, 0]).save(path)
+    with pytest.raises(ValueError, match=r"left is floating point with values from .*; wanted 0"):
+        load_image(path, "left")
+
+
+@pytest.mark.parametrize("scale", [1, 1000, 8_000_000])
+def test_32_bit_integers_are_refused(scale, tmp_path):
+    path = tmp_path / "int.tiff"
+    Image.fromarray(NUMBERS * scale).save(path)
+    for image in (path, Image.fromarray(NUMBERS * scale)):
+        with pytest.raises(ValueError, match=r"left holds 32-bit integers from \d+ to \d+, and wh"):
+            load_image(image, "left")
+
+
+def test_black_and_white_and_every_mode_of_pillow():
+    bits = COLOURS[:, :, 0] > 99
+    for image in (bits, torch.from_numpy(bits), Image.fromarray(bits)):
+        assert (load_image(image) == bits[..., None]).all()
+    for mode in ("1", "L", "P", "LA", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"):
+        assert load_image(Image.new(mode, (20, 20))).shape == (20, 20, 3), mode
+    with pytest.raises(ValueError, match=r"left has the colours 'La' of Pillow.*convert it to RGB"):
+        load_image(Image.new("La", (20, 20)), "left")
+
+
 @pytest.mark.parametrize(
     ("image", "text"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 
@@ -189,14 +190,46 @@ def test_points_on_token_centres_have_the_tokens_own_row(shifted):
 
 def test_bad_options_are_named_before_the_model_runs():
     for given, text in (
-        ({"temperature": 0}, r"temperature=0; wanted a number above 0"),
+        ({"temperature": 0}, r"temperature must be a finite number >= 1e-12, got 0"),
         ({"normalize": "lines"}, r"normalize='lines'; wanted 'block', 'rows', 'columns'"),
         ({"readout": "best"}, r"readout='best'; wanted 'hard', 'soft', 'window' or 'parabola'"),
-        ({"window": 0}, r"window=0; wanted a whole number of tokens, at least 1"),
+        ({"window": 0}, r"window must be a whole number >= 1, got 0"),
         ({"between": "pixels"}, r"between='pixels'; wanted 'token', 'bilinear' or 'query'"),
     ):
         with pytest.raises(ValueError, match=text):
             fm.match(PHOTO, PHOTO, model="./nowhere", **given)
+
+
+@pytest.mark.parametrize("temperature", [True, "cold", float("nan"), 1e-300, -1.0, 10**400])
+def test_a_temperature_is_a_number_that_scores_can_hold(temperature, shifted):
+    with pytest.raises(ValueError, match="temperature must be a finite number >= 1e-12, got"):
+        match_features(shifted.source, shifted.target, temperature=temperature)
+
+
+@pytest.mark.parametrize("compare", ["kk", "qk"])
+def test_extreme_temperatures_give_right_values(compare, shifted):
+    cold = match_features(shifted.source, shifted.target, compare=compare, temperature=1e-12)
+    assert torch.equal(cold.forward, shifted.forward)
+    assert (cold.entropy == 0).all() and (cold.max_probability == 1).all()
+    hot = match_features(shifted.source, shifted.target, compare=compare, temperature=1e300)
+    torch.testing.assert_close(hot.entropy, torch.full((24,), np.log(24), dtype=torch.float32))
+    assert np.isfinite([v for v in hot.summary().values() if isinstance(v, float)]).all()
+
+
+def test_a_model_with_damaged_weights_gives_no_match(pipe, shifted):
+    damaged = copy.deepcopy(pipe)
+    layer = damaged.unet.up_blocks[1].attentions[0].transformer_blocks[0].attn1
+    with torch.no_grad():
+        layer.to_k.weight[0, 0] = torch.nan
+    with pytest.raises(
+        ValueError, match=r"layer 'up_blocks\.1\..*attn1' of the model puts out NaN"
+    ):
+        fm.match(PHOTO, PHOTO, model=damaged, layers=LAYERS, size=64)
+    key = shifted.source.key.clone()
+    key[0, 0, 3, 1] = torch.inf
+    spoiled = dataclasses.replace(shifted.source, key=key)
+    with pytest.raises(ValueError, match="key of the target's features has 1 values that are NaN"):
+        match_features(shifted.source, spoiled)
 
 
 # -- confidence ------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ the layers' transformer blocks put out can be kept too.
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -222,6 +223,7 @@ def features(
                 entries.extend(record)
                 blocks.extend(seen[block_of(entry.layer)] for entry in record if outputs)
             _check_same_tokens(entries)
+            _check_numbers(entries, blocks)
             _check_same_width(entries, blocks)
             for place, i in enumerate(batch):
                 found[i] = _join(
@@ -412,6 +414,21 @@ def _join(
         else None,
         **settings,
     )
+
+
+def _check_numbers(entries: Sequence[Entry], blocks: Sequence[Tensor]) -> None:
+    """ValueError, naming the layer, where a model has put out NaN or infinity."""
+    made = [(f"layer {e.layer!r}", part) for e in entries for part in (e.query, e.key)]
+    made += [
+        (f"block {block_of(entry.layer)!r}", block)
+        for entry, block in zip(entries, blocks, strict=False)
+    ]
+    for where, tensor in made:
+        if not (math.isfinite(tensor.amin()) and math.isfinite(tensor.amax())):
+            raise ValueError(
+                f"{where} of the model puts out NaN or infinity: its weights are damaged, or it "
+                "overflows in half precision (then load it with torch_dtype=torch.float32)"
+            )
 
 
 def _check_same_tokens(entries: Sequence[Entry]) -> None:

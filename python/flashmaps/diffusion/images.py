@@ -28,8 +28,10 @@ def load_image(image: Any, name: str = "image") -> Image:
 
     Args:
         image: a path, a PIL image, or a numpy array or torch tensor: grey [h, w] or colour
-            [h, w, 3 or 4] or [3 or 4, h, w], uint8 in 0..255 or floating point in 0..1. EXIF
-            orientation is applied; transparency is laid on white.
+            [h, w, 3 or 4] or [3 or 4, h, w], uint8 in 0..255, uint16 in 0..65535, bool or floating
+            point in 0..1. EXIF orientation is applied; transparency is laid on white. Files and PIL
+            images of floats are taken as such arrays; those of 32-bit integers, whose white nobody
+            knows, are refused.
         name: what to call the image in errors.
 
     Raises FileNotFoundError or ValueError, saying what was wrong and what is wanted.
@@ -45,7 +47,7 @@ def load_image(image: Any, name: str = "image") -> Image:
     elif isinstance(image, np.ndarray):
         array = image
     elif hasattr(image, "getexif") and hasattr(image, "convert"):  # PIL, without importing it
-        array = _from_pil(image)
+        array = _from_pil(image, name)
     else:
         raise ValueError(
             f"{name} is a {type(image).__name__}; wanted a path, a PIL image, or a numpy "
@@ -128,7 +130,7 @@ def _read(path: Path, name: str) -> np.ndarray:
         raise ValueError(f"{name}: {str(path)!r} is no ordinary file; wanted an image file")
     try:
         with Pil.open(path) as image:
-            return _from_pil(image)
+            return _from_pil(image, name)
     except UnidentifiedImageError:
         raise ValueError(
             f"{name}: {str(path)!r} is not an image that Pillow can read (PNG, JPEG, WebP, "
@@ -138,14 +140,29 @@ def _read(path: Path, name: str) -> np.ndarray:
         raise ValueError(f"{name}: {str(path)!r} cannot be read: {error}") from None
 
 
-def _from_pil(image: Any) -> np.ndarray:
+def _from_pil(image: Any, name: str) -> np.ndarray:
     from PIL import ImageOps
 
+    kind = image.format  # of the file; a copy forgets it
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would clip it to 8
+    # Pillow's own conversions would clip all of these to 8 bits.
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind == "PPM"):
         return (np.asarray(image, dtype=np.float32) / 65535).clip(0, 1)
+    if image.mode == "F":
+        return np.asarray(image)
+    if image.mode == "I":
+        low, high = image.getextrema()
+        raise ValueError(
+            f"{name} holds 32-bit integers from {low} to {high}, and which of them is white is not "
+            "said; convert it to 8 or 16 bits, or to floats from 0 to 1"
+        )
     has_alpha = "A" in image.mode or "transparency" in image.info
-    return np.asarray(image.convert("RGBA" if has_alpha else "RGB"))
+    try:
+        return np.asarray(image.convert("RGBA" if has_alpha else "RGB"))
+    except ValueError as error:
+        raise ValueError(
+            f"{name} has the colours {image.mode!r} of Pillow: {error}; convert it to RGB"
+        ) from None
 
 
 def _channels_last(array: np.ndarray, name: str) -> np.ndarray:
@@ -168,10 +185,15 @@ def _channels_last(array: np.ndarray, name: str) -> np.ndarray:
 def _to_unit_range(array: np.ndarray, name: str) -> np.ndarray:
     if array.dtype == np.uint8:
         return array.astype(np.float32) / 255
+    if array.dtype == np.uint16:
+        return array.astype(np.float32) / 65535
     if array.dtype == np.bool_:
         return array.astype(np.float32)
     if not np.issubdtype(array.dtype, np.floating):
-        raise ValueError(f"{name} has dtype {array.dtype}; wanted uint8 (0..255) or float (0..1)")
+        raise ValueError(
+            f"{name} has dtype {array.dtype}; wanted uint8 (0..255), uint16 (0..65535) or float "
+            "(0..1)"
+        )
     array = array.astype(np.float32)
     if not np.isfinite(array).all():
         raise ValueError(f"{name} holds NaN or infinite values")

@@ -23,8 +23,9 @@ from typing import Any, Unpack
 from flashmaps.diffusion.features import BUILTIN, DEFAULT_BATCH, Features, features, load_model
 from flashmaps.maps.backends.choice import check_name
 from flashmaps.maps.statistics import round_trip
+from flashmaps.maps.validation import check_finite
 from flashmaps.matching.cross_map import cross_map
-from flashmaps.matching.options import MatchKeywords, MatchOptions
+from flashmaps.matching.options import COMPARE, MatchKeywords, MatchOptions
 from flashmaps.matching.result import Match
 from flashmaps.matching.settings import settings_of
 
@@ -123,6 +124,10 @@ def match_features(
         backend: as for :func:`match`.
     """
     options = replace(options or MatchOptions(), **given)
+    for name, of in (("source", source), ("target", target)):
+        for part in sorted(set(COMPARE[options.compare])):
+            if (tensor := getattr(of, part)) is not None:
+                check_finite(f"{part} of the {name}'s features", tensor)
     forward_map = cross_map(source, target, options, backend=backend)
     backward_map = cross_map(target, source, options, backend=backend)
     rows = forward_map.reduce("expectation", "max", "entropy")

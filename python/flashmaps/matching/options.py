@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self, TypedDict
 
+from flashmaps.arguments import number
 from flashmaps.matching.confidence import Calibration
 from flashmaps.matching.readout import check_readout, check_window
 
@@ -34,6 +35,10 @@ READING = {
     "qq": "queries on queries",
     "features": "features on features",
 }
+
+
+# A temperature below it would make scores that float32 cannot hold; a row is one key long before.
+COLDEST = 1e-12
 
 
 class MapKeywords(TypedDict, total=False):
@@ -61,7 +66,7 @@ class MatchOptions:
 
     Attributes:
         compare: "qk", "kk", "qq" or "features": what is compared with what.
-        temperature: of the softmax, above 0; None: 1 for "qk", else
+        temperature: of the softmax, at least COLDEST; None: 1 for "qk", else
             ``flashmaps.matching.cross_map.TEMPERATURE``.
         normalize: "block", "rows" or "columns", see :class:`flashmaps.AttentionMap`.
         readout: how a row becomes a place: "hard", "soft", "window" or "parabola", see
@@ -88,10 +93,8 @@ class MatchOptions:
                 f"compare={self.compare!r} is not known; choose 'qk' (attention), 'kk' (keys with "
                 "keys), 'qq' (queries with queries) or 'features' (what the blocks put out)"
             )
-        if self.temperature is not None and not (
-            isinstance(self.temperature, (int, float)) and 0 < self.temperature < float("inf")
-        ):
-            raise ValueError(f"temperature={self.temperature!r}; wanted a number above 0")
+        if self.temperature is not None:
+            number("temperature", self.temperature, least=COLDEST)
         if self.normalize not in NORMALIZE:
             wanted = ", ".join(map(repr, NORMALIZE))
             raise ValueError(f"normalize={self.normalize!r}; wanted {wanted}")

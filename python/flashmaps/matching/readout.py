@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flashmaps.arguments import whole
 from flashmaps.maps.attention_map import AttentionMap
 from flashmaps.maps.grids import Grid, centres
 from flashmaps.maps.modes import exact
@@ -27,8 +28,7 @@ def check_readout(name: str, value: object) -> None:
 
 def check_window(window: object) -> None:
     """ValueError unless ``window`` is a whole number of tokens, at least 1."""
-    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-        raise ValueError(f"window={window!r}; wanted a whole number of tokens, at least 1")
+    whole("window", window, 1)
 
 
 def read(rows: Tensor, grid: Grid, readout: str = "hard", window: int = 1) -> Tensor:
