@@ -87,6 +87,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readwrite("queries", &Problem::queries)
       .def_readwrite("keys", &Problem::keys)
       .def_readwrite("dim", &Problem::dim)
+      .def_readwrite("key_group", &Problem::key_group)
       .def_readwrite("scale", &Problem::scale)
       .def_readwrite("normalize", &Problem::normalize)
       .def_readwrite("grid_height", &Problem::grid_height)

@@ -7,7 +7,7 @@ import threading
 import torch
 from flashmaps.kernels import INTERPRETING, unavailable_reason
 from flashmaps.maps.gpu import passes_of
-from flashmaps.maps.problem import Cost, Problem, Request, cost_of
+from flashmaps.maps.problem import Cost, Problem, Request, cost_of, query_mask_reason
 from torch import Tensor
 
 _last = threading.local()
@@ -24,6 +24,8 @@ def supports(problem: Problem) -> str | None:
     if device.type != ("cpu" if INTERPRETING else "cuda"):
         where = "the CPU (TRITON_INTERPRET=1)" if INTERPRETING else "a GPU"
         return f"backend 'triton' needs tensors on {where}, these are on {device}"
+    if problem.masks_queries:
+        return query_mask_reason("triton")
     if problem.query.dtype == torch.float64:
         return (
             "backend 'triton' computes in float32 and takes no float64: convert Q and K with "

@@ -102,27 +102,75 @@ def test_mask_of_text_becomes_key_mask(unet):
     torch.testing.assert_close(dense.sum(-1), torch.ones(dense.shape[:2]))
 
 
-def test_mask_that_differs_between_queries_is_refused(unet):
-    mask = torch.eye(64, dtype=torch.bool)
-    unet.set_attn_processor(MaskProcessor(mask))
+@pytest.mark.parametrize("additive", [False, True])
+def test_a_mask_that_differs_between_queries_is_exact(unet, additive, tmp_path):
+    mask = torch.ones(64, 64, dtype=torch.bool).tril()
+    unet.set_attn_processor(MaskProcessor(mask, additive))
+    layers = "down_blocks.0.*.attn1"
+    with capture(unet, layers) as record, capture(unet, layers, reduce="entropy") as reduced:
+        call(unet)
+        call(unet)
+    record.save(tmp_path / "record.safetensors")
+    for entry in (record[0], fm.Record.load(tmp_path / "record.safetensors")[0]):
+        A = entry.map()
+        scores = entry.query.double() @ entry.key.double().mT * entry.scale
+        wanted = scores.masked_fill(~mask, -torch.inf).softmax(-1).mean(1)
+        torch.testing.assert_close(A.to_dense().double(), wanted, atol=1e-6, rtol=1e-5)
+        assert A.backend == "reference" and (A.to_dense()[:, ~mask] == 0).all()
+    assert len({entry._mask.data_ptr() for entry in record}) == 1  # one mask for all entries
+    assert reduced[0].count == 2
+    part = record[0].map((slice(10, 20), slice(0, 30))).to_dense()
+    torch.testing.assert_close(part, record[0].map().to_dense()[:, 10:20, :30])
+
+
+def test_a_mask_that_weighs_keys_by_query_is_refused(unet):
+    unet.set_attn_processor(MaskProcessor(torch.rand(64, 64), additive=True, weights=True))
     with capture(unet, DOWN) as record:
         call(unet)
-    with pytest.raises(ValueError, match=r"differs between queries or heads"):
+    with pytest.raises(ValueError, match=r"adds numbers that differ between queries"):
         record[0].map()
     assert record[0]._mask.numel() == 64  # N numbers of it were kept, not N x N
+
+
+def test_causal_attention_has_its_map(unet):
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    class Causal(AttnProcessor2_0):
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+            query, key, value = (
+                p(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+                for p in (attn.to_q, attn.to_k, attn.to_v)
+            )
+            key, value = key[:, :1], value[:, :1]  # and one head for all
+            out = torch.nn.functional.scaled_dot_product_attention(
+                query, key, value, is_causal=True, enable_gqa=True
+            )
+            return attn.to_out[0](out.transpose(1, 2).flatten(2))
+
+    layers = find_layers(unet, "*.attn1")
+    name = next(each for each, layer in layers.items() if layer.heads > 1)
+    layers[name].set_processor(Causal())
+    with capture(unet, name) as record:
+        call(unet)
+    entry = record[0]
+    assert entry.causal and entry.key.shape[1] == 1 < entry.query.shape[1]
+    scores = entry.query.double() @ entry.key.double().mT * entry.scale
+    hidden = ~torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    wanted = scores.masked_fill(hidden, -torch.inf).softmax(-1).mean(1)
+    torch.testing.assert_close(entry.map().to_dense().double(), wanted, atol=1e-6, rtol=1e-5)
 
 
 class MaskProcessor:
     """Gives every self-attention of 64 tokens a mask of its own."""
 
-    def __init__(self, mask):
-        self.mask = mask
+    def __init__(self, mask, additive=False, weights=False):
+        self.mask = mask if weights else torch.where(mask, 0.0, -10000.0) if additive else mask
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
         from diffusers.models.attention_processor import AttnProcessor2_0
 
         if encoder_hidden_states is None and hidden_states.shape[1] == 64:
-            attention_mask = self.mask.float().log().expand(attn.heads, 64, 64)
+            attention_mask = self.mask.expand(attn.heads, 64, 64)
         return AttnProcessor2_0()(attn, hidden_states, encoder_hidden_states, attention_mask)
 
 

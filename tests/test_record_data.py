@@ -247,3 +247,41 @@ def test_an_estimate_needs_a_run(sd2):
         cap.estimate(lambda: None)
     with pytest.raises(ValueError, match="steps must be at least 1"):
         cap.estimate(lambda: FAMILY["sd2"].run(sd2, steps=1), steps=0)
+
+
+# -- heads apart -----------------------------------------------------------------------------------
+
+
+def test_statistics_of_each_head(sd2, tmp_path):
+    names = ("entropy", "argmax", "max_logit", "density")
+    layers = "mid_block.*"
+    with capture(sd2, layers, kind="self", keep="qk") as full:
+        FAMILY["sd2"].run(sd2, steps=2)
+    options = {"reduce": names, "per_head": True}
+    with capture(sd2, layers, kind="self", **options, keep="statistics") as each:
+        FAMILY["sd2"].run(sd2, steps=2)
+    with capture(sd2, layers, kind="self", **options, guidance="conditional") as mean:
+        FAMILY["sd2"].run(sd2, steps=2)
+    for got, entry in zip(each, full, strict=True):
+        scores = entry.query.double() @ entry.key.double().mT * entry.scale
+        p = scores.softmax(-1)
+        near = {"atol": 1e-5, "rtol": 1e-5}
+        torch.testing.assert_close(got.entropy.double(), -(p * p.log()).sum(-1), **near)
+        torch.testing.assert_close(got.max_logit.double(), scores.amax(-1), **near)
+        assert (got.density.sum(-1) == entry.query.shape[2]).all()
+        assert got.density.shape == (*entry.query.shape[:2], entry.key.shape[2])
+    wanted = torch.stack([e.entropy for e in each.select(guidance="conditional")]).mean(0)
+    torch.testing.assert_close(mean[0].entropy, wanted)
+    frame = each.to_pandas()
+    heads = full[0].query.shape[1]
+    assert set(frame["head"]) == set(range(heads))
+    each.save(tmp_path / "heads.safetensors")
+    assert fm.Record.load(tmp_path / "heads.safetensors")[0].per_head
+
+
+def test_what_is_of_the_mean_over_heads_is_refused(sd2):
+    for reduce in ("pool", "image_to_text", lambda A: A.entropy()):
+        with pytest.raises(ValueError, match="is of the mean over heads; with per_head=True"):
+            capture(sd2, reduce=reduce, per_head=True)
+    with pytest.raises(ValueError, match=r"it is of single heads: per_head=True"):
+        capture(sd2, reduce="max_logit")

@@ -23,6 +23,7 @@ struct Problem {
   std::uintptr_t lse = 0;                       // T [P, H, N], natural log, or 0
   std::array<std::int64_t, 3> lse_strides{};    //
   std::int64_t query_batch = 0, key_batch = 0, maps = 0, heads = 0, queries = 0, keys = 0, dim = 0;
+  std::int64_t key_group = 1;  // query heads that share a key head
   double scale = 1.0;
   int normalize = 0;
   std::int64_t grid_height = 0, grid_width = 0;  // of the keys; 0 where none is known

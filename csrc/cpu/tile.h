@@ -276,7 +276,7 @@ void score_keys(const T* lanes_q, const Tokens<T>& keys, std::int64_t b, std::in
     std::int64_t ld = dim;
     if (in_place) {
       ld = keys.strides[2];
-      p = static_cast<const T*>(keys.data) + b * keys.strides[0] + h * keys.strides[1] + c0 * ld;
+      p = static_cast<const T*>(keys.data) + keys.offset(b, h) + c0 * ld;
     } else {
       for (std::int64_t j = c0; j < c1; ++j) {
         T* row = convert + (j - c0) * dim;

@@ -20,15 +20,19 @@ struct Tokens {
   std::array<std::int64_t, 4> strides;
   DType dtype;
   std::int64_t dim;
+  std::int64_t group = 1;  // heads h that share one head of the tokens
 
   bool in_place() const {
     const bool same = dtype == (sizeof(T) == 4 ? DType::Float32 : DType::Float64);
     // Rows a multiple of 2 KB apart would fight for a few sets of the cache.
     return same && strides[3] == 1 && (strides[2] * std::int64_t(sizeof(T))) % 2048 != 0;
   }
+  std::int64_t offset(std::int64_t b, std::int64_t h) const {
+    return b * strides[0] + h / group * strides[1];
+  }
   template <class S, class F>
   void each(std::int64_t b, std::int64_t h, std::int64_t row, F use) const {
-    const S* p = static_cast<const S*>(data) + b * strides[0] + h * strides[1] + row * strides[2];
+    const S* p = static_cast<const S*>(data) + offset(b, h) + row * strides[2];
     if (strides[3] == 1) {
       for (std::int64_t x = 0; x < dim; ++x) use(x, widen<T>(p[x]));
     } else {

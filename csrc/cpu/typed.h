@@ -60,7 +60,7 @@ struct Map {
   Map(const Problem& p, Workspace& workspace)
       : problem(p),
         query{pointer<const void>(p.query), p.query_strides, DType(p.dtype), p.dim},
-        key{pointer<const void>(p.key), p.key_strides, DType(p.dtype), p.dim},
+        key{pointer<const void>(p.key), p.key_strides, DType(p.dtype), p.dim, p.key_group},
         scale(T(p.scale * kLog2e)) {
     if (p.bias == 0) return;
     const std::int64_t count = p.key_batch * p.keys;

@@ -45,6 +45,7 @@ from flashmaps.diffusion.observe import (
     AttentionCall,
     Listener,
     ProcessorCall,
+    QueryMasks,
     attach,
     attention_layers,
     choose_layers,
@@ -90,6 +91,8 @@ class capture:
             :class:`flashmaps.diffusion.recorder.Recorder`. ``keep="qk"`` keeps Q and K of every
             pass; ``reduce=("entropy", "argmax", "density", ...)`` keeps for each layer the mean of
             these statistics over passes, and ``keep="statistics"`` with it those of each pass.
+        per_head: statistics of each head by itself, ``[B, H, ...]``; then ``reduce`` may also name
+            "max_logit", the largest scaled score of a row.
         guidance: with classifier-free guidance, record only the ``"conditional"`` or the
             ``"unconditional"`` part. A run without guidance is conditional. Guidance is told from
             the pipeline, which must be the one that runs (or its guider), and from the batch
@@ -134,6 +137,7 @@ class capture:
         reduce: Any = (),
         pool_to: Grid = (16, 16),
         block: str | None = None,
+        per_head: bool = False,
         guidance: str | None = None,
         batch: Iterable[str] | None = None,
         dtype: torch.dtype | None = None,
@@ -165,6 +169,7 @@ class capture:
             dtype=dtype,
             device=device,
             to=to,
+            per_head=per_head,
         )
         self._thread: int | None = None
         self._passes = Passes(
@@ -172,6 +177,7 @@ class capture:
         )
         self._forward: Forward | None = None
         self._plans: dict[str, Plan] = {}
+        self._query_masks = QueryMasks()
         # What happened, to say why nothing was recorded.
         self._recorded = self._ran = self._ran_elsewhere = False
         self._left: dict[str, LeftOut] = {}
@@ -227,6 +233,7 @@ class capture:
         self._compiled.clear()
         self._thread = self._forward = None
         self._plans.clear()
+        self._query_masks.forget()
         self._recorder.end()
         if not any(exception) and not self._recorded and (why := self._why_nothing()):
             warnings.warn(f"nothing was recorded: {why}", stacklevel=2)
@@ -351,7 +358,11 @@ class capture:
         guidance, batch = at.guidance, at.batch
         if plan.rule is not None and plan.rule.each and batch and at.images:
             guidance, batch = batch[index * len(batch) // at.images], ()
-        mask, alike = key_mask(attention.mask, query.shape[0])
+        by_query = self._query_masks.of(attention.mask)
+        if by_query is None:
+            mask, alike = key_mask(attention.mask, query.shape[0])
+        else:
+            mask, alike = by_query.expand(query.shape[0], -1, -1), None
         prompted = found.kind == "image_prompt"
         adapter, picture = image_prompt(call, index) if prompted else (None, None)
         entry = Entry(

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flashmaps.diffusion.layouts import REMEDY
@@ -86,7 +87,7 @@ class Entry:
     rotated: bool = False  # by an embedding known (`rotary`) or not
     rows: int = 1
     why: str = ""
-    _mask: Tensor | None = None  # [B, M], of the first query and head
+    _mask: Tensor | None = None  # [B, M], of the first query and head; or bool [B, N, M]
     _mask_alike: Tensor | None = None  # [] bool: whether the others have the same
     _timestep: Any = None
 
@@ -176,12 +177,13 @@ class Entry:
     def key_mask(self) -> Tensor | None:  # [B, M]
         """The mask as one value per key, [B, M] (True attends, or additive bias); None if none.
 
-        Raises ValueError for a mask that differs between queries or heads.
+        [B, N, M] bool where it differs between queries. Raises ValueError for one that differs
+        between heads, or is no mask but weights that differ between queries.
         """
         if self._mask_alike is not None and not bool(self._mask_alike):
             raise ValueError(
-                f"layer {self.layer!r}: its mask differs between queries or heads; a map takes one "
-                "mask over keys, [batch, M]"
+                f"layer {self.layer!r}: its mask differs between heads, or adds numbers that "
+                "differ between queries; a map takes [batch, M], or [batch, N, M] of True and False"
             )
         return self._mask
 
@@ -211,27 +213,32 @@ class Entry:
                 that content alone counts (exact but for one rounding).
             options: go to AttentionMap and win over what was recorded.
 
-        Raises ValueError for a causal layer, a mask that differs between queries, an entry without
+        Masks that differ between queries, and causal layers, are exact on backend "reference".
+
+        Raises ValueError for a mask that differs between heads or weighs keys otherwise for each
+        query, for an entry without
         Q and K, a block that the layer has not.
         """
         other = self if to is None else to
-        if self.causal or other.causal:
-            raise ValueError(
-                f"layer {self.layer!r} is causal; maps of causal layers are not offered"
-            )
         if positions not in POSITIONS:
             raise ValueError(f"positions={positions!r}; choose from {', '.join(POSITIONS)}")
         query, key = self._placed("query", positions), other._placed("key", positions)
         settings: dict[str, Any] = {"scale": self.scale}
         mask = other.key_mask() if "key_mask" not in options else options["key_mask"]
+        if other.causal and "key_mask" not in options:
+            mask = _causal(mask, query.shape[2], key)
+        by_query = mask is not None and mask.ndim == 3
         lse = self.lse if to is None and positions == "kept" and not options else None
         whole = slice(0, query.shape[2]), slice(0, key.shape[2])
         rows, columns = whole if block is None else self._block(block, other)
         if columns != whole[1] and not renormalize:
             if lse is None:
+                whole_mask = mask[:, rows] if mask is not None and by_query else mask
                 over = {name: options[name] for name in ("pairs", "backend") if name in options}
                 scale = options.get("scale", self.scale)
-                lse = AttentionMap(query[:, :, rows], key, scale=scale, key_mask=mask, **over).lse
+                lse = AttentionMap(
+                    query[:, :, rows], key, scale=scale, key_mask=whole_mask, **over
+                ).lse
             else:
                 lse = lse[:, :, rows]
         elif columns != whole[1]:
@@ -239,7 +246,7 @@ class Entry:
         elif lse is not None:
             lse = lse[:, :, rows]
         if mask is not None:
-            settings["key_mask"] = mask[..., columns]
+            settings["key_mask"] = (mask[:, rows] if by_query else mask)[..., columns]
         if lse is not None:
             settings["lse"] = lse
         settings["query_grid"] = _grid_of(rows, self.grid, self.queries)
@@ -308,6 +315,19 @@ def _no_parts(guidance: str | None) -> str:
     if guidance == "unknown":
         return "its pipeline guides, but which part is which cannot be told; capture with batch="
     return f"its guidance is {guidance!r}"
+
+
+def _causal(mask: Tensor | None, queries: int, key: Tensor) -> Tensor:
+    """As scaled_dot_product_attention has it: query i sees keys 0 to i. [B, N, M]"""
+    keys = key.shape[2]
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=key.device).tril()
+    if mask is None:
+        return seen.expand(key.shape[0], -1, -1)
+    if mask.dtype != torch.bool:
+        if not bool(((mask == 0) | (mask <= -1e4)).all()):
+            raise ValueError("a causal layer with a mask that weighs keys has no map here")
+        mask = mask == 0
+    return seen & (mask[:, None] if mask.ndim == 2 else mask)
 
 
 def _grid_of(part: slice, grid: Grid | None, parts: Mapping[str, slice]) -> Grid | None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -104,7 +105,7 @@ class AttentionCall:
     """The arguments of one scaled_dot_product_attention call that decide its map."""
 
     query: Tensor  # [B, H, N, d]
-    key: Tensor  # [B, H, M, d]
+    key: Tensor  # [B, H, M, d], or fewer heads
     mask: Tensor | None
     scale: float
     causal: bool
@@ -121,8 +122,7 @@ def attention_call(
     enable_gqa: bool = False,
 ) -> AttentionCall:
     """Same parameters as scaled_dot_product_attention, so that Python binds them for us."""
-    if enable_gqa and key.shape[1] != query.shape[1]:
-        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    # With enable_gqa the key has fewer heads, each for several of the query's.
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return AttentionCall(query, key, attn_mask, float(scale), is_causal)
 
@@ -144,6 +144,54 @@ def key_mask(mask: Tensor | None, batch: int) -> tuple[Tensor | None, Tensor | N
     first = mask[:, :1, :1]
     alike = None if mask.shape == first.shape else (mask == first).all()
     return first[:, 0, 0].expand(batch, -1).clone(), alike
+
+
+# An additive mask below it hides a key: exp of it is zero in float32, and in half precision.
+_HIDES = -1e4
+
+
+class QueryMasks:
+    """Masks that differ between queries, as [B, N, M] bool: kept once for all alike."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of them."""
+        self._last: tuple[Tensor, int, Tensor | None] | None = None
+        self._kept: Tensor | None = None
+
+    def of(self, mask: Tensor | None) -> Tensor | None:
+        """None for a mask that is alike for all queries, differs between heads, or weighs keys."""
+        if mask is None or mask.ndim < 2 or mask.shape[-2] == 1 or mask.stride(-2) == 0:
+            return None
+        # The layers of a pass share one: it is read, and waited for, once. It is held meanwhile.
+        version = -1 if mask.is_inference() else mask._version
+        if self._last is not None:
+            seen, before, found = self._last
+            same = seen.data_ptr() == mask.data_ptr() and seen.stride() == mask.stride()
+            if same and seen.shape == mask.shape and -1 != before == version:
+                return found
+        found = _query_mask(mask.detach())
+        if found is not None and self._kept is not None and torch.equal(found, self._kept):
+            found = self._kept
+        self._kept = self._kept if found is None else found
+        self._last = mask.detach(), version, found
+        return found
+
+
+def _query_mask(mask: Tensor) -> Tensor | None:
+    while mask.ndim < 4:
+        mask = mask.unsqueeze(0)
+    if mask.shape[1] > 1 and mask.stride(1) != 0 and not bool((mask == mask[:, :1]).all()):
+        return None
+    mask = mask[:, 0]
+    if mask.dtype != torch.bool:
+        hides = mask <= _HIDES
+        if not bool((hides | (mask == 0)).all()):
+            return None
+        mask = ~hides
+    return None if bool((mask == mask[:, :1]).all()) else mask.clone()
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,12 @@ def _as_json(
         row[name] = {part: [at.start, at.stop] for part, at in getattr(entry, name).items()}
     for name in _TENSORS:
         tensor = getattr(entry, name)
+        if tensor is not None and name == "_mask" and tensor.ndim == 3:  # one for many entries
+            place = (tensor.data_ptr(), tensor.shape, tensor.stride())
+            if place not in shared:
+                shared[place] = put(f"{index}.{name}", tensor)
+            row[name] = shared[place]
+            continue
         row[name] = None if tensor is None else put(f"{index}.{name}", tensor)
     row["statistics"] = {
         name: put(f"{index}.statistics.{name}", x) for name, x in entry.statistics.items()

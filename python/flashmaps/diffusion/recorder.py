@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashmaps.arguments import switch
 from flashmaps.diffusion.entry import Entry
 from flashmaps.diffusion.record import Record
 from flashmaps.diffusion.streaming import Stream, bytes_of
@@ -41,6 +42,8 @@ class Recorder:
         pool_to: (height, width) for "pool", of queries and image keys.
         block: the part of the map that is reduced, as in `Entry.map`.
         dtype, device: of Q and K that are kept; device also of statistics.
+        per_head: statistics of each head by itself, [B, H, ...], and "max_logit" among them: of
+            the names of `AttentionMap.reduce` and "density" alone.
         to: a folder to write entries to while the model runs (`flashmaps.diffusion.streaming`).
         record: where to put what is kept, for several recorders that share one; None: a new one.
     """
@@ -54,10 +57,12 @@ class Recorder:
         block: str | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        per_head: bool = False,
         to: str | Path | None = None,
         record: Record | None = None,
     ) -> None:
-        self.names, self.functions = _statistics(reduce)
+        self.per_head = switch("per_head", per_head)
+        self.names, self.functions = _statistics(reduce, per_head)
         if keep is None:
             keep = "mean" if self.names or self.functions else "qk"
         if keep not in KEEP:
@@ -105,7 +110,8 @@ class Recorder:
         if not (self.names or self.functions):
             return entry
         try:
-            return dataclasses.replace(entry, statistics=self._reduce(entry))
+            statistics = self._reduce(entry)
+            return dataclasses.replace(entry, statistics=statistics, per_head=self.per_head)
         except Exception as error:
             error.add_note(
                 f"Raised by reduce= on layer {entry.layer!r} (kind {entry.kind}, grid "
@@ -141,7 +147,7 @@ class Recorder:
                 )
                 found["pool"] = pooled
             elif wanted:
-                found = attention_map.reduce(*wanted)._asdict()
+                found = attention_map.reduce(*wanted, per_head=self.per_head)._asdict()
             if "density" in self.names:
                 found["density"] = _density(found["argmax"], attention_map.shape[2])
             if "image_to_text" in self.names and _sees_text(entry):
@@ -259,10 +265,10 @@ def _to(tensor: Tensor | None, device: torch.device | str | None) -> Any:
     return None if tensor is None else tensor.detach().to(device or tensor.device)
 
 
-def _density(argmax: Tensor, keys: int) -> Tensor:  # [B, N] -> [B, M]
+def _density(argmax: Tensor, keys: int) -> Tensor:  # [..., N] -> [..., M]
     """MD(j) = the number of queries i with argmax_i = j, as a float so that it averages."""
-    count = torch.zeros((argmax.shape[0], keys), dtype=torch.float32, device=argmax.device)
-    return count.scatter_add_(1, argmax, torch.ones_like(argmax, dtype=torch.float32))
+    count = torch.zeros((*argmax.shape[:-1], keys), dtype=torch.float32, device=argmax.device)
+    return count.scatter_add_(-1, argmax, torch.ones_like(argmax, dtype=torch.float32))
 
 
 def _no_finer(wanted: Grid, grid: Grid | None) -> Grid:
@@ -270,15 +276,25 @@ def _no_finer(wanted: Grid, grid: Grid | None) -> Grid:
     return wanted if grid is None else (min(wanted[0], grid[0]), min(wanted[1], grid[1]))
 
 
-def _statistics(reduce: Any) -> tuple[tuple[str, ...], dict[str, Statistic]]:
+def _statistics(
+    reduce: Any, per_head: bool = False
+) -> tuple[tuple[str, ...], dict[str, Statistic]]:
     """``reduce=`` as names that are known here, and functions by name."""
     if isinstance(reduce, str) or callable(reduce):
         reduce = (reduce,)
     named = reduce.items() if isinstance(reduce, Mapping) else ((None, each) for each in reduce)
     names: list[str] = []
     functions: dict[str, Statistic] = {}
-    known = (*REDUCTIONS, *MORE_STATISTICS)
+    known: tuple[str, ...] = (*REDUCTIONS, *MORE_STATISTICS)
+    if per_head:
+        known = (*REDUCTIONS, "max_logit", "density")
     for name, each in named:
+        if per_head and (callable(each) or (each in MORE_STATISTICS and each not in known)):
+            what = getattr(each, "__name__", each)
+            raise ValueError(
+                f"reduce={what!r} is of the mean over heads; with per_head=True choose from "
+                f"{', '.join(known)}"
+            )
         if callable(each):
             name = str(name or getattr(each, "__name__", type(each).__name__))
             if name in functions or name in known or name in _TAKEN:
@@ -290,9 +306,10 @@ def _statistics(reduce: Any) -> tuple[tuple[str, ...], dict[str, Statistic]]:
         elif name is None and each in known:
             names.append(each)
         else:
+            own = each == "max_logit" and not per_head
             raise ValueError(
                 f"reduce={each!r} is unknown; choose from {', '.join(known)}, or give a function "
-                "of the lazy map"
+                "of the lazy map" + (" (it is of single heads: per_head=True)" if own else "")
             )
     return tuple(dict.fromkeys(names)), functions
 

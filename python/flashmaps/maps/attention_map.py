@@ -9,11 +9,12 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from flashmaps.arguments import number
+from flashmaps.arguments import number, switch
 from flashmaps.maps.backends.choice import select
 from flashmaps.maps.budget import budget_in_force
 from flashmaps.maps.composition import Composition
 from flashmaps.maps.grids import Grid
+from flashmaps.maps.heads import reduce_heads
 from flashmaps.maps.lazy import (
     Lazy,
     LazyMap,
@@ -23,8 +24,10 @@ from flashmaps.maps.lazy import (
     lse_with_graph,
 )
 from flashmaps.maps.map_plans import plan_map
+from flashmaps.maps.operators import wants_gradients
 from flashmaps.maps.planning import Ceilings, Plan, shares
 from flashmaps.maps.pooling import reduce_and_pool
+from flashmaps.maps.problem import Problem
 from flashmaps.maps.rows import Index, map_rows
 from flashmaps.maps.validation import check_k, check_operand, make_problem
 
@@ -34,10 +37,14 @@ class AttentionMap(LazyMap):
 
     Args:
         query: [B, H, N, d], float64, float32, float16 or bfloat16, any strides.
-        key: [B', H, M, d], same dtype and device.
+        key: [B', H, M, d], same dtype and device. Fewer heads, a divisor of H, are each shared by
+            as many query heads, one after another (grouped queries; one head for all: multi-query).
+            Backend "cpu" reads them as they are; others get copies, but of a single head.
         scale: multiplies Q K^T; default 1 / sqrt(d).
         key_mask: [B', M] or [M]; bool (True may be attended, as in SDPA) or a float that is added
-            to the scaled scores.
+            to the scaled scores. Or bool [B', N, M] where it differs between queries (causal,
+            windowed, padded by query): on backend "reference" alone, without gradients; a query
+            that may attend to nothing has a row of zeros.
         head_weights: [H], >= 0, summing to 1; default 1 / H.
         pairs: [P, 2] integers (query batch index, key batch index); default i with i. All pairs of
             n images cost the memory of n images.
@@ -88,8 +95,12 @@ class AttentionMap(LazyMap):
             key_grid=key_grid,
             lse=lse,
         )
-        self._take(problem)
         self.backend = select(backend, problem)
+        # Keys shared by groups of query heads: the C++ kernels read them where they are.
+        grows = wants_gradients(query, key, problem.bias, problem.head_weights, problem.lse)
+        if problem.key_group > 1 and (self.backend != "cpu" or grows):
+            problem = problem._replace(key=_for_every_head(problem))
+        self._take(problem)
 
     @classmethod
     def average(
@@ -156,7 +167,7 @@ class AttentionMap(LazyMap):
         for one, weight in zip(maps, weights, strict=True):
             problem = one.problem
             pad = (0, width - problem.query.shape[3])
-            query, key = problem.query.to(dtype), problem.key.to(dtype)
+            query, key = problem.query.to(dtype), _for_every_head(problem).to(dtype)
             if not alike:
                 query = query * problem.scale
             queries.append(torch.nn.functional.pad(query, pad))
@@ -239,7 +250,9 @@ class AttentionMap(LazyMap):
         """
         return map_rows(self, index)
 
-    def reduce(self, *names: str, memory_budget: int | None = None) -> Reductions:
+    def reduce(
+        self, *names: str, per_head: bool = False, memory_budget: int | None = None
+    ) -> Reductions:
         """Any subset of the reductions in one pass over the map.
 
         With p = A[i] (divided by its number of lines under normalize="rows"/"columns", so that it
@@ -253,11 +266,17 @@ class AttentionMap(LazyMap):
         - "column_entropy": entropy over i of A[i, j] / column_sum[j] (0 for an empty column)
         - "column_max", "column_argmax": over i: [batch, M]
 
+        ``per_head=True``: of each head's own map P_h, [batch, H, ...], in one pass; the weights of
+        heads have no part in it. There are also "max_logit", the largest scale * q_i k_j + mask_j
+        of a row (lse + log max), and "lse": [batch, H, N].
+
         ``memory_budget``: bytes that it may take beyond inputs and outputs; default what
         `flashmaps.memory_budget` says around the call, and else whatever is fastest. `plan` says
         what that is.
         """
         budget = budget_in_force(memory_budget)
+        if switch("per_head", per_head):
+            return reduce_heads(self, names, memory_budget=budget)
         return Reductions(
             self._fields(*check_reductions(names, self.shape, self.key_grid), memory_budget=budget)
         )
@@ -372,6 +391,15 @@ class AttentionMap(LazyMap):
             memory_budget=memory_budget,
             ceilings=ceilings,
         )
+
+
+def _for_every_head(problem: Problem) -> Tensor:
+    """The keys, with one head for each of the queries' (a copy where they are shared)."""
+    return (
+        problem.key.repeat_interleave(problem.key_group, 1)
+        if problem.key_group > 1
+        else problem.key
+    )
 
 
 def _same_offset(one: Tensor | None, other: Tensor | None) -> bool:

@@ -19,8 +19,11 @@ class Problem(NamedTuple):
     """
 
     query: Tensor  # [B, H, N, d], any strides
-    key: Tensor  # [B', H, M, d], any strides
-    bias: Tensor | None  # [B', M], compute dtype; added to the scaled scores, -inf hides a key
+    # [B', H, M, d]. On backend "cpu" H may be fewer, each for several query heads in turn.
+    key: Tensor
+    # [B', M], compute dtype; added to the scaled scores, -inf hides a key. On backend "reference"
+    # also bool [B', N, M]: which keys each query may attend to.
+    bias: Tensor | None
     head_weights: Tensor | None  # [H], compute dtype; None means 1 / H
     pairs: Tensor | None  # [P, 2] int64; None means (0, 0), (1, 1), ...
     lse: Tensor | None  # [P, H, N], compute dtype, natural log
@@ -37,6 +40,11 @@ class Problem(NamedTuple):
     @property
     def heads(self) -> int:
         return self.query.shape[1]
+
+    @property
+    def key_group(self) -> int:
+        """How many query heads share a key head."""
+        return self.query.shape[1] // self.key.shape[1]
 
     @property
     def num_queries(self) -> int:
@@ -79,7 +87,21 @@ class Problem(NamedTuple):
     def query_rows(self, start: int, stop: int) -> Problem:
         """The same map, queries ``start`` to ``stop`` only (views, no copies of Q)."""
         lse = None if self.lse is None else self.lse[:, :, start:stop]
-        return self._replace(query=self.query[:, :, start:stop], lse=lse)
+        bias = self.bias[:, start:stop] if self.masks_queries else self.bias  # type: ignore[index]
+        return self._replace(query=self.query[:, :, start:stop], bias=bias, lse=lse)
+
+    @property
+    def masks_queries(self) -> bool:
+        """Whether the mask differs between queries."""
+        return self.bias is not None and self.bias.dim() == 3
+
+
+def query_mask_reason(backend: str) -> str:
+    """Why a backend cannot run a map whose mask differs between queries."""
+    return (
+        f"backend {backend!r} takes a mask over keys, [B', M]; one that differs between queries, "
+        "[B', N, M], needs backend='reference'"
+    )
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -34,7 +34,10 @@ def row_index(index: Index, rows: int, device: torch.device) -> Tensor:
 def picked_rows(problem: Problem, picked: Tensor) -> Problem:
     """The same map, some queries only (copies)."""
     lse = None if problem.lse is None else problem.lse.index_select(2, picked)
-    return problem._replace(query=problem.query.index_select(2, picked), lse=lse)
+    bias = problem.bias
+    if bias is not None and problem.masks_queries:
+        bias = bias.index_select(1, picked)
+    return problem._replace(query=problem.query.index_select(2, picked), bias=bias, lse=lse)
 
 
 def picked_bytes(problem: Problem, count: int) -> int:
@@ -43,6 +46,8 @@ def picked_bytes(problem: Problem, count: int) -> int:
     copied = query.shape[0] * query.shape[1] * query.shape[3] * query.element_size()
     if lse is not None:
         copied += lse.shape[0] * lse.shape[1] * lse.element_size()
+    if problem.bias is not None and problem.masks_queries:
+        copied += problem.bias.shape[0] * problem.num_keys
     return count * copied
 
 

@@ -187,13 +187,33 @@ class _Mask(NamedTuple):
     offset: Tensor | None  # [B'], what was subtracted; None for nothing
 
 
-def _mask(key_mask: Tensor | None, key: Tensor, dtype: torch.dtype) -> _Mask | None:
+def _query_mask(mask: Tensor, key: Tensor, queries: int) -> _Mask:
+    """A boolean mask that differs between queries: [B', N, M]. Held as it is, as one byte each."""
+    batch, keys = key.shape[0], key.shape[2]
+    if mask.shape not in ((batch, queries, keys), (1, queries, keys)):
+        raise ValueError(
+            f"key_mask has shape {_shape(mask)}; wanted [B', M] = [{batch}, {keys}], or, where it "
+            f"differs between queries, [B', N, M] = [{batch}, {queries}, {keys}]"
+        )
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"key_mask of [B', N, M] must be bool (True = may be attended), got {mask.dtype}; a "
+            "bias that is added to the scores is the same for all queries: [B', M]"
+        )
+    if mask.device != key.device:
+        raise ValueError(f"key_mask is on {mask.device} but key is on {key.device}")
+    return _Mask(mask.expand(batch, -1, -1).clone(), None)
+
+
+def _mask(key_mask: Tensor | None, key: Tensor, dtype: torch.dtype, queries: int) -> _Mask | None:
     """A boolean mask (True attends) or an additive bias. A copy: later changes have no effect."""
     if key_mask is None:
         return None
     if not isinstance(key_mask, Tensor):
         raise TypeError(f"key_mask must be a torch.Tensor, got {type(key_mask).__name__}")
     batch, keys = key.shape[0], key.shape[2]
+    if key_mask.dim() == 3:
+        return _query_mask(key_mask, key, queries)
     if key_mask.shape not in ((keys,), (batch, keys), (1, keys)):
         raise ValueError(
             f"key_mask has shape {_shape(key_mask)}; wanted [B', M] = [{batch}, {keys}] or "
@@ -317,11 +337,14 @@ def make_problem(
         raise ValueError(f"query is on {query.device} but key is on {key.device}: move one of them")
     if query.dtype != key.dtype:
         raise TypeError(f"query is {query.dtype} but key is {key.dtype}: convert one of them")
-    if query.shape[1] != key.shape[1]:
+    if query.shape[1] % key.shape[1]:
         raise ValueError(
-            f"query has H = {query.shape[1]} heads but key has {key.shape[1]}: the layout is "
-            f"[B, H, tokens, d]; transpose(1, 2) if yours is [B, tokens, H, d]"
+            f"query has H = {query.shape[1]} heads but key has {key.shape[1]}: wanted as many, or "
+            f"fewer that divide H (grouped queries); the layout is [B, H, tokens, d]; "
+            f"transpose(1, 2) if yours is [B, tokens, H, d]"
         )
+    if key.shape[1] == 1:
+        key = key.expand(-1, query.shape[1], -1, -1)  # one for all: a stride of 0, no copy
     if query.shape[3] != key.shape[3]:
         raise ValueError(
             f"query has head dimension d = {query.shape[3]} but key has {key.shape[3]}: both must "
@@ -345,7 +368,14 @@ def make_problem(
             f"scale = {scale:g} is too large for {dtype}: scores would overflow; wanted at most "
             f"{largest_scale(dtype):.3g}, at which a row is one key already"
         )
-    mask, indices = _mask(key_mask, key, dtype), _pairs(pairs, query, key)
+    mask, indices = _mask(key_mask, key, dtype, queries), _pairs(pairs, query, key)
+    if mask is not None and mask.bias.dim() == 3:
+        grows = any(isinstance(x, Tensor) and x.requires_grad for x in (query, key, head_weights))
+        if grows and torch.is_grad_enabled():
+            raise ValueError(
+                "key_mask differs between queries, for which there are no gradients; use "
+                "torch.no_grad(), query.detach() and key.detach(), or a mask over keys, [B', M]"
+            )
     problem = Problem(
         query=query,
         key=key,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashmaps.maps.problem import Cost, Problem, Request, cost_of, empty_outputs
+from flashmaps.maps.problem import Cost, Problem, Request, cost_of, empty_outputs, query_mask_reason
 
 
 def _why_missing(error: ImportError) -> str:
@@ -48,6 +48,8 @@ def supports(problem: Problem) -> str | None:
         return _missing
     if problem.query.device.type != "cpu":
         return f"backend 'cpu' needs tensors on the CPU, these are on {problem.query.device}"
+    if problem.masks_queries:
+        return query_mask_reason("cpu")
     return None
 
 
@@ -99,6 +101,8 @@ def _native(problem: Problem, pointer: _Pointers) -> Any:
         native.lse_strides = problem.lse.stride()
     native.query_batch, native.heads, native.queries, native.dim = problem.query.shape
     native.key_batch, native.keys = problem.key.shape[0], problem.key.shape[2]
+    if problem.key_group > 1:
+        native.key_group = problem.key_group
     native.maps = problem.batch
     native.scale = problem.scale
     native.normalize = _NORMALIZE[problem.normalize]

@@ -20,7 +20,7 @@ from flashmaps.maps.backends.cuda_blocks import Shape
 from flashmaps.maps.backends.cuda_call import device_index
 from flashmaps.maps.backends.cuda_launches import Run
 from flashmaps.maps.gpu import passes_of
-from flashmaps.maps.problem import Cost, Problem, Request, cost_of, empty_outputs
+from flashmaps.maps.problem import Cost, Problem, Request, cost_of, empty_outputs, query_mask_reason
 
 # Head dimensions with kernels. Others would run, padded, but nobody has looked at what they cost.
 DIMS = (40, 64, 80, 128, 160)
@@ -117,6 +117,8 @@ class Backend:
         device = problem.query.device
         if device.type != self.device_type:
             return f"backend 'cuda' needs tensors on a GPU, these are on {device}"
+        if problem.masks_queries:
+            return query_mask_reason("cuda")
         if problem.query.dtype not in (torch.float16, torch.bfloat16):
             return (
                 "backend 'cuda' takes float16 and bfloat16, these are "

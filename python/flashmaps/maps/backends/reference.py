@@ -51,8 +51,12 @@ def head_scores(problem: Problem, maps: slice, rows: slice) -> Tensor:
     of_query, of_key = _picked(problem, maps)
     query = _plain(_of(problem.query[:, :, rows], of_query), problem)
     key = _plain(_of(problem.key, of_key), problem)
+    if problem.key_group > 1:
+        key = key.repeat_interleave(problem.key_group, 1)
     scores = (query @ key.mT).mul_(problem.scale)
-    if problem.bias is not None:
+    if problem.bias is not None and problem.masks_queries:
+        scores.masked_fill_(~_of(problem.bias, of_key)[:, None, rows], -torch.inf)
+    elif problem.bias is not None:
         scores += problem.bias[of_key][:, None, None, :]
     return scores
 
@@ -80,7 +84,11 @@ def head_probabilities(problem: Problem, maps: slice, rows: slice) -> Tensor:
     else:
         probabilities -= problem.lse[maps, :, rows, None]
         probabilities.exp_()
-    if problem.bias is not None:  # a row whose keys are all hidden is zero, not 0 / 0
+    # A row whose keys are all hidden is zero, not 0 / 0.
+    if problem.bias is not None and problem.masks_queries:
+        hidden = ~_of(problem.bias, _picked(problem, maps)[1])[:, rows].any(-1)
+        probabilities.masked_fill_(hidden[:, None, :, None], 0.0)
+    elif problem.bias is not None:
         hidden = (problem.bias == -torch.inf).all(1)[_picked(problem, maps)[1]]
         probabilities.masked_fill_(hidden[:, None, None, None], 0.0)
     return probabilities
@@ -109,7 +117,7 @@ def return_probability(
     assert partner is not None
     out = torch.zeros_like(values[:, :, 0])
     if _columns_alone(partner):
-        bias = None if partner.bias is None else partner.bias[:, rows]
+        bias = None if partner.bias is None else partner.bias[..., rows]
         partner = partner._replace(key=partner.key[:, :, rows], bias=bias)
         rows = slice(0, rows.stop - rows.start)
     for start in range(0, partner.num_queries, step):
@@ -189,7 +197,14 @@ def _map_bytes(problem: Problem, maps: int, rows: int, *, sliced_keys: bool = Fa
     part = rows < problem.num_queries
     copies = _tokens_bytes(problem.query, maps * rows, problem, sliced=part)
     copies += _tokens_bytes(problem.key, maps * keys, problem, sliced=sliced_keys)
-    masks = 0 if problem.bias is None else problem.bias.numel() + 2 * maps * keys * problem.itemsize
+    masks = 0
+    if (
+        problem.bias is not None and problem.masks_queries
+    ):  # gathered, a part of it, and its inverse
+        gathered = maps * problem.num_queries * keys if problem.pairs is not None else 0
+        masks = gathered + 2 * maps * rows * (keys + 1)
+    elif problem.bias is not None:
+        masks = problem.bias.numel() + 2 * maps * keys * problem.itemsize
     per_row = maps * rows * problem.heads * problem.itemsize
     weighted = scores if problem.head_weights is not None and maps > 1 else 0
     return (

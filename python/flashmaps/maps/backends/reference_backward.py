@@ -140,7 +140,7 @@ def _add_back(g: Tensor, gradient: Gradient, maps: slice, rows: slice, step: int
     partner = gradient.partner
     assert partner is not None
     if reference._columns_alone(partner):
-        bias = None if partner.bias is None else partner.bias[:, rows]
+        bias = None if partner.bias is None else partner.bias[..., rows]
         partner = partner._replace(key=partner.key[:, :, rows], bias=bias)
         step, rows_of_back = partner.num_queries, slice(0, rows.stop - rows.start)
     else:
