@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from flashmaps.diffusion.capture import capture
     from flashmaps.diffusion.cross_self import CrossSelfAttnProcessor
     from flashmaps.diffusion.entry import Entry
+    from flashmaps.diffusion.image_prompts import image_prompt_maps
     from flashmaps.diffusion.known import register_layout
     from flashmaps.diffusion.processors import MapAttnProcessor
     from flashmaps.diffusion.record import Record
@@ -52,6 +53,7 @@ _LATER = {
     "Record": "flashmaps.diffusion.record",
     "WordMaps": "flashmaps.diffusion.words",
     "capture": "flashmaps.diffusion.capture",
+    "image_prompt_maps": "flashmaps.diffusion.image_prompts",
     "match": "flashmaps.matching.match",
     "register_layout": "flashmaps.diffusion.known",
     "word_maps": "flashmaps.diffusion.words",
@@ -75,6 +77,7 @@ __all__ = [
     "capture",
     "checks",
     "compose",
+    "image_prompt_maps",
     "inverse_mapping_entropy",
     "inverse_mapping_score",
     "mapping_density",

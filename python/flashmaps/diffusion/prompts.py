@@ -61,6 +61,7 @@ class Spelling:
         tokens: its tokens, padding included, as it writes them.
         spans: the characters that each token stands for; empty for special tokens and padding.
         uncut: the same of the whole prompt without special tokens, however long.
+        marks: "start", "end" or "padding" for each token that is one; else "".
     """
 
     text: str
@@ -68,6 +69,11 @@ class Spelling:
     tokens: tuple[str, ...]
     spans: tuple[Span, ...]
     uncut: tuple[Span, ...]
+    marks: tuple[str, ...] = ()
+
+    def marked(self, name: str) -> list[int]:
+        """The model's text tokens with this mark."""
+        return [self.start + at for at, mark in enumerate(self.marks) if mark == name]
 
     def positions(self, place: Span) -> list[int]:
         """The model's text tokens that spell this place; [] if some of them were cut off."""
@@ -94,28 +100,86 @@ def spell(
     """
     before, after = template.split("{}")
     whole = before + text + after
-    length = min(length, tokenizer.model_max_length)
+    window = tokenizer.model_max_length
+    if length > window and length % window == 0:
+        return _in_windows(tokenizer, text, length // window, start)
+    length = min(length, window)
     kept = {"padding": "max_length", "max_length": length + drop, "truncation": True}
-    tokens, spans = _encode(tokenizer, whole, kept)
-    _, uncut = _encode(tokenizer, whole, {"add_special_tokens": False, "verbose": False})
+    tokens, spans, attended = _encode(tokenizer, whole, kept)
+    _, uncut, _ = _encode(tokenizer, whole, {"add_special_tokens": False, "verbose": False})
+    marks = _marks(tokenizer, attended)
 
     def within_prompt(spans: list[Span]) -> tuple[Span, ...]:
         moved = [(a - len(before), b - len(before)) for a, b in spans]
         return tuple((a, b) if a < len(text) and b > 0 else (0, 0) for a, b in moved)
 
     return Spelling(
-        text, start, tuple(tokens[drop:]), within_prompt(spans)[drop:], within_prompt(uncut)
+        text,
+        start,
+        tuple(tokens[drop:]),
+        within_prompt(spans)[drop:],
+        within_prompt(uncut),
+        tuple(marks[drop:]),
     )
 
 
-def _encode(tokenizer: Any, text: str, options: dict[str, Any]) -> tuple[list[str], list[Span]]:
+def _in_windows(tokenizer: Any, text: str, count: int, start: int) -> Spelling:
+    """A prompt that is longer than the window, as it is given in chunks: each as many tokens as fit
+
+    between a start and an end of its own, padded; the features of all follow each other.
+    """
+    ids, spans, _ = _encode(tokenizer, text, {"add_special_tokens": False, "verbose": False})
+    before, after = _affixes(tokenizer)
+    window = tokenizer.model_max_length
+    size = window - len(before) - len(after)
+    pad = getattr(tokenizer, "pad_token", None) or (after[-1] if after else "")
+    tokens: list[str] = []
+    places: list[Span] = []
+    marks: list[str] = []
+    for chunk in range(count):
+        own = slice(chunk * size, (chunk + 1) * size)
+        some, here = ids[own], spans[own]
+        rest = size - len(some)
+        tokens += [*before, *some, *after, *[pad] * rest]
+        places += [(0, 0)] * len(before) + here + [(0, 0)] * (len(after) + rest)
+        marks += ["start"] * len(before) + [""] * len(some) + ["end"] * len(after)
+        marks += ["padding"] * rest
+    return Spelling(text, start, tuple(tokens), tuple(places), tuple(spans), tuple(marks))
+
+
+def _affixes(tokenizer: Any) -> tuple[list[str], list[str]]:
+    """The special tokens that a tokenizer puts before a text and after it."""
+    found = tokenizer.convert_ids_to_tokens(tokenizer("")["input_ids"])
+    # CLIP has one at each end, T5 one at the end. An only one is the end where it is named so.
+    if len(found) == 1 and found[0] != getattr(tokenizer, "eos_token", None):
+        return found, []
+    return found[: len(found) // 2], found[len(found) // 2 :]
+
+
+def _marks(tokenizer: Any, attended: list[int]) -> list[str]:
+    before, after = _affixes(tokenizer)
+    # Padding on the left comes before the start.
+    first = next((at for at, one in enumerate(attended) if one), len(attended))
+    last = first + sum(attended)
+    marks = ["" if one else "padding" for one in attended]
+    for at in range(first, min(first + len(before), last)):
+        marks[at] = "start"
+    for at in range(max(first, last - len(after)), last):
+        marks[at] = "end"
+    return marks
+
+
+def _encode(
+    tokenizer: Any, text: str, options: dict[str, Any]
+) -> tuple[list[str], list[Span], list[int]]:
     if getattr(tokenizer, "is_fast", False):
         encoded = tokenizer(text, return_offsets_mapping=True, **options)
         spans = [_stripped(tuple(span), text) for span in encoded["offset_mapping"]]
     else:
         encoded = tokenizer(text, return_attention_mask=True, **options)
         spans = _spans_by_decoding(tokenizer, encoded, text)
-    return tokenizer.convert_ids_to_tokens(encoded["input_ids"]), spans
+    attended = list(encoded["attention_mask"])
+    return tokenizer.convert_ids_to_tokens(encoded["input_ids"]), spans, attended
 
 
 def _stripped(span: Span, text: str) -> Span:
@@ -158,6 +222,12 @@ def spellings(pipe: Any, prompt: str, length: int) -> list[Spelling]:
         if tokenizer is None or end <= start:
             continue
         options: dict[str, Any] = {"start": start}
+        window = tokenizer.model_max_length
+        if len(places) == 1 and end > window and end % window:
+            raise ValueError(
+                f"the model got {end} text tokens, which is no number of windows of {window}; give "
+                "tokenizer=, and text_offset= for where its tokens begin"
+            )
         if hasattr(pipe, "prompt_template_encode"):
             options["template"] = pipe.prompt_template_encode
             options["drop"] = pipe.prompt_template_encode_start_idx

@@ -20,7 +20,7 @@ from flashmaps.maps.lazy import REDUCTIONS
 
 KEEP = ("qk", "statistics", "mean")
 # Beyond AttentionMap.reduce's own names.
-MORE_STATISTICS = ("density", "pool", "image_to_text")
+MORE_STATISTICS = ("density", "pool", "image_to_text", "image_to_prompt")
 
 Statistic = Callable[[AttentionMap], Tensor]
 # An entry's statistics are attributes of it, beside these.
@@ -37,8 +37,9 @@ class Recorder:
         reduce: what to compute at once: names of `AttentionMap.reduce`, computed in one pass;
             "density": how many queries have key j as their argmax, [B, M]; "pool": the map pooled
             to ``pool_to``; "image_to_text": every image query's attention to every text key,
-            [B, N, M]; functions of the lazy map that return a tensor, batch first, named after
-            themselves, or a mapping from names to functions.
+            [B, N, M]; "image_to_prompt": likewise to every key of an image prompt; functions of
+            the lazy map that return a tensor, batch first, named after themselves, or a mapping
+            from names to functions.
         pool_to: (height, width) for "pool", of queries and image keys.
         block: the part of the map that is reduced, as in `Entry.map`.
         dtype, device: of Q and K that are kept; device also of statistics.
@@ -152,6 +153,8 @@ class Recorder:
                 found["density"] = _density(found["argmax"], attention_map.shape[2])
             if "image_to_text" in self.names and _sees_text(entry):
                 found["image_to_text"] = entry.map("image->text").to_dense()
+            if "image_to_prompt" in self.names and "image_prompt" in entry.keys:
+                found["image_to_prompt"] = entry.map("image->image_prompt").to_dense()
             for name, function in self.functions.items():
                 found[name] = _checked(name, function(attention_map), attention_map.shape[0])
         if "density" in self.names and "argmax" not in self.names:

@@ -16,13 +16,16 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flashmaps.diffusion.animation import maps_of_frames, write_animation
 from flashmaps.diffusion.entry import Entry
+from flashmaps.diffusion.guidance import UNTOLD
 from flashmaps.diffusion.images import load_image
 from flashmaps.diffusion.prompts import Span, Spelling, find, spell, spellings, words_of
 from flashmaps.diffusion.selection import of_guidance
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MERGES = ("mean", "sum")
+# Names of tokens that are no words.
+_MARKS = {"<start>": "start", "<end>": "end", "<padding>": "padding"}
 _GUIDANCE = ("conditional", "unconditional")
 
 
@@ -93,7 +98,8 @@ class WordMaps:
 
         Args:
             word: a word of the prompt, or several neighbouring ones. Upper and lower case are
-                alike, and punctuation around it is not part of it.
+                alike, and punctuation around it is not part of it. Or ``"<start>"``, ``"<end>"`` or
+                ``"<padding>"``: the special tokens of a text, of every window of a long one.
             occurrence: which one, from 0, of a word that occurs several times; None takes all.
             merge: "mean" of the maps of the tokens that spell it: the probability of a token of
                 this word. "sum": the probability that falls on the word. Default: as the maps were
@@ -113,6 +119,11 @@ class WordMaps:
         groups = self._chosen(word, occurrence)
         if any(groups):
             return groups
+        if (name := _MARKS.get(word)) is not None:
+            marked = [each.marked(name) for each in self._spellings]
+            if any(marked):
+                return marked
+            raise WordError(f"this text has no token that is its {name}: {word!r}")
         if not any(find(word, each.text) for each in self._spellings):
             raise WordError(
                 f"{word!r} is not in the prompt; its words are: {', '.join(self.words) or '(none)'}"
@@ -154,14 +165,8 @@ class WordMaps:
             occurrence: as in :meth:`of`.
             frame: of a video, which frame of the maps; ``image`` is a picture of that time.
         """
-        from PIL import Image as Pil
-
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha={alpha!r} must lie between 0 and 1")
-        picture = load_image(image)
-        values = self._frame(self.of(word, occurrence=occurrence), frame)
-        mixed = _blend(picture, values, (float(values.min()), float(values.max())), alpha, cmap)
-        return Pil.fromarray((mixed * 255 + 0.5).astype("uint8"))
+        values = self.of(word, occurrence=occurrence)
+        return overlaid(values, image, alpha=alpha, cmap=cmap, frame=frame)
 
     def plot(
         self,
@@ -185,7 +190,7 @@ class WordMaps:
 
         picture = load_image(image)
         chosen = self.words if words is None else list(words)
-        maps = {word: self._frame(self.of(word), frame) for word in chosen}
+        maps = {word: _frame(self.of(word), frame) for word in chosen}
         limits = {word: (float(each.min()), float(each.max())) for word, each in maps.items()}
         if same_scale and limits:
             lows, highs = zip(*limits.values(), strict=True)
@@ -206,16 +211,40 @@ class WordMaps:
             ax.set_title(f"{word}\n{low:.2g} to {high:.2g}", fontsize=10, loc="left")
         return figure
 
-    def _frame(self, values: Tensor, frame: int | None) -> Tensor:
-        if values.ndim == 2 and frame is None:
-            return values
+    def animate(
+        self,
+        word: str,
+        video: Sequence[Any],
+        path: str | Path,
+        *,
+        fps: float = 8.0,
+        alpha: float = 0.5,
+        cmap: str = "turbo",
+        occurrence: int | None = None,
+    ) -> Path:
+        """A word's heat maps over a video, frame by frame: a GIF, or MP4 where ffmpeg is.
+
+        Args:
+            video: the frames, pictures as in :meth:`overlay`; as many as the maps have, or more: a
+                map stands for the frames that its latent frame is decoded to.
+            path: ending in ``.gif`` or ``.mp4``; written whole or not at all.
+            fps: frames each second.
+            alpha, cmap, occurrence: as in :meth:`overlay`; one scale of colours for all frames.
+
+        Raises ValueError for maps of an image, fewer pictures than maps and another ending,
+        RuntimeError for an MP4 without ffmpeg.
+        """
+        values = self.of(word, occurrence=occurrence)
         if values.ndim == 2:
-            raise ValueError(f"frame={frame!r}: these are maps of an image, not of a video")
-        if frame is None or not -len(values) <= frame < len(values):
-            raise ValueError(
-                f"frame={frame!r}: these are maps of {len(values)} frames; give the one to show"
-            )
-        return values[frame]
+            raise ValueError("these are maps of an image, not of a video; see overlay()")
+        if len(video) < len(values):
+            raise ValueError(f"video has {len(video)} frames, but there are {len(values)} maps")
+        limits = (float(values.min()), float(values.max()))
+        frames = (
+            _blend(load_image(picture), values[at], limits, alpha, cmap)
+            for picture, at in zip(video, maps_of_frames(len(video), len(values)), strict=True)
+        )
+        return write_animation(path, ((each * 255 + 0.5).astype("uint8") for each in frames), fps)
 
 
 def word_maps(
@@ -266,7 +295,6 @@ def word_maps(
     _merge(merge)
     entries = _attending(record, guidance)
     length = _one(entries, "text tokens", lambda entry: _size(entry.keys["text"]))
-    frames = _one(entries, "frames", lambda entry: entry.frames * entry.rows)
     text = unicodedata.normalize("NFC", prompt)
     if tokenizer is not None:
         if not 0 <= text_offset < length:
@@ -279,17 +307,32 @@ def word_maps(
     tokens = [""] * length
     for each in spelt:
         tokens[each.start : each.start + len(each.tokens)] = each.tokens
-    means = _means(entries, image)
+    maps = averaged(entries, image, size)
+    return WordMaps(text, tuple(tokens), maps, merge, tuple(spelt))
+
+
+def averaged(
+    entries: list[Entry],
+    image: int,
+    size: Grid | None,
+    *,
+    part: str = "text",
+    statistic: str = "image_to_text",
+) -> Tensor:
+    """Attention to a part of the keys, the mean over layers: [tokens, H, W], on the CPU.
+
+    [tokens, frames, H, W] of a video. ``size``: (height, width); None: the finest grid's.
+    """
+    frames = _one(entries, "frames", lambda entry: entry.frames * entry.rows)
+    means = _means(entries, image, part, statistic)
     size = _checked_size(size) or max(means, key=math.prod)
     maps = sum(_resampled(mean, frames, grid, size) for grid, mean in means.items())
     assert isinstance(maps, Tensor)
-    return WordMaps(text, tuple(tokens), maps.cpu(), merge, tuple(spelt))
+    return maps.cpu()
 
 
 def _attending(record: Iterable[Entry], guidance: str) -> list[Entry]:
     """The entries in which the image attends to text, of the wanted half of guidance."""
-    if guidance not in _GUIDANCE:
-        raise ValueError(f"guidance={guidance!r}; choose from {', '.join(_GUIDANCE)}")
     entries = list(record)
     attending = [each for each in entries if "image" in each.queries and "text" in each.keys]
     if not attending:
@@ -299,13 +342,28 @@ def _attending(record: Iterable[Entry], guidance: str) -> list[Entry]:
             f"the record has no layer in which image tokens attend to text (it has: {kinds}); "
             + (why or "capture with kind='cross' or, where the model attends jointly, kind='joint'")
         )
+    return chosen_entries(attending, guidance)
+
+
+def chosen_entries(attending: list[Entry], guidance: str) -> list[Entry]:
+    """The wanted part of guidance of each; ValueError where there is none."""
+    if guidance not in _GUIDANCE:
+        raise ValueError(f"guidance={guidance!r}; choose from {', '.join(_GUIDANCE)}")
     chosen = [half for each in attending if (half := of_guidance(each, guidance)) is not None]
     if not chosen:
-        raise ValueError(f"the record holds no {guidance} pass; capture with guidance={guidance!r}")
+        parts = sorted({str(each.guidance) for each in attending})
+        if "unknown" in parts:
+            raise ValueError(f"the record holds no {guidance} pass: {UNTOLD}")
+        raise ValueError(
+            f"the record holds no {guidance} pass (it has: {', '.join(parts)}); capture with "
+            f"guidance={guidance!r}"
+        )
     return chosen
 
 
-def _means(entries: list[Entry], image: int) -> dict[Grid, Tensor]:
+def _means(
+    entries: list[Entry], image: int, part_of_keys: str, statistic: str
+) -> dict[Grid, Tensor]:
     """For each grid [frames * h * w, tokens]: its layers' part of the mean over all layers."""
     passes: Counter[str] = Counter()
     for entry in entries:
@@ -317,26 +375,27 @@ def _means(entries: list[Entry], image: int) -> dict[Grid, Tensor]:
                 f"layer {entry.layer!r}: the grid of its image tokens is not known; leave it out "
                 "with rec.select(...)"
             )
-        part = _image_to_text(entry, image) * (entry.count / passes[entry.layer] / len(passes))
+        found = _attention_to(entry, image, part_of_keys, statistic)
+        part = found * (entry.count / passes[entry.layer] / len(passes))
         so_far = means.get(entry.grid)
         means[entry.grid] = part if so_far is None else so_far.add_(part)
     return means
 
 
-def _image_to_text(entry: Entry, image: int) -> Tensor:  # [frames * h * w, tokens]
-    # Frames stand in one sequence, or are rows of the batch.
-    statistic = entry.statistics.get("image_to_text")
+def _attention_to(entry: Entry, image: int, part: str, name: str) -> Tensor:
+    """[frames * h * w, tokens]; frames stand in one sequence, or are rows of the batch."""
+    statistic = entry.statistics.get(name)
     if statistic is None and entry.query is None:
         raise ValueError(
-            f"layer {entry.layer!r}: neither 'image_to_text' nor Q and K were kept, only "
-            f"{', '.join(entry.statistics)}; capture with reduce='image_to_text'"
+            f"layer {entry.layer!r}: neither {name!r} nor Q and K were kept, only "
+            f"{', '.join(entry.statistics)}; capture with reduce={name!r}"
         )
     batch = len(entry.query if statistic is None else statistic) // entry.rows
     if not -batch <= image < batch:
         raise ValueError(f"image={image} is out of range: layer {entry.layer!r} saw {batch}")
     rows = [image % batch * entry.rows + frame for frame in range(entry.rows)]
     if statistic is None:
-        maps = entry.map("image->text", pairs=[(row, row) for row in rows]).to_dense()
+        maps = entry.map(f"image->{part}", pairs=[(row, row) for row in rows]).to_dense()
     else:
         maps = statistic[rows]
     return maps.flatten(0, 1).float()
@@ -349,6 +408,32 @@ def _resampled(mean: Tensor, frames: int, grid: Grid, size: Grid) -> Tensor:
         # Antialiasing is plain bilinear where it enlarges, and averages where it shrinks.
         maps = F.interpolate(maps, size=size, mode="bilinear", antialias=True, align_corners=False)
     return maps[0] if frames == 1 else maps.transpose(0, 1)
+
+
+def overlaid(
+    values: Tensor, image: Any, *, alpha: float, cmap: str, frame: int | None = None
+) -> Any:
+    """A heat map in colours over an image, from its least to its greatest value: a PIL image."""
+    from PIL import Image as Pil
+
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha={alpha!r} must lie between 0 and 1")
+    picture = load_image(image)
+    values = _frame(values, frame)
+    mixed = _blend(picture, values, (float(values.min()), float(values.max())), alpha, cmap)
+    return Pil.fromarray((mixed * 255 + 0.5).astype("uint8"))
+
+
+def _frame(values: Tensor, frame: int | None) -> Tensor:
+    if values.ndim == 2 and frame is None:
+        return values
+    if values.ndim == 2:
+        raise ValueError(f"frame={frame!r}: these are maps of an image, not of a video")
+    if frame is None or not -len(values) <= frame < len(values):
+        raise ValueError(
+            f"frame={frame!r}: these are maps of {len(values)} frames; give the one to show"
+        )
+    return values[frame]
 
 
 def _places(word: str, spelling: Spelling, occurrence: int | None) -> list[Span]:
