@@ -40,7 +40,7 @@ from flashmaps.diffusion.known import (
     tokens_of,
     with_grid,
 )
-from flashmaps.diffusion.layouts import KINDS, Forward, Plan, layout
+from flashmaps.diffusion.layouts import KINDS, Forward, Layout, Layouts, Plan, layout
 from flashmaps.diffusion.observe import (
     AttentionCall,
     Listener,
@@ -178,6 +178,7 @@ class capture:
         self._forward: Forward | None = None
         self._plans: dict[str, Plan] = {}
         self._query_masks = QueryMasks()
+        self._layouts = Layouts()
         # What happened, to say why nothing was recorded.
         self._recorded = self._ran = self._ran_elsewhere = False
         self._left: dict[str, LeftOut] = {}
@@ -234,6 +235,7 @@ class capture:
         self._thread = self._forward = None
         self._plans.clear()
         self._query_masks.forget()
+        self._layouts.clear()
         self._recorder.end()
         if not any(exception) and not self._recorded and (why := self._why_nothing()):
             warnings.warn(f"nothing was recorded: {why}", stacklevel=2)
@@ -324,6 +326,7 @@ class capture:
             guidance=guidance,
             batch=batch,
             images=None if latents is None else len(latents),
+            found=self._layouts.of(tokens),
         )
 
     def _after_forward(self, model: nn.Module, args: tuple, output: Any) -> None:
@@ -336,6 +339,17 @@ class capture:
     def _is_wanted(self) -> bool:
         return self._forward is not None and threading.get_ident() == self._thread
 
+    def _layout(
+        self, layer: str, plan: Plan, alone: bool, index: int, queries: int, keys: int, at: Forward
+    ) -> Layout:
+        try:
+            found = layout(plan, alone, index, queries, keys, at.tokens)
+        except ValueError as error:
+            error.add_note(f"Raised for layer {layer!r}.")
+            raise
+        at.found[layer, alone, index, queries, keys] = found
+        return found
+
     def _observe(
         self, layer: str, call: ProcessorCall, index: int, attention: AttentionCall
     ) -> None:
@@ -343,12 +357,10 @@ class capture:
         assert at is not None
         query, key = attention.query, attention.key
         tokens, keys = query.shape[-2], key.shape[-2]
-        plan = self._plans[layer]
-        try:
-            found = layout(plan, call.context is None, index, tokens, keys, at)
-        except ValueError as error:
-            error.add_note(f"Raised for layer {layer!r}.")
-            raise
+        plan, alone = self._plans[layer], call.context is None
+        found = at.found.get((layer, alone, index, tokens, keys))
+        if found is None:
+            found = self._layout(layer, plan, alone, index, tokens, keys, at)
         if self._kinds is not None and found.kind not in self._kinds:
             self._left[layer] = LeftOut.of(found, at.guidance, "kind")
             return

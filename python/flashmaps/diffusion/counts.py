@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -29,12 +29,21 @@ _LENGTHS = (
 
 def called_with(model: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
     """What a model was called with, by name."""
+    kind: Any = type(model)
+    if "forward" not in vars(model):
+        return dict(zip(_parameters(kind), args, strict=False)) | kwargs
     parameters = inspect.signature(model.forward).parameters
-    names = list(parameters)
+    names: Iterable[str] = parameters
     if any(each.kind is each.VAR_POSITIONAL for each in parameters.values()):
         # Someone's `forward(*args, **kwargs)` before the model's own, as DeepCache has it.
-        names = list(inspect.signature(type(model).forward).parameters)[1:]
+        names = _parameters(kind)
     return dict(zip(names, args, strict=False)) | kwargs
+
+
+@functools.cache
+def _parameters(kind: Any) -> tuple[str, ...]:
+    """Of a class of models: the parameters of its ``forward``, without self."""
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
 def timestep_of(given: Given) -> Any:

@@ -78,7 +78,7 @@ class Forward:
         guidance, batch: which part of guidance this is, or which parts its batch holds; see
             `flashmaps.diffusion.entry.Entry`.
         images: how many images the model was called with; None: not known.
-        found: layouts that were found in this call, for layers that have the same.
+        found: layouts of calls with the same tokens; see `Layouts`.
     """
 
     step: int
@@ -267,19 +267,34 @@ class Plan:
     given: tuple[Mapping[str, slice], Mapping[str, slice]] | None = None
 
 
-def layout(plan: Plan, alone: bool, call: int, queries: int, keys: int, at: Forward) -> Layout:
+class Layouts:
+    """Layouts that were found: a model is mostly called with as many tokens as before."""
+
+    def __init__(self) -> None:
+        self._recent: list[tuple[Tokens, dict[Any, Layout]]] = []
+
+    def of(self, tokens: Tokens) -> dict[Any, Layout]:
+        """Those of calls with these tokens, by whatever else they depend on."""
+        for each, found in self._recent:
+            if each == tokens:
+                return found
+        self._recent = [(tokens, {}), *self._recent[:7]]  # guidance may take turns
+        return self._recent[0][1]
+
+    def clear(self) -> None:
+        """Forget them."""
+        self._recent = []
+
+
+def layout(plan: Plan, alone: bool, call: int, queries: int, keys: int, tokens: Tokens) -> Layout:
     """The layout of the ``call``-th attention (from 0) of one processor call.
 
     ``alone``: the processor was given no context.
     """
-    index = min(call, 1) if plan.rule is not None and not plan.rule.each else 0
-    seen = (plan.rule, plan.level, plan.name, alone, index, queries, keys)
     if plan.given is not None:
-        return _given(plan, queries, keys, at.tokens)
-    found = at.found.get(seen)
-    if found is None:
-        found = at.found[seen] = _layout(plan, alone, index, queries, keys, at.tokens)
-    return found
+        return _given(plan, queries, keys, tokens)
+    index = min(call, 1) if plan.rule is not None and not plan.rule.each else 0
+    return _layout(plan, alone, index, queries, keys, tokens)
 
 
 def _layout(plan: Plan, alone: bool, call: int, queries: int, keys: int, tokens: Tokens) -> Layout:

@@ -28,8 +28,10 @@ def rotary(
 
 def rotates(arguments: Mapping[str, Any]) -> bool:
     """Whether a processor was given a rotary embedding, in whatever form."""
-    names = ("image_rotary_emb", "rotary_emb", "freqs_cis", "query_rotary_emb")
-    return any(arguments.get(name) is not None for name in names)
+    for name in ("image_rotary_emb", "rotary_emb", "freqs_cis", "query_rotary_emb"):
+        if arguments.get(name) is not None:
+            return True
+    return False
 
 
 def unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

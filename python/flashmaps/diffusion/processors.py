@@ -10,6 +10,7 @@ ControlNets, PixArt, and VAEs. Other models, and processors of other kinds, are 
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from flashmaps.diffusion.capture import denoisers, step_filter
 from flashmaps.diffusion.counts import called_with
 from flashmaps.diffusion.entry import Entry
 from flashmaps.diffusion.known import plan_of, tokens_of
-from flashmaps.diffusion.layouts import Forward, Layout, Plan, Rule, Tokens, layout
+from flashmaps.diffusion.layouts import Layout, Layouts, Plan, Rule, Tokens, layout
 from flashmaps.diffusion.observe import (
     attention_layers,
     choose_layers,
@@ -42,6 +43,15 @@ _STOCK = {"AttnProcessor2_0": False, "FusedAttnProcessor2_0": True}  # whether p
 _STOCK_PLAN = Plan(Rule("*", ("image -> text*",), alone=("image",)), name="AttnProcessor2_0")
 _FLASH = SDPBackend.FLASH_ATTENTION.value
 _ROW_STATISTICS = {"entropy", "max", "argmax", "expectation", "diagonal", "density"}
+
+
+@functools.lru_cache(maxsize=256)
+def _stock_tokens(grid: Grid | None, queries: int | None) -> Tokens:
+    """On a grid that is known, or on a square one if there are as many queries."""
+    if grid is not None or queries is None:
+        return Tokens(grid, levels=True)
+    square = square_grid(queries)
+    return Tokens(square, sizes={} if square else {"image": queries})
 
 
 @dataclass
@@ -122,6 +132,7 @@ class MapAttnProcessor:
         self._grid = grid
         self._wanted_step = step_filter(steps)
         self._name = layer
+        self._layouts = Layouts()
         self._layers: weakref.WeakKeyDictionary[nn.Module, Layer] = weakref.WeakKeyDictionary()
         _exempt_from_compilation()
 
@@ -355,15 +366,15 @@ class MapAttnProcessor:
 
     def _layout(self, grid: Grid | None, alone: bool, queries: int, keys: int) -> Layout:
         """The layout of a layer: of its picture, of its model, or of square grids."""
-        if grid is None and self._plan is not None and self._tokens is not None:
-            return layout(self._plan, alone, 0, queries, keys, Forward(0, tokens=self._tokens))
-        grid = grid or self._grid
-        if grid is None:
-            square = square_grid(queries)
-            tokens = Tokens(square, sizes={} if square else {"image": queries})
-        else:
-            tokens = Tokens(grid, levels=True)
-        return layout(_STOCK_PLAN, alone, 0, queries, keys, Forward(0, tokens=tokens))
+        plan, tokens = self._plan, self._tokens
+        if grid is not None or plan is None or tokens is None:
+            plan, grid = _STOCK_PLAN, grid or self._grid
+            tokens = _stock_tokens(grid, None if grid is not None else queries)
+        found = self._layouts.of(tokens)
+        key = plan.rule is _STOCK_PLAN.rule, alone, queries, keys
+        if key not in found:
+            found[key] = layout(plan, alone, 0, queries, keys, tokens)
+        return found[key]
 
     def _mix(
         self, key: Tensor, value: Tensor, mask: Tensor | None
