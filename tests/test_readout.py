@@ -74,5 +74,5 @@ def test_rows_that_do_not_fit_are_refused():
         read(torch.ones(62), GRID)
     with pytest.raises(ValueError, match=r"readout='mode'; wanted 'hard'"):
         read(torch.ones(63), GRID, "mode")
-    with pytest.raises(ValueError, match=r"window=1\.5; wanted a whole number"):
+    with pytest.raises(ValueError, match=r"window must be a whole number >= 1, got 1\.5"):
         read(torch.ones(63), GRID, "window", 1.5)

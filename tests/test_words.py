@@ -531,7 +531,7 @@ def test_arguments_that_do_not_fit_are_named(pipes, clip):
         make(merge="max")
     with pytest.raises(ValueError, match=r"guidance='both'; choose from"):
         make(guidance="both")
-    with pytest.raises(ValueError, match=r"alpha=2 must lie between 0 and 1"):
+    with pytest.raises(ValueError, match=r"alpha must be a finite number from 0 to 1, got 2"):
         make().overlay("cat", np.zeros((32, 32, 3), np.uint8), alpha=2)
     with pytest.raises(ValueError, match=r"frame=0: these are maps of an image"):
         make().overlay("cat", np.zeros((32, 32, 3), np.uint8), frame=0)

@@ -20,7 +20,8 @@ from torch import Tensor
 _BOOLEANS = (bool, np.bool_)
 
 
-def _is_boolean(value: object) -> bool:
+def is_boolean(value: object) -> bool:
+    """True or False, also numpy's and torch's."""
     return isinstance(value, _BOOLEANS) or (isinstance(value, Tensor) and value.dtype == torch.bool)
 
 
@@ -28,7 +29,7 @@ def as_whole(value: object) -> int | None:
     """``value`` as an int if it is a whole number of an integer type; None for all else."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    if _is_boolean(value) or (isinstance(value, (Tensor, np.ndarray)) and value.ndim > 0):
+    if is_boolean(value) or (isinstance(value, (Tensor, np.ndarray)) and value.ndim > 0):
         return None
     try:
         return operator.index(value)  # type: ignore[arg-type]
@@ -88,7 +89,7 @@ def number(
 def _as_float(value: object) -> float:
     """NaN for what is no number, or one beyond all floats."""
     single = isinstance(value, Tensor) and value.ndim == 0 and not value.is_complex()
-    if _is_boolean(value) or not (isinstance(value, numbers.Real) or single):
+    if is_boolean(value) or not (isinstance(value, numbers.Real) or single):
         return math.nan
     try:
         return float(value)  # type: ignore[arg-type]
@@ -103,7 +104,7 @@ def switch(name: str, value: object) -> bool:
     raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
-def sides(name: str, value: Any) -> tuple[int, int] | None:
+def sides(value: Any) -> tuple[int, int] | None:
     """(height, width) in whole numbers, or None for what is no pair of them."""
     if isinstance(value, (str, bytes)):
         return None

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashmaps import arguments
 from flashmaps.diffusion.layouts import REMEDY
 from flashmaps.diffusion.positions import unrotate
 from flashmaps.maps.attention_map import AttentionMap
@@ -124,7 +125,7 @@ class Entry:
         if self.grid is None or "image" not in self.queries:
             why = self.why or f"it is not known here; {REMEDY}"
             raise ValueError(f"layer {self.layer!r} has no grid of frames: {why}")
-        if not -self.frames <= index < self.frames:
+        if not -self.frames <= arguments.whole("index", index) < self.frames:
             raise IndexError(f"frame {index} is out of range: there are {self.frames}")
         size = math.prod(self.grid)
         start = self.queries["image"].start + index % self.frames * size
@@ -219,6 +220,7 @@ class Entry:
         query, for an entry without
         Q and K, a block that the layer has not.
         """
+        arguments.switch("renormalize", renormalize)
         other = self if to is None else to
         if positions not in POSITIONS:
             raise ValueError(f"positions={positions!r}; choose from {', '.join(POSITIONS)}")

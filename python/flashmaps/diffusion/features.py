@@ -165,6 +165,8 @@ def features(
     """
     from tqdm.auto import tqdm
 
+    for name, value in (("same_noise", same_noise), ("outputs", outputs), ("progress", progress)):
+        switch(name, value)
     pipe = load_model(model)
     layers = _patterns(pipe, layers)
     if outputs and hasattr(pipe.unet, "_orig_mod"):

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
+from flashmaps.arguments import sides
 from flashmaps.diffusion.capture import denoisers, step_filter
 from flashmaps.diffusion.counts import called_with
 from flashmaps.diffusion.entry import Entry
@@ -129,6 +130,8 @@ class MapAttnProcessor:
             record=record,
         )
         self.record = self._recorder.record
+        if grid is not None and (sides(grid) is None or min(grid) < 1):
+            raise ValueError(f"grid={grid!r}; wanted (height, width), both at least 1")
         self._grid = grid
         self._wanted_step = step_filter(steps)
         self._name = layer

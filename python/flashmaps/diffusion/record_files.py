@@ -161,7 +161,7 @@ def _check_row(row: dict[str, Any]) -> None:
         number("timestep", row["timestep"])
     switch("causal", row["causal"])
     switch("rotated", row["rotated"])
-    if row["grid"] is not None and (sides("grid", row["grid"]) is None or min(row["grid"]) < 1):
+    if row["grid"] is not None and (sides(row["grid"]) is None or min(row["grid"]) < 1):
         raise ValueError(f"grid is {row['grid']!r}")
     for name in ("queries", "keys"):
         for part, (start, stop) in row[name].items():

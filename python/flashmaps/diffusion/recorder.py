@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashmaps.arguments import switch
+from flashmaps.arguments import sides, switch
 from flashmaps.diffusion.entry import Entry
 from flashmaps.diffusion.record import Record
 from flashmaps.diffusion.streaming import Stream, bytes_of
@@ -82,7 +82,10 @@ class Recorder:
             )
         self.keep = keep
         self._stream = None if to is None else Stream(to)
-        self.pool_to = pool_to
+        cells = sides(pool_to)
+        if cells is None or min(cells) < 1:
+            raise ValueError(f"pool_to={pool_to!r}; wanted (height, width), both at least 1")
+        self.pool_to = cells
         self.block = block
         self.dtype = dtype
         self.device = device

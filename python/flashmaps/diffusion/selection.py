@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import operator
 from collections.abc import Iterable
 from typing import Any
 
+from flashmaps.arguments import as_whole, sides
 from flashmaps.diffusion.entry import Entry
 from flashmaps.maps.grids import Grid
 
@@ -24,16 +24,15 @@ def patterns(layers: str | Iterable[str]) -> list[str]:
 
 def whole_numbers(name: str, value: Any) -> set[int]:
     """One index or several, of any integer type (numpy's, torch's); ValueError for others."""
+    one = as_whole(value)
+    found: set[int | None]
     try:
-        found = {operator.index(value)}
+        found = {as_whole(each) for each in value} if one is None else {one}
     except TypeError:
-        try:
-            found = {operator.index(each) for each in value}
-        except TypeError:
-            found = {-1}
-    if any(each < 0 for each in found):
+        found = {None}
+    if any(each is None or each < 0 for each in found):
         raise ValueError(f"{name} must be indices of denoising steps, 0 or more; got {value!r}")
-    return found
+    return {each for each in found if each is not None}
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -45,12 +44,9 @@ def resolutions(value: Any) -> set[Grid]:
     """``resolution=`` as grids: n means (n, n), a tuple is one grid, a list has several."""
     found = set()
     for each in value if isinstance(value, (list, set, frozenset)) else [value]:
-        grid = (each, each) if isinstance(each, int) else each
-        if not (
-            isinstance(grid, tuple)
-            and len(grid) == 2
-            and all(isinstance(n, int) and n > 0 for n in grid)
-        ):
+        side = as_whole(each)
+        grid = (side, side) if side is not None else sides(each)
+        if grid is None or min(grid) < 1:
             raise ValueError(
                 f"resolution={value!r}; wanted a side such as 32, a grid (height, width), or a "
                 "list of them"

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flashmaps.arguments import as_whole, number, sides, switch, whole
 from flashmaps.diffusion.animation import maps_of_frames, write_animation
 from flashmaps.diffusion.entry import Entry
 from flashmaps.diffusion.guidance import UNTOLD
@@ -192,7 +193,7 @@ class WordMaps:
         chosen = self.words if words is None else list(words)
         maps = {word: _frame(self.of(word), frame) for word in chosen}
         limits = {word: (float(each.min()), float(each.max())) for word, each in maps.items()}
-        if same_scale and limits:
+        if switch("same_scale", same_scale) and limits:
             lows, highs = zip(*limits.values(), strict=True)
             limits = dict.fromkeys(limits, (min(lows), max(highs)))
         columns = min(4, len(maps) + 1)
@@ -293,11 +294,12 @@ def word_maps(
             f"the one that image= names"
         )
     _merge(merge)
+    whole("image", image)
     entries = _attending(record, guidance)
     length = _one(entries, "text tokens", lambda entry: _size(entry.keys["text"]))
     text = unicodedata.normalize("NFC", prompt)
     if tokenizer is not None:
-        if not 0 <= text_offset < length:
+        if not 0 <= whole("text_offset", text_offset) < length:
             raise ValueError(f"text_offset={text_offset}: the model has {length} text tokens")
         spelt = [spell(tokenizer, text, length - text_offset, start=text_offset)]
     elif pipe is not None:
@@ -416,8 +418,7 @@ def overlaid(
     """A heat map in colours over an image, from its least to its greatest value: a PIL image."""
     from PIL import Image as Pil
 
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha={alpha!r} must lie between 0 and 1")
+    number("alpha", alpha, least=0, most=1)
     picture = load_image(image)
     values = _frame(values, frame)
     mixed = _blend(picture, values, (float(values.min()), float(values.max())), alpha, cmap)
@@ -429,7 +430,7 @@ def _frame(values: Tensor, frame: int | None) -> Tensor:
         return values
     if values.ndim == 2:
         raise ValueError(f"frame={frame!r}: these are maps of an image, not of a video")
-    if frame is None or not -len(values) <= frame < len(values):
+    if frame is None or not -len(values) <= whole("frame", frame) < len(values):
         raise ValueError(
             f"frame={frame!r}: these are maps of {len(values)} frames; give the one to show"
         )
@@ -440,9 +441,10 @@ def _places(word: str, spelling: Spelling, occurrence: int | None) -> list[Span]
     places = find(word, spelling.text)
     if occurrence is None or not places:
         return places
-    if not isinstance(occurrence, int) or not 0 <= occurrence < len(places):
+    which = as_whole(occurrence)
+    if which is None or not 0 <= which < len(places):
         raise IndexError(f"occurrence={occurrence!r}: {word!r} occurs {len(places)} times, from 0")
-    return [places[occurrence]]
+    return [places[which]]
 
 
 def _one(entries: list[Entry], what: str, of: Any) -> int:
@@ -467,13 +469,10 @@ def _merge(merge: str) -> str:
 def _checked_size(size: Any) -> Grid | None:
     if size is None:
         return None
-    if (
-        not isinstance(size, (tuple, list))
-        or len(size) != 2
-        or not all(isinstance(side, int) and side > 0 for side in size)
-    ):
+    found = sides(size)
+    if found is None or min(found) < 1:
         raise ValueError(f"size={size!r}; wanted (height, width), both at least 1")
-    return size[0], size[1]
+    return found
 
 
 def _blend(

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from flashmaps.arguments import number
 from flashmaps.maps.budget import too_small
 from flashmaps.maps.problem import Cost
 
@@ -96,6 +97,7 @@ class Ceilings:
         exponentials by torch.exp of a tensor that stays in the cache, on a GPU by exp2 of numbers
         that stay in registers (which takes triton), bandwidth by a copy.
         """
+        number("seconds", seconds, above=0)
         device = torch.device(device)
         cpu = device.type == "cpu"
         if cpu and dtype != torch.float64:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashmaps.arguments import sides
 from flashmaps.maps import operators as ops
 from flashmaps.maps.budget import budget_in_force
 from flashmaps.maps.grids import Grid, cell_index
@@ -102,10 +103,10 @@ def _cells(A: LazyMap, side: str, to: Grid | None) -> tuple[Tensor, int]:
     if to is None:
         return torch.arange(tokens, device=A.device), tokens
     height, width = need_grid(f"{side}_grid", grid, tokens, "pool")
-    try:
-        rows, columns = (int(n) for n in to)
-    except (TypeError, ValueError):
-        raise TypeError(f"{side}_to must be (height, width), got {to!r}") from None
+    found = sides(to)
+    if found is None:
+        raise TypeError(f"{side}_to must be (height, width) in whole numbers, got {to!r}")
+    rows, columns = found
     if not (1 <= rows <= height and 1 <= columns <= width):
         raise ValueError(
             f"{side}_to = ({rows}, {columns}) must lie between (1, 1) and the {side} grid "

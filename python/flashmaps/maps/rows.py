@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from flashmaps.arguments import as_whole
 from flashmaps.maps import operators as ops
 from flashmaps.maps.budget import budget_in_force
 from flashmaps.maps.lazy import LazyMap
@@ -20,8 +21,15 @@ def row_index(index: Index, rows: int, device: torch.device) -> Tensor:
     """``index`` as a [n] int64 tensor of rows, negatives counted from the end."""
     if isinstance(index, slice):
         return torch.arange(rows, device=device)[index]
-    picked = torch.as_tensor(index, device=device)
-    if picked.dtype == torch.bool or picked.dtype.is_floating_point or picked.dim() > 1:
+    mixed = isinstance(index, Sequence) and any(as_whole(each) is None for each in index)
+    try:
+        picked = torch.as_tensor(index, device=device)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise TypeError(
+            f"rows(index) wants whole numbers in one dimension, got {index!r}"
+        ) from None
+    whole = not (picked.is_floating_point() or picked.is_complex() or picked.dtype == torch.bool)
+    if mixed or not (whole or picked.numel() == 0) or picked.dim() > 1:
         raise TypeError(f"rows(index) wants whole numbers in one dimension, got {index!r}")
     picked = picked.reshape(-1).to(torch.int64)
     if not torch.compiler.is_compiling():

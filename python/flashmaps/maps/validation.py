@@ -92,7 +92,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
 
 def check_grid(name: str, grid: object, tokens: int) -> Grid:
     """``grid`` as (height, width), or an error that says what would fit."""
-    found = arguments.sides(name, grid)
+    found = arguments.sides(grid)
     if found is None:
         raise TypeError(f"{name} must be (height, width) in whole numbers, got {grid!r}")
     height, width = found
@@ -140,10 +140,10 @@ def _pairs(pairs: object, query: Tensor, key: Tensor) -> Tensor | None:
     mixed = False
     try:
         made = torch.as_tensor(pairs, device=query.device)
-        # [[True, 1]] would be made [[1, 1]].
+        # Of [[True, 1]] torch would make [[1, 1]], and the same of tensors of 1.9.
         if not isinstance(pairs, (Tensor, np.ndarray)):
             mixed = any(
-                isinstance(each, (bool, np.bool_))
+                arguments.as_whole(each) is None
                 for pair in pairs  # type: ignore[attr-defined]
                 if isinstance(pair, Sequence)
                 for each in pair
@@ -270,7 +270,7 @@ def _head_weights(
     try:
         # Of [True, 0.5] torch would make [1.0, 0.5].
         if isinstance(head_weights, Sequence):
-            mixed = any(isinstance(each, (bool, np.bool_)) for each in head_weights)
+            mixed = any(arguments.is_boolean(each) for each in head_weights)
         weights = torch.as_tensor(head_weights, device=device)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         mixed = True

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Unpack
 
+from flashmaps.arguments import switch
 from flashmaps.diffusion.features import BUILTIN, DEFAULT_BATCH, Features, features, load_model
 from flashmaps.maps.backends.choice import check_name
 from flashmaps.maps.statistics import round_trip
@@ -84,6 +85,9 @@ def match(
         "compare": compare, "temperature": temperature, "normalize": normalize,
         "readout": readout, "window": window, "between": between,
     }  # fmt: skip
+    if same_noise is not None:
+        switch("same_noise", same_noise)
+    switch("progress", progress)
     MatchOptions().with_given(**given)  # checked before the work, not after it
     check_name(backend)
     pipe = load_model(model)

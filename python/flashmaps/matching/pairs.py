@@ -22,8 +22,10 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from flashmaps.arguments import sides, switch, whole
 from flashmaps.diffusion.features import Features
 from flashmaps.files import whole_file
+from flashmaps.maps.budget import check_budget
 from flashmaps.maps.grids import Grid, centres
 from flashmaps.maps.statistics import RoundTrip, round_trip
 from flashmaps.matching.confidence import SCORES, score
@@ -77,8 +79,8 @@ class PairBatch:
 
 def all_pairs(count: int, *, both_ways: bool = False) -> list[tuple[int, int]]:
     """Every (i, j) of ``count`` images with i < j; ``both_ways``: and (j, i) right after it."""
-    pairs: Iterable[tuple[int, int]] = combinations(range(count), 2)
-    if not both_ways:
+    pairs: Iterable[tuple[int, int]] = combinations(range(whole("count", count, 0)), 2)
+    if not switch("both_ways", both_ways):
         return list(pairs)
     return [each for i, j in pairs for each in ((i, j), (j, i))]
 
@@ -112,7 +114,9 @@ def match_pairs(
     """
     chosen = _check_pairs(pairs, len(sets))
     options = map_options(options, given)
-    budget = DEFAULT_MEMORY_BUDGET if memory_budget is None else memory_budget
+    switch("progress", progress)
+    asked = check_budget(memory_budget)
+    budget = DEFAULT_MEMORY_BUDGET if asked is None else asked
     # The checks above run when the function is called, not at the first next().
     return _match_chunks(sets, chosen, budget, options, backend, progress)
 
@@ -247,12 +251,10 @@ def _check_pairs(pairs: Any, count: int) -> list[tuple[int, int]]:
         pairs = pairs.tolist()
     chosen = []
     for position, pair in enumerate(pairs):
-        try:
-            source, target = (int(i) for i in pair)
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"pairs[{position}] = {pair!r}; wanted two integers (source, target)"
-            ) from None
+        found = sides(pair)
+        if found is None:
+            raise ValueError(f"pairs[{position}] = {pair!r}; wanted two integers (source, target)")
+        source, target = found
         for index in (source, target):
             if not 0 <= index < count:
                 raise ValueError(

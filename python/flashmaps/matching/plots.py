@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flashmaps.arguments import number, whole
 from flashmaps.diffusion.images import Image
 from flashmaps.maps.grids import centres
 from flashmaps.matching.points import token_at
@@ -45,6 +46,9 @@ def matches(
             coloured by cycle error.
         tolerance: pixels; default 5 % of the target's longer side.
     """
+    whole("count", count, 1)
+    if tolerance is not None:
+        number("tolerance", tolerance, least=0)
     source, target = match.source.image, match.target.image
     points = _spread_points(match.source.grid, source.shape[:2], count)
     if truth is not None:

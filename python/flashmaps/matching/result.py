@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flashmaps.arguments import number
 from flashmaps.diffusion.features import Features
 from flashmaps.files import whole_folder, write_json
 from flashmaps.maps.attention_map import AttentionMap
@@ -189,8 +190,8 @@ class Match:
         if between is None and kind in (None, self.readout):
             between = self.between
         options = replace(self.options, readout=self._kind(kind), between=between)
-        if min_confidence is not None and not 0 <= min_confidence <= 1:
-            raise ValueError(f"min_confidence={min_confidence!r}; wanted a number from 0 to 1")
+        if min_confidence is not None:
+            number("min_confidence", min_confidence, least=0, most=1)
         found = self._carried(points, options)
         if min_confidence is not None and len(points):
             found[self.confidence_at(points) < min_confidence] = np.nan
