@@ -221,3 +221,29 @@ def test_fakes_have_the_shapes_of_the_outputs(backend: str) -> None:
         assert fake[name].shape == real[name].shape, name
         assert fake[name].dtype == real[name].dtype, name
         assert fake[name].stride() == real[name].stride(), name
+
+
+def test_whoever_watches_sees_the_operator() -> None:
+    """Without a watcher a call goes round the dispatcher; a mode or a profiler gets to see it."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[str] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    lazy = fm.AttentionMap(torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8))
+    plain = lazy.entropy()
+    with Watch() as watch:
+        watched = lazy.entropy()
+    assert torch.equal(plain, watched)
+    assert any("flashmaps.reduce" in name for name in watch.seen)
+    with torch.profiler.profile() as profiled:
+        lazy.entropy()
+    assert "flashmaps::reduce" in {each.key for each in profiled.key_averages()}
+    query = lazy.problem.query.clone().requires_grad_()
+    assert fm.AttentionMap(query, lazy.problem.key).entropy().grad_fn is not None

@@ -1,5 +1,8 @@
 """What torch's modes do around an operator: autocast does nothing, forward mode is refused.
 
+Where none of them is on, an operator is called without torch's dispatcher, which takes as long as
+all the rest that the host does for a small map.
+
 Autocast would round the products of a map to half precision. Forward-mode derivatives have no
 formula here, and torch takes the tangent of an operator without one for zero, silently.
 """
@@ -13,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 
 def exact(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -37,6 +41,30 @@ def refuse_forward_mode(arguments: Iterable[object]) -> None:
             "torch.autograd.forward_ad) are not implemented: their tangents would be taken for "
             "zero. Detach the inputs, or use reverse mode"
         )
+
+
+def unwatched(arguments: Iterable[object]) -> bool:
+    """Whether nothing but these plain tensors is at work: nobody would see an operator's call.
+
+    No compiler, no mode (fake tensors, counters of operations), no transform of torch.func, no
+    profiler, and no autograd that follows one of them.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd._profiler_enabled()
+    ):
+        return False
+    follows = torch.is_grad_enabled()
+    for each in arguments:
+        if isinstance(each, Tensor) and (
+            (type(each) is not Tensor and type(each) is not Parameter)
+            or (follows and each.requires_grad)
+        ):
+            return False
+    return True
 
 
 def _has_tangent(tensor: Tensor) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 from flashmaps.maps import backward, gradients, strips
 from flashmaps.maps.backends.choice import get, plan_pass
 from flashmaps.maps.budget import budget_in_force, budget_of_context, too_small
-from flashmaps.maps.modes import exact, refuse_forward_mode
+from flashmaps.maps.modes import exact, refuse_forward_mode, unwatched
 from flashmaps.maps.problem import Problem, Request, empty_outputs
 from flashmaps.maps.signatures import COMPOSE, REDUCE, ROUND_TRIP
 
@@ -29,7 +29,7 @@ def _in_force(request: Request) -> Request:
     return request if budget is None else replace(request, memory_budget=budget)
 
 
-def _outputs(problem: Problem, request: Request, backend: str) -> list[Tensor]:
+def _fields(problem: Problem, request: Request, backend: str) -> dict[str, Tensor]:
     request = _in_force(request)
     budget = request.memory_budget
     if budget is not None:
@@ -37,7 +37,12 @@ def _outputs(problem: Problem, request: Request, backend: str) -> list[Tensor]:
         if least > budget:
             raise too_small(budget, least, ", ".join(request.names))
     with exact(problem.query.device):
-        fields = get(backend).reduce(problem, request)
+        fields: dict[str, Tensor] = get(backend).reduce(problem, request)
+    return fields
+
+
+def _outputs(problem: Problem, request: Request, backend: str) -> list[Tensor]:
+    fields = _fields(problem, request, backend)
     return [fields[name] for name in request.names]
 
 
@@ -101,7 +106,12 @@ def _with_way_back(request: Request, *more: str) -> Request:
 def reduce(problem: Problem, request: Request, backend: str) -> dict[str, Tensor]:
     """Run one pass: the fields of ``request.names``, by name."""
     asked, partner = request.names, request.partner
-    if wants_gradients(*problem, *(partner or ()), request.right, request.left):
+    tensors = (*problem, *(partner or ()), request.right, request.left)
+    if unwatched(tensors):
+        refuse_forward_mode(tensors)
+        found = _fields(problem, request, backend)
+        return {name: found[name] for name in asked}
+    if wants_gradients(*tensors):
         # Found on the way, the log-sum-exp spares the way back a pass.
         request = _with_way_back(request, *(("lse",) if problem.lse is None else ()))
     if partner is None:
