@@ -1,14 +1,17 @@
-// flashmaps._C: structs that Python fills with pointers and sizes, and one function on them.
+// flashmaps._C: structs that Python fills with pointers and sizes, and two functions on them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <stdexcept>
 
 #include "cpu/dispatch.h"
+#include "cpu/gradient.h"
 #include "cpu/map.h"
 
 namespace py = pybind11;
 using flashmaps::Cost;
+using flashmaps::Gradient;
+using flashmaps::Gradients;
 using flashmaps::Limits;
 using flashmaps::Operands;
 using flashmaps::Outputs;
@@ -51,14 +54,71 @@ Outputs outputs_from(const py::dict& pointers) {
   return out;
 }
 
+// A name and the pointer that it stands for.
+template <class Struct>
+using Field = std::pair<const char*, std::uintptr_t Struct::*>;
+
+// Sets the fields of `to` that `pointers` names; what is unknown is an error.
+template <class Struct, std::size_t N>
+void fill(Struct& to, const Field<Struct> (&fields)[N], const py::dict& pointers) {
+  for (const auto& [key, value] : pointers) {
+    const auto name = py::cast<std::string>(key);
+    bool known = false;
+    for (const auto& [field, pointer] : fields) {
+      if (name != field) continue;
+      to.*pointer = py::cast<std::uintptr_t>(value);
+      known = true;
+    }
+    if (!known) throw std::invalid_argument("flashmaps._C.backward: unknown tensor " + name);
+  }
+}
+
+constexpr Field<Gradient> kTerms[] = {
+    {"row_add", &Gradient::row_add},
+    {"row_log", &Gradient::row_log},
+    {"row_back", &Gradient::row_back},
+    {"column_add", &Gradient::column_add},
+    {"column_log", &Gradient::column_log},
+    {"column_back", &Gradient::column_back},
+    {"left", &Gradient::left},
+    {"right", &Gradient::right},
+    {"row_index", &Gradient::row_index},
+    {"row_values", &Gradient::row_values},
+    {"column_index", &Gradient::column_index},
+    {"column_values", &Gradient::column_values},
+    {"dense", &Gradient::dense},
+    {"cells", &Gradient::cells},
+    {"pooled", &Gradient::pooled},
+    {"lse", &Gradient::lse},
+};
+constexpr Field<Gradients> kGradients[] = {
+    {"query", &Gradients::query}, {"key", &Gradients::key},
+    {"bias", &Gradients::bias},   {"head_weights", &Gradients::head_weights},
+    {"lse", &Gradients::lse},
+};
+
+[[noreturn]] void cannot_run(const std::string& instruction_set) {
+  throw std::invalid_argument("flashmaps: no build for instruction set " + instruction_set +
+                              " can run on this machine");
+}
+
+Cost backward(const Problem& problem, Gradient gradient, const py::dict& terms,
+              const py::dict& pointers, int threads, std::int64_t memory_budget, bool only_plan,
+              const std::string& instruction_set) {
+  fill(gradient, kTerms, terms);
+  Gradients out;
+  fill(out, kGradients, pointers);
+  const flashmaps::Backward run = flashmaps::find_backward(instruction_set);
+  if (run == nullptr) cannot_run(instruction_set);
+  const py::gil_scoped_release release;
+  return run(problem, gradient, out, Limits{threads, memory_budget, only_plan});
+}
+
 Cost reduce(const Problem& problem, const Operands& operands, const py::dict& pointers, int threads,
             std::int64_t memory_budget, bool only_plan, const std::string& instruction_set) {
   const Outputs outputs = outputs_from(pointers);
   const flashmaps::Reduce run = flashmaps::find_reduce(instruction_set);
-  if (run == nullptr) {
-    throw std::invalid_argument("flashmaps: no build for instruction set " + instruction_set +
-                                " can run on this machine");
-  }
+  if (run == nullptr) cannot_run(instruction_set);
   const py::gil_scoped_release release;
   return run(problem, operands, outputs, Limits{threads, memory_budget, only_plan});
 }
@@ -105,6 +165,14 @@ PYBIND11_MODULE(_C, m) {
       .def_readwrite("partner", &Operands::partner)
       .def_readwrite("partner_line_mass", &Operands::partner_line_mass);
 
+  py::class_<Gradient>(m, "Gradient")
+      .def(py::init<>())
+      .def_readwrite("columns", &Gradient::columns)
+      .def_readwrite("entries", &Gradient::entries)
+      .def_readwrite("num_cells", &Gradient::num_cells)
+      .def_readwrite("partner", &Gradient::partner)
+      .def_readwrite("partner_line_mass", &Gradient::partner_line_mass);
+
   py::class_<Cost>(m, "Cost")
       .def_readonly("workspace", &Cost::workspace)
       .def_readonly("threads", &Cost::threads)
@@ -114,6 +182,10 @@ PYBIND11_MODULE(_C, m) {
         py::arg("threads"), py::arg("memory_budget") = 0, py::arg("only_plan") = false,
         py::arg("instruction_set") = "",
         "Fill the outputs, or only plan it; returns what that takes.");
+  m.def("backward", &backward, py::arg("problem"), py::arg("gradient"), py::arg("terms"),
+        py::arg("gradients"), py::arg("threads"), py::arg("memory_budget") = 0,
+        py::arg("only_plan") = false, py::arg("instruction_set") = "",
+        "Add to the gradients, which are zero before, or only plan it; returns what that takes.");
   m.def("instruction_sets", &flashmaps::instruction_sets,
         "The builds that this machine can run, best first.");
 }

@@ -141,10 +141,15 @@ def _check(problem: Problem, dtype: torch.dtype, names: tuple[str, ...], backend
 PICKED = ("max", "topk", "column_max")
 
 
-@pytest.mark.parametrize(("problem", "dtype"), CASES, ids=CASE_NAMES)
+# By default each backend sees every problem in one dtype; in the others they are marked slow.
+EACH = [
+    pytest.param(*case, id=name, marks=() if case[1] == torch.float32 else pytest.mark.slow)
+    for case, name in zip(CASES, CASE_NAMES, strict=True)
+]
+
+
+@pytest.mark.parametrize(("problem", "dtype"), EACH)
 def test_all_results_together(problem: Problem, dtype: torch.dtype, backend: str) -> None:
-    if problem.special == "two-passes" and backend == "reference":
-        pytest.skip("as on every other shape")
     grid = _cells(problem, inputs(problem, dtype)[2])[1]
     names = _names(problem, grid)
     if dtype != torch.float64:

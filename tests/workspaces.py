@@ -27,6 +27,12 @@ class Accounted:
             torch.empty(cost.workspace, dtype=torch.uint8)
         return cost
 
+    def backward(self, *arguments: Any) -> Any:
+        cost = self.of.backward(*arguments)
+        if not arguments[-1]:
+            torch.empty(cost.workspace, dtype=torch.uint8)
+        return cost
+
 
 @contextmanager
 def _accounted() -> Iterator[None]:

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/gradient.h"
 #include "cpu/map.h"
 
 namespace flashmaps {
@@ -13,5 +14,6 @@ std::vector<std::string> instruction_sets();
 
 // The build called `name`, or the best one for an empty name; nullptr where it cannot run here.
 Reduce find_reduce(const std::string& name);
+Backward find_backward(const std::string& name);
 
 }  // namespace flashmaps

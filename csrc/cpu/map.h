@@ -9,8 +9,8 @@ namespace flashmaps {
 enum class DType : int { Float32 = 0, Float64 = 1, Float16 = 2, BFloat16 = 3 };
 enum class Normalize : int { Block = 0, Rows = 1, Columns = 2 };
 
-// A = sum_h w_h softmax(scale * Q_h K_h^T + bias); python/flashmaps/maps/problem.py has the meanings.
-// T below is the compute type: double for Float64, else float.
+// A = sum_h w_h softmax(scale * Q_h K_h^T + bias); python/flashmaps/maps/problem.py has the
+// meanings. T below is the compute type: double for Float64, else float.
 struct Problem {
   std::uintptr_t query = 0;                     // [B, H, N, d], strides in elements
   std::array<std::int64_t, 4> query_strides{};  //

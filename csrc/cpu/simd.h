@@ -164,8 +164,9 @@ inline Vec<double> exp2(Vec<double> t) {
   return (Vec<double>)(bits & ~(UVec<double>)(t < lowest));
 }
 
-// x log2 x for 0 <= x, with 0 log 0 = 0. x = 2^e (1 + r) with 1 + r in [sqrt(1/2), sqrt(2)).
-inline Vec<float> xlog2x(Vec<float> x) {
+// log2 x for the smallest normal number and more; below it, of that number. x = 2^e (1 + r) with 1
+// + r in [sqrt(1/2), sqrt(2)).
+inline Vec<float> log2(Vec<float> x) {
   const Vec<float> safe = vmax<float>(x, splat(std::numeric_limits<float>::min()));
   const UVec<float> bits = (UVec<float>)safe;
   const IVec<float> e = (IVec<float>)(bits - 0x3f3504f3u) >> 23;
@@ -180,10 +181,10 @@ inline Vec<float> xlog2x(Vec<float> x) {
   p = p * r + 0.4809106431060747f;
   p = p * r - 0.7213473468734936f;
   p = p * r + 1.4426950036518904f;
-  return x * (p * r + __builtin_convertvector(e, Vec<float>));
+  return p * r + __builtin_convertvector(e, Vec<float>);
 }
 
-inline Vec<double> xlog2x(Vec<double> x) {
+inline Vec<double> log2(Vec<double> x) {
   const Vec<double> safe = vmax<double>(x, splat(std::numeric_limits<double>::min()));
   const UVec<double> bits = (UVec<double>)safe;
   const IVec<double> e = (IVec<double>)(bits - 0x3fe6a09e667f3bcdULL) >> 52;
@@ -196,7 +197,15 @@ inline Vec<double> xlog2x(Vec<double> x) {
   // Not __builtin_convertvector: AVX2 has no conversion from 64-bit integers. |e| < 2^51.
   const Vec<double> magic = splat(6755399441055744.0);
   const Vec<double> exponent = (Vec<double>)(e + (IVec<double>)magic) - magic;
-  return x * (exponent + 2.88539008177792681472 * s * p);
+  return exponent + 2.88539008177792681472 * s * p;
+}
+
+// x log2 x for 0 <= x, with 0 log 0 = 0.
+inline Vec<float> xlog2x(Vec<float> x) {
+  return x * log2(x);
+}
+inline Vec<double> xlog2x(Vec<double> x) {
+  return x * log2(x);
 }
 
 // Sum and maximum over the R lanes at p, in one fixed order: vectors first, then halving.

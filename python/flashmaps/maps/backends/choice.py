@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from flashmaps.kernels import backend as triton
-from flashmaps.maps.backends import cpu, cuda, reference, reference_backward
+from flashmaps.maps.backends import cpu, cpu_backward, cuda, reference, reference_backward
 from flashmaps.maps.problem import Cost, Gradient, Problem, Request, default_plan
 
 # In the order that "auto" tries them; each has supports(problem) and reduce(problem, request), and
@@ -112,7 +112,7 @@ def plan_pass(name: str, problem: Problem, request: Request) -> Cost:
 
 def _backward_module(name: str, problem: Problem) -> ModuleType:
     """Who goes backwards for a backend."""
-    return reference_backward
+    return cpu_backward if name == "cpu" else reference_backward
 
 
 def run_backward(name: str, problem: Problem, gradient: Gradient) -> dict[str, Tensor]:
