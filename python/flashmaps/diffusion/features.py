@@ -12,6 +12,7 @@ import numbers
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +20,11 @@ from torch import Tensor, nn
 
 from flashmaps.arguments import switch
 from flashmaps.diffusion.capture import Entry, capture, find_layers
+from flashmaps.diffusion.feature_files import check_entries, grey, read_fields, write_features
 from flashmaps.diffusion.images import Image, fit_size, load_image, resize
 from flashmaps.diffusion.latents import Denoise, encode, invert, noised, plan_inversion
 from flashmaps.diffusion.loading import BUILTIN, PARTS, load_model
+from flashmaps.files import whole_file
 
 __all__ = [
     "BUILTIN",
@@ -70,6 +73,80 @@ class Features:
     prompt: str
     inversion_steps: int | None = None
     output: Tensor | None = None  # [1, L, N, c], of the layers' blocks; None where not asked for
+
+    def save(
+        self,
+        path: str | Path,
+        *,
+        image: bool = True,
+        dtype: torch.dtype | None = None,
+        only: Iterable[str] | None = None,
+    ) -> Path:
+        """Write a safetensors file, whole or not at all.
+
+        Args:
+            path: file to write; :class:`flashmaps.diffusion.feature_folder.FeatureFolder` takes a
+                folder of ``*.safetensors`` as a sequence, in the order of their names.
+            image: keep the image too, as bytes where they say the same to the bit. Without it what
+                is loaded has a grey one of that size.
+            dtype: that tensors are kept in, such as torch.float16; default: as they are. The
+                head weights stay as they are.
+            only: of query, key and output, those that are kept; default: all.
+        """
+        with whole_file(path) as new:
+            write_features(new, self, image=image, dtype=dtype, only=only)
+        return Path(path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        only: Iterable[str] | None = None,
+    ) -> Features:
+        """Read what :meth:`save` wrote; or a saved record, as :meth:`from_record` does.
+
+        Tensors are those of the file, memory-mapped, unless ``device`` or ``dtype`` makes others of
+        them. ``only``: of query, key and output, those that are read. Raises FileNotFoundError, or
+        ValueError for a file of another kind.
+        """
+        found = read_fields(path, device=device, dtype=dtype, only=only)
+        return cls(**found) if isinstance(found, dict) else cls.from_record(found)
+
+    @classmethod
+    def from_record(cls, record: Iterable[Entry], image: Any = None, row: int = 0) -> Features:
+        """The features that a capture's record holds, all its entries along heads.
+
+        Args:
+            record: self-attention of one image alone, all entries of one number of tokens, with Q
+                and K: ``rec.select("up_blocks.2.*", kind="self")``.
+            image: that the entries are of, anything
+                :func:`flashmaps.diffusion.images.load_image` takes; default: grey, one pixel a
+                token.
+            row: of the record's batch.
+
+        Raises ValueError for entries that do not go together.
+        """
+        entries = list(record)
+        check_entries(entries, row)
+        _check_same_tokens(entries)
+        timesteps = tuple(dict.fromkeys(each.timestep for each in entries))
+        grid = entries[0].grid
+        assert grid is not None  # checked above
+        pixels = grey(grid) if image is None else load_image(image, "image")
+        return _join(
+            entries, (), row, image=pixels, input_size=tuple(pixels.shape[:2]),
+            timestep=timesteps[0] if len(timesteps) == 1 else timesteps, seeds=(), prompt="",
+        )  # fmt: skip
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors and the image."""
+        tensors = [x for x in (self.query, self.key, self.output) if x is not None]
+        pixels = self.image.size * self.image.itemsize if all(self.image.strides) else 0
+        return sum(x.numel() * x.element_size() for x in (*tensors, self.head_weights)) + pixels
 
 
 def default_size(pipe: Any) -> int:

@@ -48,22 +48,73 @@ def cross_map(
     pairs: [P, 2], where both hold the queries and keys of several images (see pairs.py).
     """
     options = map_options(options, given)
-    compare, temperature = options.compare, options.temperature
-    ours, theirs = (getattr(f, name) for f, name in zip((of, to), COMPARE[compare], strict=True))
-    if ours is None or theirs is None:
+    ours, theirs = (
+        _compared(f, name, options)
+        for f, name in zip((of, to), COMPARE[options.compare], strict=True)
+    )
+    return _map(ours, theirs, of, to, options, pairs, backend)
+
+
+def cross_maps(
+    of: Features,
+    to: Features,
+    options: MatchOptions,
+    *,
+    pairs: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[AttentionMap, AttentionMap]:
+    """:func:`cross_map` there and, with ``pairs`` turned around, back.
+
+    The vectors of both are scaled once.
+    """
+    query, key = COMPARE[options.compare]
+    if query == key:
+        here = _compared(of, key, options)
+        there = here if to is of else _compared(to, key, options)
+        sides = (here, there), (there, here)
+    else:
+        sides = (
+            (_compared(of, query, options), _compared(to, key, options)),
+            (_compared(to, query, options), _compared(of, key, options)),
+        )
+    turned = None if pairs is None else pairs.flip(1)
+    return (
+        _map(*sides[0], of, to, options, pairs, backend),
+        _map(*sides[1], to, of, options, turned, backend),
+    )
+
+
+def _compared(of: Features, name: str, options: MatchOptions) -> Tensor:
+    """The vectors of one image that are compared, [B, H, N, d]."""
+    x: Tensor | None = getattr(of, name)
+    if x is None:
         raise ValueError(
             "compare='features' needs the outputs of the layers' blocks; take the features with "
             "outputs=True"
         )
+    if options.compare == "qk":
+        return x
+    # bfloat16 rounds a cosine by 0.002, which is much beside the temperature.
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return torch.nn.functional.normalize(x, dim=-1)
+
+
+def _map(
+    ours: Tensor,
+    theirs: Tensor,
+    of: Features,
+    to: Features,
+    options: MatchOptions,
+    pairs: Tensor | None,
+    backend: str,
+) -> AttentionMap:
+    temperature = options.temperature
     weights: Tensor | None = of.head_weights
-    if compare == "qk":
+    if options.compare == "qk":
         scale = of.scale / (1.0 if temperature is None else temperature)
     else:
-        # bfloat16 rounds a cosine by 0.002, which is much beside the temperature.
-        ours, theirs = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (ours, theirs))
-        ours, theirs = (torch.nn.functional.normalize(x, dim=-1) for x in (ours, theirs))
         scale = 1 / (TEMPERATURE if temperature is None else temperature)
-    if compare == "features":
+    if options.compare == "features":
         weights = None  # blocks count alike, however many heads their layers have
     whole = ours.shape[2] == of.grid[0] * of.grid[1]  # else: points between tokens
     return AttentionMap(

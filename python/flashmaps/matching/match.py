@@ -25,7 +25,7 @@ from flashmaps.diffusion.features import BUILTIN, DEFAULT_BATCH, Features, featu
 from flashmaps.maps.backends.choice import check_name
 from flashmaps.maps.statistics import round_trip
 from flashmaps.maps.validation import check_finite
-from flashmaps.matching.cross_map import cross_map
+from flashmaps.matching.cross_map import cross_maps
 from flashmaps.matching.options import COMPARE, MatchKeywords, MatchOptions
 from flashmaps.matching.result import Match
 from flashmaps.matching.settings import settings_of
@@ -132,8 +132,7 @@ def match_features(
         for part in sorted(set(COMPARE[options.compare])):
             if (tensor := getattr(of, part)) is not None:
                 check_finite(f"{part} of the {name}'s features", tensor)
-    forward_map = cross_map(source, target, options, backend=backend)
-    backward_map = cross_map(target, source, options, backend=backend)
+    forward_map, backward_map = cross_maps(source, target, options, backend=backend)
     rows = forward_map.reduce("expectation", "max", "entropy")
     return Match(
         source=source,
