@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -335,3 +337,51 @@ def test_kernels_neither_hang_nor_leave_their_bounds(
         others = torch.arange(40) != 3
         assert torch.equal(fields.entropy[:, others], clean.entropy()[:, others])
         assert torch.equal(indices[:, others], clean.topk(5)[1][:, others])
+
+
+def test_checks_of_threads_and_tasks_are_their_own() -> None:
+    """As contexts in several at once: none leaves the switch on, and none hears of another's."""
+    bad = Q.clone()
+    bad[0, 0, 0, 0] = math.nan
+    wrong: list[object] = []
+    barrier = threading.Barrier(4)
+
+    def work(wanted: bool) -> None:
+        try:
+            for _ in range(50):
+                barrier.wait()
+                with fm.checks(wanted):
+                    barrier.wait()
+                    try:
+                        make(query=bad)
+                        assert not wanted
+                    except ValueError:
+                        assert wanted
+                make(query=bad)
+        except BaseException as error:
+            wrong.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=work, args=(index % 2 == 0,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+    async def task(wanted: bool) -> None:
+        for _ in range(5):
+            with fm.checks(wanted):
+                await asyncio.sleep(0)
+                if wanted:
+                    with pytest.raises(ValueError, match="query has 1 values that are NaN"):
+                        make(query=bad)
+                else:
+                    make(query=bad)
+            await asyncio.sleep(0)
+
+    async def tasks() -> None:
+        await asyncio.gather(*(task(index % 2 == 0) for index in range(6)))
+
+    asyncio.run(tasks())
+    make(query=bad)

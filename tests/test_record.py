@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import math
 import threading
@@ -218,11 +219,34 @@ def test_clearing_the_record_starts_again(sd2):
     assert [entry.count for entry in record] == [1, 1, 1]
 
 
+def test_captures_of_two_tasks_do_not_hear_each_other(sd2):
+    """They share a thread; each hears its own model runs, and those of tasks that it starts."""
+
+    async def captured(steps, mine, theirs):
+        with capture(sd2, "down_blocks.*", kind="self", keep="qk") as record:
+            mine.set()
+            await theirs.wait()  # both are entered now
+            run(sd2, steps=steps)
+            await asyncio.sleep(0)
+
+            async def again():
+                run(sd2, steps=1)
+
+            await asyncio.create_task(again())
+        return {entry.step for entry in record}
+
+    async def both():
+        one, other = asyncio.Event(), asyncio.Event()
+        return await asyncio.gather(captured(2, one, other), captured(3, other, one))
+
+    assert asyncio.run(both()) == [{0, 1, 2}, {0, 1, 2, 3}]
+
+
 def test_nothing_recorded_says_why(sd2):
     with pytest.warns(UserWarning, match="ran 2 steps, of which steps= chose none"):
         with capture(sd2, steps=[7]):
             run(sd2)
-    with pytest.warns(UserWarning, match="ran in another thread than the one that entered"):
+    with pytest.warns(UserWarning, match="ran in another thread or task than the one that"):
         with capture(sd2):
             thread = threading.Thread(target=run, args=(sd2,))
             thread.start()

@@ -13,10 +13,12 @@ built.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,6 +75,11 @@ class Estimate(NamedTuple):
     entries: int
 
 
+_numbers = itertools.count()
+# Those captures that were entered in this context, by number.
+_entered: ContextVar[frozenset[int]] = ContextVar("flashmaps_captures", default=frozenset())
+
+
 class capture:
     """Context manager that records chosen attention layers of a running model (example above).
 
@@ -112,9 +119,10 @@ class capture:
         grid: (height, width) of the finest image tokens, or (frames, height, width) of a video's
             in one sequence, where that is not known here.
 
-    Yields a :class:`Record`. Forward passes in the thread that entered are recorded, those of other
-    threads are not. On exit every processor is the very object it was before, also after an
-    exception; captures may be nested, may be left in any order, and may be entered again.
+    Yields a :class:`Record`. Forward passes in the thread and asyncio task that entered, and in
+    tasks it has started since, are recorded, those of others are not. On exit every processor is
+    the very object it was before, also after an exception; captures may be nested, may be left in
+    any order, and may be entered again.
 
     Raises ValueError when no layer matches, and RuntimeError when an attention path cannot be
     observed (it does not call scaled_dot_product_attention), naming the layer and the remedy. Warns
@@ -172,6 +180,7 @@ class capture:
             per_head=per_head,
         )
         self._thread: int | None = None
+        self._number = next(_numbers)
         self._passes = Passes(
             pipe_or_model, self._models.values(), asked=guidance is not None, batch=batch
         )
@@ -192,6 +201,7 @@ class capture:
             raise RuntimeError("this capture is already active; make a second one to nest them")
         self._compiled = compiled_modules(self._given.values())
         self._thread = threading.get_ident()
+        _entered.set(_entered.get() | {self._number})
         try:
             self._attach(self._compiled)
         except BaseException:
@@ -233,6 +243,7 @@ class capture:
         self._stand_ins.clear()
         self._compiled.clear()
         self._thread = self._forward = None
+        _entered.set(_entered.get() - {self._number})
         self._plans.clear()
         self._query_masks.forget()
         self._layouts.clear()
@@ -249,7 +260,7 @@ class capture:
         if self._passes.step >= 0:
             return f"the model ran {self._passes.step + 1} steps, of which steps= chose none"
         if self._ran_elsewhere:
-            return "the model ran in another thread than the one that entered the capture"
+            return "the model ran in another thread or task than the one that entered the capture"
         return None
 
     def estimate(self, run_one_step: Callable[[], Any], *, steps: int = 1) -> Estimate:
@@ -291,7 +302,8 @@ class capture:
     def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         if model not in self._passes:  # a copy that was made within
             return
-        if threading.get_ident() != self._thread:
+        # Coroutines share a thread, but each has a context of its own; what they start inherits it.
+        if threading.get_ident() != self._thread or self._number not in _entered.get():
             self._ran_elsewhere = True
             return
         refuse_checkpointing(self._compiled)
