@@ -206,6 +206,52 @@ def test_orders_of_diffusers_own_pipelines_are_known():
     assert found <= set(ORDERS), found - set(ORDERS)
 
 
+def test_pipelines_that_run_the_model_twice_run_it_with_the_prompt_first():
+    """In diffusers' sources, of those that name neither pass; their models are listed."""
+    import diffusers
+    from flashmaps.diffusion.families import FAMILIES
+    from flashmaps.diffusion.guidance import _TWO_PASSES
+
+    listed = {name for family in FAMILIES if family.passes for name in family.models} | _TWO_PASSES
+    second = re.compile(r"(\w*(?:uncond|neg)\w*) = self\.transformer\(")
+    found = set()
+    for path in (Path(diffusers.__file__).parent / "pipelines").rglob("pipeline_*.py"):
+        text = path.read_text()
+        if "cache_context" in text or not second.search(text):
+            continue
+        first = re.search(r"(\w+) = self\.transformer\(", text)[1]
+        assert not re.search("uncond|neg", first), path
+        found |= set(re.findall(r"^ +transformer: (\w+)", text, re.M)[:1])
+    assert len(found) > 8, "the sources no longer look as this test expects"
+    # GLM-Image's first call of all is of a picture alone.
+    assert found - {"GlmImageTransformer2DModel"} <= listed, found - listed
+
+
+def test_latents_that_are_converted_for_each_pass_are_one_step_where_it_guides():
+    class HunyuanVideoFramepackTransformer3DModel(torch.nn.Linear):
+        pass
+
+    class HunyuanVideoFramepackPipeline(_Untold):
+        guidance_scale = 5.0
+
+    packed = HunyuanVideoFramepackTransformer3DModel(1, 1)
+    listed = type("KreaModel", (torch.nn.Linear,), {})
+    for pipe, model, again in (
+        (HunyuanVideoFramepackPipeline(), packed, True),
+        (_Told(), listed(1, 1), True),
+        (_Untold(), listed(1, 1), False),
+    ):
+        passes = Passes(pipe, [model], asked=True)
+        passes._contexts[model] = None
+        steps = []
+        for number in range(2):
+            latent = torch.full((1, 4, 3, 3), float(number))
+            for _ in range(2):
+                passes.begin(model, {"hidden_states": latent.clone(), "timestep": number})
+                steps.append(passes.step)
+        assert steps == ([0, 0, 1, 1] if again else [0, 1, 2, 3])
+
+
 class _Told:
     """A pipeline of someone's own that says it guides."""
 
