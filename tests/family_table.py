@@ -26,7 +26,7 @@ def table() -> str:
     for family in sorted(FAMILIES, key=lambda family: family.name.lower()):
         proven = [case for case in CASES if case.family == family.name]
         layers = {
-            f"`{pattern}` {order.replace('->', 'to')}": None
+            f"`{pattern}` {order.replace('->', 'to') or 'not known'}": None
             for case in proven
             for pattern, order in case.layers.items()
         }

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from flashmaps import capture, word_maps
+from flashmaps import MapAttnProcessor, capture, word_maps
+from tiny_families import CASES, HEIGHT, TEXT, TOKENS, WIDTH, random
 from tiny_models import FAMILY
+
+MODEL = {case.model: case.build for case in CASES}
+SIZE = {"height": 16 * HEIGHT, "width": 16 * WIDTH}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -116,3 +120,65 @@ def test_flux2_with_its_pipeline():
     assert len(record) == 4
     with pytest.raises(ValueError, match=r"Flux2KleinPipeline .* lays out its text is not known"):
         word_maps(record, "a red cat", pipe)
+
+
+def bare(pipeline, model, **parts):
+    """A pipeline of a transformer alone, which gets embeddings and gives latents."""
+    import diffusers
+
+    parts = {"vae": None, "text_encoder": None, "tokenizer": None, **parts}
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    pipe = getattr(diffusers, pipeline)(scheduler=scheduler, transformer=MODEL[model](), **parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_z_image_guides_on_one_batch_with_the_prompt_first():
+    pipe = bare("ZImagePipeline", "ZImageTransformer2DModel")
+
+    def run():
+        return pipe(
+            prompt_embeds=[random(TEXT, 16, seed=1)], guidance_scale=4.0, output_type="latent",
+            negative_prompt_embeds=[random(40, 16, seed=2)], num_inference_steps=2, **SIZE,
+            generator=torch.Generator().manual_seed(0),
+        )[0]  # fmt: skip
+
+    plain = run()
+    with capture(pipe, "layers.*") as record:
+        assert torch.equal(plain, run())
+    assert {(e.guidance, e.batch, e.step) for e in record} == {
+        ("both", ("conditional", "unconditional"), step) for step in (0, 1)
+    }
+    assert "capture one part of guidance" in record[0].why
+    with capture(pipe, "layers.*", guidance="conditional", reduce="image_to_text") as record:
+        run()
+    assert record[0].queries == {"image": slice(0, TOKENS), "text": slice(32, 32 + TEXT)}
+    assert record[0].image_to_text.shape == (1, TOKENS, TEXT)
+
+
+def test_lumina2_guides_in_two_passes_with_texts_of_their_own():
+    pipe = bare("Lumina2Pipeline", "Lumina2Transformer2DModel")
+    given = {}
+    for name, length in (("prompt", TEXT), ("negative_prompt", 3)):
+        given[f"{name}_embeds"] = random(1, 7, 16, seed=length)
+        given[f"{name}_attention_mask"] = (torch.arange(7) < length)[None]
+    options = {"guidance_scale": 4.0, "num_inference_steps": 2, "output_type": "latent", **SIZE}
+    with capture(pipe, "layers.*") as record:
+        pipe(**given, **options)
+    assert [(e.step, e.guidance, e.queries["text"].stop, e.grid) for e in record] == [
+        (step, which, length, (HEIGHT, WIDTH))
+        for step in (0, 1)
+        for which, length in (("conditional", TEXT), ("unconditional", 3))
+    ]
+
+
+def test_a_processor_that_records_knows_frames_too():
+    """`MapAttnProcessor` on AnimateDiff's UNet: layers in time are no image."""
+    case = next(case for case in CASES if case.model == "UNetMotionModel")
+    model, inputs = case.build(), case.inputs()
+    with torch.no_grad(), MapAttnProcessor.on(model, reduce=(), keep="qk") as record:
+        model(**inputs, return_dict=False)
+    kinds = {entry.kind: (entry.grid is None, entry.rows) for entry in record}
+    assert kinds == {
+        "self": (False, case.rows), "cross": (False, case.rows), "temporal": (True, 1)
+    }  # fmt: skip

@@ -437,19 +437,21 @@ def test_linear_attention_has_no_map():
     ("model", "config", "inputs"),
     [
         (
-            "ErnieImageTransformer2DModel",
+            "Ideogram4Transformer2DModel",
             {
-                "hidden_size": 32, "num_attention_heads": 2, "num_layers": 1,
-                "ffn_hidden_size": 32, "in_channels": 4, "out_channels": 4, "patch_size": 1,
-                "text_in_dim": 16, "rope_axes_dim": (4, 6, 6),
+                "in_channels": 8, "num_layers": 1, "attention_head_dim": 16,
+                "num_attention_heads": 2, "intermediate_size": 16, "adaln_dim": 8,
+                "llm_features_dim": 16, "mrope_section": (4, 2, 2),
             },
             lambda: {
-                "hidden_states": random(1, 4, HEIGHT, WIDTH), "timestep": torch.tensor([5.0]),
-                "text_bth": random(1, TEXT, 16, seed=1), "text_lens": torch.tensor([TEXT]),
+                "hidden_states": random(1, 9, 8), "timestep": torch.tensor([0.5]),
+                "encoder_hidden_states": random(1, 9, 16),
+                "position_ids": torch.zeros(1, 9, 3, dtype=torch.long),
+                "segment_ids": torch.zeros(1, 9), "indicator": torch.ones(1, 9),
             },
         ),
     ],
-    ids=["ERNIE-Image"],
+    ids=["Ideogram 4"],
 )  # fmt: skip
 def test_families_that_are_not_listed_have_no_labels(model, config, inputs):
     import diffusers

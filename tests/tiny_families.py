@@ -30,7 +30,8 @@ class Case:
         model: name of its class in diffusers.
         config: what it is made with.
         inputs: what it is called with.
-        layers: what its layers attend with, in the order of the documentation: pattern to order.
+        layers: what its layers attend with, in the order of the documentation: pattern to order;
+            "": not known.
         text: names of inputs that are text, and the names of the parts that come of them.
         latents: name of the input that is the image.
         place: where in the latents the token (frame, row, column) comes from; None: not exactly.
@@ -329,6 +330,114 @@ CASES = [
             "single_transformer_blocks.*": "text + image",
         },
         _EHS, place=_packed,
+    ),
+    Case(
+        "Krea 2", "Krea2Transformer2DModel",
+        {
+            "in_channels": 8, "num_layers": 1, **_SMALL, "num_key_value_heads": 1,
+            "intermediate_size": 16, "timestep_embed_dim": 8, "text_hidden_dim": 16,
+            "num_text_layers": 2, "text_num_attention_heads": 2,
+            "text_num_key_value_heads": 2, "text_intermediate_size": 16,
+            "num_layerwise_text_blocks": 1, "num_refiner_text_blocks": 1,
+            "axes_dims_rope": (2, 2, 4),
+        },
+        lambda: {
+            "hidden_states": random(1, TOKENS, 8), "timestep": torch.tensor([0.5]),
+            "encoder_hidden_states": random(1, TEXT, 2, 16, seed=1),
+            "position_ids": torch.cat([torch.zeros(TEXT, 3), _ids(3)]),
+        },
+        {
+            "transformer_blocks.*": "text + image", "text_fusion.refiner_blocks.*": "text",
+            "text_fusion.layerwise_blocks.*": "",  # over the layers of the text encoder
+        },
+        _EHS, place=_packed,
+    ),
+    Case(
+        "ERNIE-Image", "ErnieImageTransformer2DModel",
+        {
+            "hidden_size": 32, "num_attention_heads": 2, "num_layers": 1,
+            "ffn_hidden_size": 32, "in_channels": 4, "out_channels": 4, "patch_size": 2,
+            "text_in_dim": 16, "rope_axes_dim": (4, 6, 6),
+        },
+        lambda: {
+            "hidden_states": random(1, 4, *_LATENT), "timestep": torch.tensor([5.0]),
+            "text_bth": random(1, TEXT, 16, seed=1), "text_lens": torch.tensor([TEXT - 1]),
+        },
+        {"*": "image + text"}, {"text_bth": ("text",)}, place=_plane(),
+    ),
+    Case(
+        "Ovis-Image", "OvisImageTransformer2DModel", {**_FLUX_CONFIG, "out_channels": 8}, _flux,
+        {"transformer_blocks.*": "text + image", "single_transformer_blocks.*": "text + image"},
+        _EHS, place=_packed,
+    ),
+    Case(
+        "LongCat-Image", "LongCatImageTransformer2DModel",
+        {**_FLUX_CONFIG, "pooled_projection_dim": 8}, _flux,
+        {"transformer_blocks.*": "text + image", "single_transformer_blocks.*": "text + image"},
+        _EHS, place=_packed,
+    ),
+    Case(
+        "Bria", "BriaTransformer2DModel", _FLUX_CONFIG, _flux,
+        {"transformer_blocks.*": "text + image", "single_transformer_blocks.*": "text + image"},
+        _EHS, place=_packed,
+    ),
+    Case(
+        "PRX", "PRXTransformer2DModel",
+        {
+            "in_channels": 4, "patch_size": 2, "context_in_dim": 16, "hidden_size": 16,
+            "num_heads": 2, "depth": 1, "axes_dim": [4, 4],
+        },
+        lambda: _planar(timestep=torch.tensor([0.5])),
+        {"*": "image -> text + image"}, _EHS, place=_plane(),
+    ),
+    Case(
+        "GLM-Image", "GlmImageTransformer2DModel",
+        {
+            "in_channels": 4, "out_channels": 4, "num_layers": 1, "attention_head_dim": 8,
+            "num_attention_heads": 2, "text_embed_dim": 16, "time_embed_dim": 8,
+            "condition_dim": 4, "prior_vq_quantizer_codebook_size": 16,
+        },
+        lambda: _planar(
+            prior_token_id=torch.zeros(1, TOKENS, dtype=torch.long),
+            prior_token_drop=torch.zeros(1, TOKENS, dtype=torch.bool),
+            target_size=torch.tensor([[64.0, 96.0]]), crop_coords=torch.zeros(1, 2),
+        ),
+        {"*": "text + image"}, _EHS, place=_plane(),
+    ),
+    Case(
+        "LTX-2", "LTX2VideoTransformer3DModel",
+        {
+            "in_channels": 8, "out_channels": 8, **_SMALL, "cross_attention_dim": 16,
+            "audio_in_channels": 8, "audio_out_channels": 8, "audio_num_attention_heads": 2,
+            "audio_attention_head_dim": 4, "audio_cross_attention_dim": 8, "num_layers": 1,
+            "caption_channels": 16,
+        },
+        lambda: {
+            "hidden_states": random(1, FRAMES * TOKENS, 8),
+            "audio_hidden_states": random(1, 3, 8, seed=2), "timestep": torch.tensor([5]),
+            "encoder_hidden_states": random(1, TEXT, 16, seed=1),
+            "audio_encoder_hidden_states": random(1, TEXT + 1, 16, seed=3),
+            "num_frames": FRAMES, "height": HEIGHT, "width": WIDTH, "audio_num_frames": 3,
+        },
+        {
+            "*.attn1": "image", "*.attn2": "image -> text", "*.audio_attn1": "audio",
+            "*.audio_attn2": "audio -> text", "*.audio_to_video_attn": "image -> audio",
+            "*.video_to_audio_attn": "audio -> image",
+        },
+        {
+            "encoder_hidden_states": ("text",), "audio_encoder_hidden_states": ("text",),
+            "audio_hidden_states": ("audio",),
+        },
+        place=_packed, frames=FRAMES,
+    ),
+    Case(
+        "Sana-Video", "SanaVideoTransformer3DModel",
+        {
+            "in_channels": 4, "out_channels": 4, "num_attention_heads": 2,
+            "attention_head_dim": 12, "num_layers": 1, "num_cross_attention_heads": 2,
+            "cross_attention_head_dim": 12, "cross_attention_dim": 24, "caption_channels": 16,
+        },
+        _volume, {"*.attn2": "image -> text"}, _EHS, place=_video(), frames=FRAMES,
     ),
     Case(
         "Lumina 2", "Lumina2Transformer2DModel",

@@ -19,8 +19,9 @@ from flashmaps.maps.grids import Grid
 Given = Mapping[str, Any]  # what a model was called with, by name
 
 _LENGTHS = (
-    "the texts of this batch have different lengths, so the text has no place in common; run one "
-    "prompt at a time, or leave the layer out"
+    "the texts of this batch have different lengths, so the text has no place in common; capture "
+    "one part of guidance (guidance='conditional'), run one prompt at a time, or leave the layer "
+    "out"
 )
 
 
@@ -73,17 +74,16 @@ def _text(given: Given) -> dict[str, int]:
     return _sizes(text=_length(given.get("encoder_hidden_states")))
 
 
-# Reading a tensor makes a GPU wait: each is read once.
-_read: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
 def _once(function: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    """Reading a tensor makes a GPU wait: each is read once, unless it is written to."""
+    read: Any = WeakIdKeyDictionary()
+
     @functools.wraps(function)
     def of(x: Tensor) -> Any:
-        found = _read.get(x)
+        found = read.get(x)
         version = None if x.is_inference() else x._version
         if found is None or found[0] != version:
-            found = _read[x] = (version, function(x))
+            found = read[x] = (version, function(x))
         return found[1]
 
     return of
@@ -104,7 +104,11 @@ def _first_grid(ids: Tensor) -> Grid | None:
     """
     if ids.shape[-1] not in (3, 4):
         return None
-    ids = (ids[0] if ids.ndim == 3 else ids).detach().float().cpu()
+    return _grid_in(ids[0] if ids.ndim == 3 else ids)
+
+
+def _grid_in(ids: Tensor) -> Grid | None:
+    ids = ids.detach().float().cpu()
     others = (ids[:, 0] != ids[0, 0]).nonzero()
     first = ids[: int(others[0])] if len(others) else ids
     places = first[:, 1:3] - first[0, 1:3]
@@ -237,6 +241,27 @@ def z_image(model: Any, given: Given) -> Tokens:
     return Tokens(grid, frames if one else 1, sizes=sizes, items=differ, note=note)
 
 
+def krea(model: Any, given: Given) -> Tokens:
+    """Of packed latents, with the places of text and image beside them."""
+    text, tokens = given.get("encoder_hidden_states"), _length(given.get("hidden_states"))
+    ids = given.get("position_ids")
+    if not isinstance(text, Tensor) or tokens is None:
+        return Tokens()
+    grid = _grid_after(text.shape[1])(ids) if isinstance(ids, Tensor) and ids.ndim == 2 else None
+    return Tokens(grid, sizes={"text": text.shape[1], "image": tokens})
+
+
+@functools.lru_cache(maxsize=16)
+def _grid_after(text: int) -> Callable[[Tensor], Grid | None]:
+    return _once(lambda ids: _grid_in(ids[text:]))
+
+
+def ernie(model: Any, given: Given) -> Tokens:
+    """The image, then a text padded to one length."""
+    sizes = _sizes(text=_length(given.get("text_bth")))
+    return _plane(given.get("hidden_states"), model.config.patch_size, sizes)
+
+
 def lumina(model: Any, given: Given) -> Tokens:
     """The text that its mask leaves of each prompt, then the image."""
     mask = given.get("encoder_attention_mask")
@@ -344,6 +369,16 @@ def ltx(model: Any, given: Given) -> Tokens:
     if frames * height * width != tokens:  # type: ignore[operator]
         return Tokens(sizes=sizes)
     return Tokens((height, width), frames, sizes={**sizes, "image": tokens})  # type: ignore[arg-type]
+
+
+def ltx2(model: Any, given: Given) -> Tokens:
+    """As LTX-Video's, and the tokens of its sound and of the text for it."""
+    found = ltx(model, given)
+    sound = _sizes(
+        audio=_length(given.get("audio_hidden_states")),
+        audio_text=_length(given.get("audio_encoder_hidden_states")),
+    )
+    return dataclasses.replace(found, sizes={**found.sizes, **sound})
 
 
 def mochi(model: Any, given: Given) -> Tokens:

@@ -115,6 +115,68 @@ FAMILIES = (
         counts.packed,
         passes=True,
     ),
+    *(
+        Family(
+            name,
+            (model,),
+            (Rule("*", _TEXT_IMAGE, processors=_by(processor)),),
+            counts.packed,
+            passes=True,
+        )
+        for name, model, processor in (
+            ("Ovis-Image", "OvisImageTransformer2DModel", "OvisImageAttnProcessor"),
+            ("LongCat-Image", "LongCatImageTransformer2DModel", "LongCatImageAttnProcessor"),
+        )
+    ),
+    Family(
+        "Bria",
+        ("BriaTransformer2DModel",),
+        (Rule("*", _TEXT_IMAGE, processors=_by("BriaAttnProcessor")),),
+        counts.packed,
+    ),
+    Family(
+        "Krea 2",
+        ("Krea2Transformer2DModel",),
+        (
+            Rule("transformer_blocks.*", ("text + image",), processors=_by("Krea2AttnProcessor")),
+            Rule("text_fusion.refiner_blocks.*", ("text",)),
+        ),
+        counts.krea,
+        passes=True,
+    ),
+    Family(
+        "ERNIE-Image",
+        ("ErnieImageTransformer2DModel",),
+        (Rule("*", ("image + text",), processors=_by("ErnieImageSingleStreamAttnProcessor")),),
+        counts.ernie,
+    ),
+    Family(
+        "PRX",
+        ("PRXTransformer2DModel",),
+        (Rule("*", ("image -> text + image",), processors=_by("PRXAttnProcessor2_0")),),
+        counts.patched,
+    ),
+    Family(
+        "GLM-Image",
+        ("GlmImageTransformer2DModel",),
+        (Rule("*", ("text + image",), processors=_by("GlmImageAttnProcessor")),),
+        counts.patched,
+        passes=True,
+    ),
+    Family(
+        "LTX-2",
+        ("LTX2VideoTransformer3DModel",),
+        (
+            Rule("*.attn1", ("image",)),
+            Rule("*.attn2", ("image -> text",)),
+            Rule("*.audio_attn1", ("audio",)),
+            Rule("*.audio_attn2", ("audio -> text:audio_text",)),
+            Rule("*.audio_to_video_attn", ("image -> audio",)),
+            Rule("*.video_to_audio_attn", ("audio -> image",)),
+        ),
+        counts.ltx2,
+    ),
+    Family("Sana-Video", ("SanaVideoTransformer3DModel",), (_CROSS,), counts.wan),
     Family("Chroma", ("ChromaTransformer2DModel",), _FLUX, counts.packed, passes=True),
     Family(
         "Flux.2",
