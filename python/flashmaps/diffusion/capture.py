@@ -26,13 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from flashmaps.diffusion.absence import LeftOut, why_nothing
+from flashmaps.diffusion.called import called_with, latents_of, timestep_of
 from flashmaps.diffusion.compiled import (
     attach_traceable,
     compiled_modules,
     refuse_checkpointing,
     uncompiled,
 )
-from flashmaps.diffusion.counts import called_with, latents_of, timestep_of
 from flashmaps.diffusion.entry import Entry
 from flashmaps.diffusion.guidance import GUIDANCE, Passes
 from flashmaps.diffusion.known import (

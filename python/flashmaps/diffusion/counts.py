@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from flashmaps.diffusion.called import Given
 from flashmaps.diffusion.layouts import Tokens, common
 from flashmaps.maps.grids import Grid
-
-Given = Mapping[str, Any]  # what a model was called with, by name
 
 _LENGTHS = (
     "the texts of this batch have different lengths, so the text has no place in common; capture "
@@ -25,53 +22,19 @@ _LENGTHS = (
 )
 
 
-# -- what models are called with -------------------------------------------------------------------
-
-
-def called_with(model: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
-    """What a model was called with, by name."""
-    kind: Any = type(model)
-    if "forward" not in vars(model):
-        return dict(zip(_parameters(kind), args, strict=False)) | kwargs
-    parameters = inspect.signature(model.forward).parameters
-    names: Iterable[str] = parameters
-    if any(each.kind is each.VAR_POSITIONAL for each in parameters.values()):
-        # Someone's `forward(*args, **kwargs)` before the model's own, as DeepCache has it.
-        names = _parameters(kind)
-    return dict(zip(names, args, strict=False)) | kwargs
-
-
-@functools.cache
-def _parameters(kind: Any) -> tuple[str, ...]:
-    """Of a class of models: the parameters of its ``forward``, without self."""
-    return tuple(inspect.signature(kind.forward).parameters)[1:]
-
-
-def timestep_of(given: Given) -> Any:
-    """The timestep, by whichever name the model has for it."""
-    names = ("timestep", "timesteps", "t", "timestep_ratio")
-    return next((given[name] for name in names if given.get(name) is not None), None)
-
-
-def latents_of(given: Given) -> Tensor | None:
-    """The latents, batch first; None if they are not one tensor, nor several alike (Z-Image)."""
-    found = given.get("sample", given.get("hidden_states", given.get("x")))
-    if isinstance(found, (list, tuple)) and found and all(isinstance(x, Tensor) for x in found):
-        alike = all(x.shape == found[0].shape for x in found)
-        return torch.stack(list(found)) if alike else None
-    return found if isinstance(found, Tensor) else None
-
-
-def _length(x: Any, dim: int = 1) -> int | None:
+def length(x: Any, dim: int = 1) -> int | None:
+    """Of a tensor [B, N, C] along ``dim``; None for anything else."""
     return x.shape[dim] if isinstance(x, Tensor) and x.ndim == 3 else None
 
 
-def _sizes(**sizes: int | None) -> dict[str, int]:
+def sizes_of(**sizes: int | None) -> dict[str, int]:
+    """Those that are known."""
     return {name: n for name, n in sizes.items() if n is not None}
 
 
-def _text(given: Given) -> dict[str, int]:
-    return _sizes(text=_length(given.get("encoder_hidden_states")))
+def text_of(given: Given) -> dict[str, int]:
+    """The size of the text that a model is given as encoder_hidden_states."""
+    return sizes_of(text=length(given.get("encoder_hidden_states")))
 
 
 def _once(function: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
@@ -123,7 +86,7 @@ def _grid_in(ids: Tensor) -> Grid | None:
 # -- tokens of each kind of model ------------------------------------------------------------------
 
 
-def _plane(latent: Any, patch: Any, sizes: Mapping[str, int], **more: Any) -> Tokens:
+def plane(latent: Any, patch: Any, sizes: Mapping[str, int], **more: Any) -> Tokens:
     """Of latents [B, C, height, width] in square patches."""
     if not isinstance(latent, Tensor) or latent.ndim != 4:
         return Tokens(sizes=sizes)
@@ -142,50 +105,23 @@ def _video(latent: Any, patch: Any, sizes: Mapping[str, int], frames_at: int = 2
 
 def patched(model: Any, given: Given) -> Tokens:
     """Of latents [B, C, height, width] in patches, and a text beside them: PixArt, SD3, DiT."""
-    return _plane(given.get("hidden_states"), model.config.patch_size, _text(given))
-
-
-def unet(model: Any, given: Given) -> Tokens:
-    """Of UNets on images: the finest grid is that of the latents."""
-    config = model.config
-    sizes = _text(given)
-    images = getattr(getattr(model, "encoder_hid_proj", None), "num_image_text_embeds", None)
-    if getattr(config, "encoder_hid_dim_type", None) == "image_proj":  # Kandinsky 2.2
-        sizes = _sizes(image_prompt=images)
-    elif getattr(config, "encoder_hid_dim_type", None) == "text_image_proj":  # Kandinsky 2.1
-        sizes |= _sizes(image_prompt=images)
-    return _plane(given.get("sample"), 1, sizes, levels=True)
-
-
-def video_unet(frames_at: int, name: str = "text") -> Callable[[Any, Given], Tokens]:
-    """Of UNets that see frames as rows of the batch, and times at each place."""
-
-    def tokens(model: Any, given: Given) -> Tokens:
-        sample = given.get("sample")
-        sizes = _sizes(**{name: _length(given.get("encoder_hidden_states"))})
-        if not isinstance(sample, Tensor) or sample.ndim != 5:
-            return Tokens(sizes=sizes)
-        grid, frames = (sample.shape[3], sample.shape[4]), sample.shape[frames_at]
-        sizes |= {"image": grid[0] * grid[1], "frames": frames}
-        return Tokens(grid, rows=frames, levels=True, sizes=sizes)
-
-    return tokens
+    return plane(given.get("hidden_states"), model.config.patch_size, text_of(given))
 
 
 def latte(model: Any, given: Given) -> Tokens:
     """Of Latte, whose blocks see frames and places in turn."""
     latent, patch = given.get("hidden_states"), model.config.patch_size
     if not isinstance(latent, Tensor) or latent.ndim != 5:
-        return Tokens(sizes=_text(given))
+        return Tokens(sizes=text_of(given))
     grid, frames = (latent.shape[3] // patch, latent.shape[4] // patch), latent.shape[2]
-    sizes = _text(given) | {"image": grid[0] * grid[1], "frames": frames}
+    sizes = text_of(given) | {"image": grid[0] * grid[1], "frames": frames}
     return Tokens(grid, rows=frames, sizes=sizes)
 
 
 def packed(model: Any, given: Given) -> Tokens:
     """Of latents [B, N, C] with the place of each token as ids: Flux, Chroma."""
     latent, ids = given.get("hidden_states"), given.get("img_ids")
-    sizes, tokens = _text(given), _length(latent)
+    sizes, tokens = text_of(given), length(latent)
     if tokens is None:
         return Tokens(sizes=sizes)
     before = given.get("num_ref_tokens", 0) if given.get("kv_cache_mode") == "extract" else 0
@@ -201,8 +137,8 @@ def packed(model: Any, given: Given) -> Tokens:
 
 def qwen(model: Any, given: Given) -> Tokens:
     """Of packed latents with the shapes of the images beside them; the first is the one made."""
-    tokens, shapes = _length(given.get("hidden_states")), given.get("img_shapes")
-    sizes = _text(given)
+    tokens, shapes = length(given.get("hidden_states")), given.get("img_shapes")
+    sizes = text_of(given)
     if tokens is None:
         return Tokens(sizes=sizes)
     try:
@@ -243,7 +179,7 @@ def z_image(model: Any, given: Given) -> Tokens:
 
 def krea(model: Any, given: Given) -> Tokens:
     """Of packed latents, with the places of text and image beside them."""
-    text, tokens = given.get("encoder_hidden_states"), _length(given.get("hidden_states"))
+    text, tokens = given.get("encoder_hidden_states"), length(given.get("hidden_states"))
     ids = given.get("position_ids")
     if not isinstance(text, Tensor) or tokens is None:
         return Tokens()
@@ -258,8 +194,8 @@ def _grid_after(text: int) -> Callable[[Tensor], Grid | None]:
 
 def ernie(model: Any, given: Given) -> Tokens:
     """The image, then a text padded to one length."""
-    sizes = _sizes(text=_length(given.get("text_bth")))
-    return _plane(given.get("hidden_states"), model.config.patch_size, sizes)
+    sizes = sizes_of(text=length(given.get("text_bth")))
+    return plane(given.get("hidden_states"), model.config.patch_size, sizes)
 
 
 def lumina(model: Any, given: Given) -> Tokens:
@@ -270,33 +206,33 @@ def lumina(model: Any, given: Given) -> Tokens:
     if counts and len(set(counts)) == 1:
         sizes["text"] = counts[0]
     note = _LENGTHS if len(set(counts)) > 1 else ""
-    return _plane(given.get("hidden_states"), model.config.patch_size, sizes, note=note)
+    return plane(given.get("hidden_states"), model.config.patch_size, sizes, note=note)
 
 
 def aura_flow(model: Any, given: Given) -> Tokens:
     """Learned register tokens before the text, then the image."""
-    sizes = _text(given) | {"register": model.register_tokens.shape[1]}
-    return _plane(given.get("hidden_states"), model.config.patch_size, sizes)
+    sizes = text_of(given) | {"register": model.register_tokens.shape[1]}
+    return plane(given.get("hidden_states"), model.config.patch_size, sizes)
 
 
 def cogvideox(model: Any, given: Given) -> Tokens:
     """Of latents [B, frames, C, height, width]."""
     patch = model.config.patch_size
     patches = (getattr(model.config, "patch_size_t", None) or 1, patch, patch)
-    return _video(given.get("hidden_states"), patches, _text(given), frames_at=1)
+    return _video(given.get("hidden_states"), patches, text_of(given), frames_at=1)
 
 
 def hunyuan_video(model: Any, given: Given) -> Tokens:
     """Of latents [B, C, frames, height, width], with a text padded to one length."""
     patch = model.config.patch_size
     patches = (model.config.patch_size_t, patch, patch)
-    return _video(given.get("hidden_states"), patches, _text(given))
+    return _video(given.get("hidden_states"), patches, text_of(given))
 
 
 def hunyuan_video15(model: Any, given: Given) -> Tokens:
     """The video, an image prompt if there is one, the text that masks leave, and what they hide."""
     patch = model.config.patch_size
-    sizes = _sizes(padded_text=_length(given.get("encoder_hidden_states")))
+    sizes = sizes_of(padded_text=length(given.get("encoder_hidden_states")))
     images, masks = given.get("image_embeds"), []
     for name in ("encoder_attention_mask_2", "encoder_attention_mask"):
         if isinstance(mask := given.get(name), Tensor) and mask.ndim == 2:
@@ -320,11 +256,11 @@ def _any(x: Tensor) -> bool:
 def hunyuan_image(model: Any, given: Given) -> Tokens:
     """The image, then both texts together."""
     latent = given.get("hidden_states")
-    first = _length(given.get("encoder_hidden_states"))
-    second = _length(given.get("encoder_hidden_states_2"))
+    first = length(given.get("encoder_hidden_states"))
+    second = length(given.get("encoder_hidden_states_2"))
     if getattr(model, "context_embedder_2", None) is None:
         second = 0
-    sizes = _sizes(first_text=first)
+    sizes = sizes_of(first_text=first)
     if first is not None:
         sizes["text"] = first + (second or 0)
     patch = tuple(model.config.patch_size)
@@ -340,9 +276,9 @@ def hidream(model: Any, given: Given) -> Tokens:
     """The image, filled up to ``max_seq`` where it is not square; then three texts."""
     latent, sizes = given.get("hidden_states"), {}
     t5, llama = given.get("encoder_hidden_states_t5"), given.get("encoder_hidden_states_llama3")
-    if _length(t5) is not None and isinstance(llama, Tensor) and llama.ndim == 4:
+    if length(t5) is not None and isinstance(llama, Tensor) and llama.ndim == 4:
         sizes["text"] = t5.shape[1] + 2 * llama.shape[2]  # type: ignore[union-attr]
-    found = _plane(latent, model.config.patch_size, sizes)
+    found = plane(latent, model.config.patch_size, sizes)
     if found.grid is None:
         return found
     square = latent.shape[2] == latent.shape[3]  # type: ignore[union-attr]
@@ -356,12 +292,12 @@ def omnigen(model: Any, given: Given) -> Tokens:
     sizes = {"before": 0, "text": 0}
     if isinstance(ids, Tensor):
         sizes["before" if images else "text"] = ids.shape[1]
-    return _plane(given.get("hidden_states"), model.config.patch_size, {**sizes, "time": 1})
+    return plane(given.get("hidden_states"), model.config.patch_size, {**sizes, "time": 1})
 
 
 def ltx(model: Any, given: Given) -> Tokens:
     """Packed latents, with the numbers of frames, rows and columns beside them."""
-    tokens, sizes = _length(given.get("hidden_states")), _text(given)
+    tokens, sizes = length(given.get("hidden_states")), text_of(given)
     shape = [given.get(name) for name in ("num_frames", "height", "width")]
     if tokens is None or not all(isinstance(n, int) for n in shape):
         return Tokens(sizes=sizes)
@@ -374,9 +310,9 @@ def ltx(model: Any, given: Given) -> Tokens:
 def ltx2(model: Any, given: Given) -> Tokens:
     """As LTX-Video's, and the tokens of its sound and of the text for it."""
     found = ltx(model, given)
-    sound = _sizes(
-        audio=_length(given.get("audio_hidden_states")),
-        audio_text=_length(given.get("audio_encoder_hidden_states")),
+    sound = sizes_of(
+        audio=length(given.get("audio_hidden_states")),
+        audio_text=length(given.get("audio_encoder_hidden_states")),
     )
     return dataclasses.replace(found, sizes={**found.sizes, **sound})
 
@@ -389,7 +325,7 @@ def mochi(model: Any, given: Given) -> Tokens:
 
 def kandinsky5(model: Any, given: Given) -> Tokens:
     """Latents with the channels last; in blocks of 8 x 8 where attention is sparse."""
-    latent, sizes = given.get("hidden_states"), _text(given)
+    latent, sizes = given.get("hidden_states"), text_of(given)
     if not isinstance(latent, Tensor) or latent.ndim != 5:
         return Tokens(sizes=sizes)
     patch = model.config.patch_size
@@ -403,7 +339,7 @@ def kandinsky5(model: Any, given: Given) -> Tokens:
 
 def wan(model: Any, given: Given) -> Tokens:
     """Of latents [B, C, frames, height, width] in patches (time, height, width): Wan, Cosmos."""
-    found = _video(given.get("hidden_states"), model.config.patch_size, _text(given))
+    found = _video(given.get("hidden_states"), model.config.patch_size, text_of(given))
     # Its processor takes the last 512 tokens of image and text for the text.
     told = {"told_text": 512} if found.sizes.get("text") == 512 else {}
     return Tokens(found.grid, found.frames, sizes={**found.sizes, **told})
@@ -413,62 +349,12 @@ def allegro(model: Any, given: Given) -> Tokens:
     """Of latents [B, C, frames, height, width], with a patch of time apart."""
     patch = model.config.patch_size
     patches = (model.config.patch_size_t, patch, patch)
-    return _video(given.get("hidden_states"), patches, _text(given))
+    return _video(given.get("hidden_states"), patches, text_of(given))
 
 
 def hunyuan_dit(model: Any, given: Given) -> Tokens:
     """The texts of CLIP and of T5, one after the other."""
-    clip = _length(given.get("encoder_hidden_states"))
-    t5 = _length(given.get("encoder_hidden_states_t5"))
+    clip = length(given.get("encoder_hidden_states"))
+    t5 = length(given.get("encoder_hidden_states_t5"))
     sizes = {} if clip is None or t5 is None else {"text": clip + t5}
-    return _plane(given.get("hidden_states"), model.config.patch_size, sizes)
-
-
-def cascade(model: Any, given: Given) -> Tokens:
-    """After the image: text, its pooled embedding as several tokens, and an image prompt."""
-    per = model.config.clip_seq
-    text, pooled, image = (given.get(f"clip_{name}") for name in ("text", "text_pooled", "img"))
-    sizes = {"text": 0, "image_prompt": 0}
-    if isinstance(pooled, Tensor):
-        sizes["pooled_text"] = per * (pooled.shape[1] if pooled.ndim == 3 else 1)
-    if isinstance(text, Tensor) and isinstance(image, Tensor):
-        sizes["text"] = text.shape[1]
-        sizes["image_prompt"] = per * (image.shape[1] if image.ndim == 3 else 1)
-    return _plane(given.get("sample"), model.config.patch_size, sizes, levels=True)
-
-
-# -- how deep in a UNet a layer is -----------------------------------------------------------------
-
-_BLOCK = re.compile(r"(?:.*\.)?(down_blocks|up_blocks|mid_block)(?:\.(\d+))?\.")
-
-
-def unet_level(model: Any, layer: str) -> int | None:
-    """How many times the grid was halved before a layer, from the blocks that do it."""
-    found = _BLOCK.match(layer)
-    if found is None:
-        return None
-    where, index = found.group(1), int(found.group(2) or 0)
-    downs = [getattr(block, "downsamplers", None) is not None for block in model.down_blocks]
-    if where == "down_blocks":
-        return sum(downs[:index])
-    if where == "mid_block":
-        return sum(downs)
-    ups = [getattr(block, "upsamplers", None) is not None for block in model.up_blocks]
-    return sum(downs) - sum(ups[:index])
-
-
-def cascade_level(model: Any, layer: str) -> int | None:
-    """How many times Stable Cascade's grid was halved before a layer."""
-    found = _BLOCK.match(layer)
-    if found is None or found.group(2) is None:
-        return None
-    last = len(model.down_blocks) - 1
-    index = int(found.group(2))
-    halves = [len(scaler) > 1 and _halves(scaler[1]) for scaler in model.down_downscalers[1:]]
-    return sum(halves[: index if found.group(1) == "down_blocks" else last - index])
-
-
-def _halves(scaler: Any) -> bool:
-    if isinstance(scaler, nn.Conv2d):
-        return scaler.stride == (2, 2)
-    return any(isinstance(part, nn.Upsample) for part in scaler.modules())
+    return plane(given.get("hidden_states"), model.config.patch_size, sizes)

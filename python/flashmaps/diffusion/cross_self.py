@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flashmaps.diffusion.called import called_with
 from flashmaps.diffusion.capture import denoisers
-from flashmaps.diffusion.counts import called_with
 from flashmaps.diffusion.entry import Entry
 from flashmaps.diffusion.guidance import Passes
 from flashmaps.diffusion.processors import Layer, MapAttnProcessor

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashmaps.diffusion.counts import latents_of, timestep_of
+from flashmaps.diffusion.called import latents_of, timestep_of
 from flashmaps.diffusion.known import guides_in_two_passes
 from flashmaps.diffusion.observe import ContextWatch, unwatch_context, watch_context
 

@@ -18,7 +18,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flashmaps.diffusion.families import FAMILIES, Family
+from flashmaps.diffusion.families import FAMILIES
+from flashmaps.diffusion.family import Family
 from flashmaps.diffusion.layouts import Plan, Rule, Tokens, order
 from flashmaps.maps.grids import Grid
 

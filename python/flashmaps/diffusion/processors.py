@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
 from flashmaps.arguments import sides
+from flashmaps.diffusion.called import called_with
 from flashmaps.diffusion.capture import denoisers, step_filter
-from flashmaps.diffusion.counts import called_with
 from flashmaps.diffusion.entry import Entry
 from flashmaps.diffusion.known import plan_of, tokens_of
 from flashmaps.diffusion.layouts import Layout, Layouts, Plan, Rule, Tokens, layout
