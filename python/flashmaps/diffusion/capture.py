@@ -34,6 +34,7 @@ from flashmaps.diffusion.compiled import (
     uncompiled,
 )
 from flashmaps.diffusion.entry import Entry
+from flashmaps.diffusion.graph import check_followed, source_of
 from flashmaps.diffusion.guidance import GUIDANCE, Passes
 from flashmaps.diffusion.known import (
     plan_of,
@@ -100,6 +101,9 @@ class capture:
             these statistics over passes, and ``keep="statistics"`` with it those of each pass.
         per_head: statistics of each head by itself, ``[B, H, ...]``; then ``reduce`` may also name
             "max_logit", the largest scaled score of a row.
+        grad: keep Q and K with the graph that they were computed in (``keep="qk"``), so that losses
+            of ``entry.map()`` have gradients, also under gradient checkpointing. Without it, a
+            gradient that comes to what was captured raises.
         guidance: with classifier-free guidance, record only the ``"conditional"`` or the
             ``"unconditional"`` part. A run without guidance is conditional. Guidance is told from
             the pipeline, which must be the one that runs (or its guider), and from the batch
@@ -146,6 +150,7 @@ class capture:
         pool_to: Grid = (16, 16),
         block: str | None = None,
         per_head: bool = False,
+        grad: bool = False,
         guidance: str | None = None,
         batch: Iterable[str] | None = None,
         dtype: torch.dtype | None = None,
@@ -178,6 +183,7 @@ class capture:
             device=device,
             to=to,
             per_head=per_head,
+            grad=grad,
         )
         self._thread: int | None = None
         self._number = next(_numbers)
@@ -200,6 +206,11 @@ class capture:
         if self._thread is not None:
             raise RuntimeError("this capture is already active; make a second one to nest them")
         self._compiled = compiled_modules(self._given.values())
+        if self._compiled and self._recorder.grad:
+            raise RuntimeError(
+                "grad=True cannot see the graph within a compiled model: capture the model that "
+                "torch.compile was given"
+            )
         self._thread = threading.get_ident()
         _entered.set(_entered.get() | {self._number})
         try:
@@ -276,6 +287,7 @@ class capture:
             raise ValueError(f"steps must be at least 1, got {steps}")
         recorder, wanted = self._recorder, self._wanted_step
         tally: Any = Tally(recorder)
+        tally.grad = False
         self._recorder, self._wanted_step = tally, lambda step: True
         try:
             with self:
@@ -322,6 +334,7 @@ class capture:
             self._forward = None
             return
         self._ran = True
+        self._recorder.source = source_of((args, kwargs), model)
         timestep = timestep_of(given)
         if isinstance(timestep, Tensor):  # a copy: the pipeline's own would keep all of them alive
             timestep = timestep.detach().flatten()[:1].clone()
@@ -367,6 +380,8 @@ class capture:
     ) -> None:
         at = self._forward
         assert at is not None
+        if self._recorder.grad:
+            check_followed(layer)
         query, key = attention.query, attention.key
         tokens, keys = query.shape[-2], key.shape[-2]
         plan, alone = self._plans[layer], call.context is None

@@ -25,6 +25,7 @@ from flashmaps.arguments import sides
 from flashmaps.diffusion.called import called_with
 from flashmaps.diffusion.capture import denoisers, step_filter
 from flashmaps.diffusion.entry import Entry
+from flashmaps.diffusion.graph import source_of
 from flashmaps.diffusion.known import plan_of, tokens_of
 from flashmaps.diffusion.layouts import Layout, Layouts, Plan, Rule, Tokens, layout
 from flashmaps.diffusion.observe import (
@@ -335,6 +336,7 @@ class MapAttnProcessor:
         tokens, keys = query.shape[2], key.shape[2]
         found = self._layout(grid, context is None, tokens, keys)
         first, alike = key_mask(mask, query.shape[0])
+        self._recorder.source = source_of((query, key))
         self._recorder.take(
             Entry(
                 layer=layer.name,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flashmaps.arguments import sides, switch
 from flashmaps.diffusion.entry import Entry
+from flashmaps.diffusion.graph import refusing
 from flashmaps.diffusion.record import Record
 from flashmaps.diffusion.streaming import Stream, bytes_of
 from flashmaps.maps.attention_map import AttentionMap
@@ -45,6 +46,8 @@ class Recorder:
         dtype, device: of Q and K that are kept; device also of statistics.
         per_head: statistics of each head by itself, [B, H, ...], and "max_logit" among them: of
             the names of `AttentionMap.reduce` and "density" alone.
+        grad: keep Q and K with their graph, so that maps made of them have gradients. They are then
+            the layer's own, not copies.
         to: a folder to write entries to while the model runs (`flashmaps.diffusion.streaming`).
         record: where to put what is kept, for several recorders that share one; None: a new one.
     """
@@ -59,6 +62,7 @@ class Recorder:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         per_head: bool = False,
+        grad: bool = False,
         to: str | Path | None = None,
         record: Record | None = None,
     ) -> None:
@@ -75,6 +79,12 @@ class Recorder:
                 f"keep={keep!r} keeps statistics, but reduce names none: for example "
                 "reduce=('entropy', 'argmax')"
             )
+        self.grad = switch("grad", grad)
+        if grad and (keep != "qk" or self.names or self.functions or to is not None):
+            raise ValueError(
+                "grad=True keeps Q and K with their graph: give it with keep='qk', without reduce= "
+                "and to=, and compute statistics from entry.map()"
+            )
         if to is not None and keep == "mean":
             raise ValueError(
                 "to= writes what each pass keeps; means take constant memory, and are saved after "
@@ -90,6 +100,7 @@ class Recorder:
         self.dtype = dtype
         self.device = device
         self.record = Record() if record is None else record
+        self.source: Tensor | None = None  # what copies hang on, see graph.py
         self._means: dict[Any, int] = {}  # where in the record the mean of a layer stands
         self._rotary: tuple[Any, Any] = (None, None)  # the last one, and its copy
 
@@ -97,7 +108,7 @@ class Recorder:
         """Record one layer of one pass; the entry's own tensors are not held on to."""
         entry = self._reduced(entry)
         if self.keep == "qk":
-            self._append(self._copied(entry))
+            self._append(self._refusing(self._copied(entry)))
             return
         if not entry.statistics:  # "image_to_text" of a layer without text
             return
@@ -105,7 +116,7 @@ class Recorder:
             entry, query=None, key=None, lse=None, rotary=None, _mask=None, _mask_alike=None
         )
         if self.keep == "statistics":
-            self._append(entry)
+            self._append(self._refusing(entry))
         else:  # an average over steps has none
             self._accumulate(dataclasses.replace(entry, step=None, _timestep=None))
 
@@ -122,6 +133,17 @@ class Recorder:
                 f"{entry.grid}); kind=, layers= and resolution= choose which are reduced."
             )
             raise
+
+    def _refusing(self, entry: Entry) -> Entry:
+        """With gradients that raise, unless there is a graph."""
+        if self.source is None or self.grad:
+            return entry
+        return dataclasses.replace(
+            entry,
+            query=refusing(entry.query, self.source),
+            key=refusing(entry.key, self.source),
+            statistics={n: refusing(x, self.source) for n, x in entry.statistics.items()},
+        )
 
     def _append(self, entry: Entry) -> None:
         self.record._entries.append(entry)
@@ -184,6 +206,8 @@ class Recorder:
         )
 
     def _copy(self, tensor: Tensor) -> Tensor:
+        if self.grad:
+            return tensor.to(device=self.device, dtype=self.dtype)
         # Always a copy: a view of a fused projection would keep V alive too, and a processor that
         # works in place would change what was recorded.
         return tensor.detach().to(device=self.device, dtype=self.dtype, copy=True)
@@ -195,18 +219,22 @@ class Recorder:
         # The record may have been cleared, and others may have filled it anew.
         if at is None or at >= len(entries) or _mean_of(entries[at]) != key:
             self._means[key] = len(entries)
-            entries.append(entry)
+            entries.append(self._refusing(entry))
             return
         so_far = entries[at]
         count = so_far.count + 1
         means = {
-            name: x if not x.is_floating_point() else so_far.statistics[name].lerp(x, 1 / count)
+            name: x
+            if not x.is_floating_point()
+            else so_far.statistics[name].detach().lerp(x, 1 / count)
             for name, x in entry.statistics.items()
         }
-        entries[at] = dataclasses.replace(entry, statistics=means, count=count)
+        mean = dataclasses.replace(entry, statistics=means, count=count)
+        entries[at] = self._refusing(mean)
 
     def end(self) -> None:
         """Let go of what was only needed while layers ran; write what waits to be."""
+        self.source = None
         self._rotary = (None, None)
         if self._stream is not None:
             self._stream.flush(self.record._entries)
