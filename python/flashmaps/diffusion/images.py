@@ -122,7 +122,12 @@ def _read(path: Path, name: str) -> np.ndarray:
         ) from error
 
     path = path.expanduser()
-    if not path.exists():
+    try:
+        there = path.exists()
+    except (OSError, ValueError) as error:  # a name too long, a NUL in it
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"{name}: {str(path)!r} cannot be read: {why}") from None
+    if not there:
         raise FileNotFoundError(f"{name}: there is no file {str(path)!r}")
     if path.is_dir():
         raise ValueError(f"{name}: {str(path)!r} is a folder; wanted an image file")

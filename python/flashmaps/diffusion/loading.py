@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 BUILTIN = "builtin"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 _NEEDED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -139,7 +141,7 @@ def _folder_or_hub_id(model: str) -> Path | str:
             f"model={model!r} is a file; wanted a diffusers folder. Convert a single-file "
             "checkpoint with StableDiffusionPipeline.from_single_file(...).save_pretrained(folder)"
         )
-    looks_like_path = model.startswith(("/", ".", "~")) or model.count("/") != 1 or "\\" in model
+    looks_like_path = model.startswith(("/", ".", "~")) or not _HUB_ID.fullmatch(model)
     if looks_like_path:
         raise FileNotFoundError(
             f"model={model!r}: there is no such folder; give 'builtin', a diffusers folder, or a "

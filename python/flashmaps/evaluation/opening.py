@@ -12,6 +12,7 @@ from flashmaps.evaluation.spair import SPair
 from flashmaps.evaluation.stereo import Stereo
 from flashmaps.evaluation.warps import Warps
 from flashmaps.evaluation.worlds import SIDE, Worlds
+from flashmaps.world.scene import SIZES
 
 MOST = 10_000_000  # pairs, and points of a pair
 
@@ -50,6 +51,8 @@ def open_benchmark(
         whole("points", points, 1, MOST)
     if image_size is not None and name != "world":
         raise ValueError(f"image_size={image_size}: only world draws its images at any size")
+    if image_size is not None:
+        whole("image_size", image_size, *SIZES)
     if name in PUBLIC:
         if points is not None:
             raise ValueError(

@@ -252,7 +252,8 @@ def _locked(target: Path, shown: str, kind: str, settings: Any) -> Iterator[tupl
     except BaseException:
         if state.length >= 0 and not (state.files or state.children):
             with contextlib.suppress(OSError):
-                os.unlink(path)
+                if not marker.strangers(target, None):
+                    os.unlink(path)
         raise
     finally:
         os.close(descriptor)

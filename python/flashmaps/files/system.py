@@ -142,6 +142,7 @@ _REASONS = {
     errno.EROFS: "it lies on a read-only disk",
     errno.EACCES: "permission is denied",
     errno.EPERM: "it is not permitted",
+    errno.ENOENT: "its place is gone, or takes no files",
     errno.EIO: "the disk reports an error",
     errno.ENAMETOOLONG: "a name in it is too long",
     errno.ELOOP: "it is a symbolic link in a circle",

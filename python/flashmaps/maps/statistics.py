@@ -271,6 +271,18 @@ def nims(entropy: Tensor, density: Tensor) -> Nims:
     log 1 = 0 and log 0 diverges, so NIMS itself is undefined below two sources: NaN there, and
     everywhere for a perfect bijection. Shapes as given (they broadcast).
     """
+    for name, value in (("entropy", entropy), ("density", density)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if not entropy.is_floating_point():
+        raise TypeError(f"entropy has dtype {entropy.dtype}; wanted a float, use entropy.float()")
+    try:
+        torch.broadcast_shapes(entropy.shape, density.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"entropy {list(entropy.shape)} and density {list(density.shape)} do not go together: "
+            "give both of the same maps"
+        ) from None
     counts = density.to(entropy.dtype)
     valid, some = counts >= 2, counts >= 1
     # Divided by something even where the ratio is undefined: or its gradient would be NaN there.
