@@ -677,3 +677,18 @@ def test_discarding_takes_only_what_is_ours(tmp_path):
     assert content(out) == {"pictures/note.txt": "mine"}
     discard(out)
     assert content(out) == {"pictures/note.txt": "mine"}
+
+
+def test_a_run_that_lost_its_files_stays_ours_when_it_fails(tmp_path):
+    """Found by the attack: the marker went, and the next run was refused for the note."""
+    out = tmp_path / "run"
+    with open_run(out, "evaluation") as run:
+        run.write_text("a", "1")
+    (out / "note.txt").write_text("mine")
+    with open_run(out, "evaluation") as run:
+        run.remove(["a"])
+    with pytest.raises(RuntimeError), open_run(out, "evaluation"):
+        raise RuntimeError
+    with open_run(out, "evaluation") as run:
+        run.write_text("a", "2")
+    assert content(out) == {"a": "2", "note.txt": "mine"}

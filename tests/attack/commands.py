@@ -27,8 +27,8 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 NUMBERS = ("-1", "0", "1", "2", "-0", "1e3", "nan", "inf", "", " ", "0x10", "1_0", "\u0663",
            "1" * 30, "1" + "0" * 400, "-" + "9" * 20, "1.5", "x")  # fmt: skip
 TEXTS = ("", " ", "[/x]", "[bold]", "\x1b[31m", "a|b", "<b>", "\u202e", "'", '"', "%s", "{x}",
-         "{0}",         "\\", "$(x)", "\ud800", "\n", "\U0001f600", "n" * 300, "--out", "-", "..", "*", "[",
-         "kk")  # fmt: skip
+         "{0}", "\\", "$(x)", "\ud800", "\n", "\U0001f600", "n" * 300, "--out", "-", "..",
+         "*", "[", "kk")  # fmt: skip
 # Values that are right, and quick.
 GOOD = {
     "--timestep": "5", "--seed": "3", "--noise-seed": "4", "--size": "32", "--compare": "kk",

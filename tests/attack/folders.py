@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import random
@@ -89,7 +90,9 @@ class Room:
 
     def step(self, fate: str | None, at: int) -> str:
         """Take one, and hold the room to what it may be after it; says what was done."""
-        kind = self.draw.choice(("folder", "folder", "run", "run", "run", "file", "note", "lose"))
+        kind = self.draw.choice(
+            ("folder",) * 4 + ("run",) * 4 + ("file", "note", "note", "note", "lose")
+        )
         name = self.draw.choice(self.FOLDERS if kind == "folder" else self.RUNS)
         return getattr(self, f"_{kind}")(name, fate, at)
 
@@ -171,7 +174,7 @@ class Room:
     def _note(self, name: str, fate: str | None, at: int) -> str:
         """Somebody puts a file of their own into an output folder, or takes it out again."""
         name = self.draw.choice(sorted(self.held))
-        if self.notes[name] and self.draw.random() < 0.7:
+        if self.notes[name] and self.draw.random() < 0.4:
             for note in self.notes[name]:
                 (self.root / name / note).unlink()
             self.notes[name] = {}
@@ -250,6 +253,10 @@ class Commands:
         self.root = root
         tiny_pipeline(root / "tokenizer").save_pretrained(root / "tiny")
         load_model(str(root / "tiny"))  # kept: the children have it
+        for needed in ("matplotlib.figure", "pyarrow.parquet", "scipy.ndimage", "skimage.feature",
+                       "sklearn.metrics", "flashmaps.evaluation.run", "flashmaps.app.commands",
+                       "flashmaps.evaluation.figures", "flashmaps.matching.plots"):  # fmt: skip
+            importlib.import_module(needed)
         pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(root / "photo.png")
         model = ["--model", str(root / "tiny"), "--size", "64"]
@@ -275,8 +282,9 @@ class Commands:
             code = 70
             try:
                 null = os.open(os.devnull, os.O_RDWR)
-                for stream in (0, 1):
-                    os.dup2(null, stream)
+                said = os.open(self.root / "said", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+                for stream, to in ((0, null), (1, null), (2, said)):
+                    os.dup2(to, stream)
                 from flashmaps.app.commands import make_app
 
                 make_app()(self.arguments(name, room), standalone_mode=False)
@@ -288,7 +296,8 @@ class Commands:
         while time.monotonic() - began < limit:
             done, status = os.waitpid(child, os.WNOHANG)
             if done:
-                assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0, (name, status)
+                said = (self.root / "said").read_text(errors="replace")[-2000:]
+                assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0, (name, said)
                 return True
             time.sleep(0.002)
         os.kill(child, signal.SIGKILL)
