@@ -280,6 +280,23 @@ def test_merged_tokens_have_no_grid(processor):
     assert entry.map().query_grid is None
 
 
+def test_keys_of_another_image_are_not_called_the_layers_own():
+    from flashmaps import CrossSelfAttnProcessor
+
+    case = CASE["UNet2DConditionModel"]
+    model, inputs = case.build(), case.inputs()
+    two = {
+        name: x.repeat(2, *[1] * (x.ndim - 1)) for name, x in inputs.items() if name != "timestep"
+    }
+    with torch.no_grad(), CrossSelfAttnProcessor.on(model, "*.attn1", keys="other", guidance=False):
+        with capture(model, "down_blocks.0.*") as record:
+            model(**two, timestep=5, return_dict=False)
+    own, text = record
+    assert (own.kind, own.queries, own.keys) == ("self", {"image": slice(0, TOKENS)}, {})
+    assert "may attend to another image's keys" in own.why
+    assert text.keys == {"text": slice(0, TEXT)}
+
+
 def test_text_that_is_not_the_models_has_no_name():
     entry = unet_with(SeesMore(), "*.attn2")
     assert (entry.kind, entry.keys) == ("unknown", {})
@@ -368,7 +385,7 @@ def test_flux2_with_cached_keys_of_a_reference():
             assert entry.queries == TEXT_IMAGE
             assert entry.keys["reference"] == reference
             assert entry.keys["image"] == slice(TEXT + 6, TEXT + 6 + TOKENS)
-            assert entry.kind == "joint"
+            assert (entry.kind, entry.grid) == ("joint", (HEIGHT, WIDTH))
     assert [entry.call for entry in record.select(step=0)] == [0, 1, 0, 1]
     assert all(entry.keys == entry.queries == TEXT_IMAGE for entry in record.select(step=2))
 

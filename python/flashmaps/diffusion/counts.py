@@ -127,8 +127,8 @@ def packed(model: Any, given: Given) -> Tokens:
     before = given.get("num_ref_tokens", 0) if given.get("kv_cache_mode") == "extract" else 0
     cache = given.get("kv_cache") if given.get("kv_cache_mode") == "cached" else None
     grid = None
-    if isinstance(ids, Tensor) and not before:
-        grid = _first_grid(ids)
+    if isinstance(ids, Tensor):
+        grid = _first_grid(ids if not before else ids[..., before:, :])
     own = tokens - before if grid is None else grid[0] * grid[1]
     sizes |= {"image": own, "reference": tokens - before - own}
     sizes |= {"cached": before or getattr(cache, "num_ref_tokens", 0)}
@@ -141,6 +141,8 @@ def qwen(model: Any, given: Given) -> Tokens:
     sizes = text_of(given)
     if tokens is None:
         return Tokens(sizes=sizes)
+    if getattr(model.config, "use_layer3d_rope", False):  # Qwen-Image-Layered makes several
+        return Tokens(sizes={**sizes, "image": tokens, "reference": 0})
     try:
         first: Any = shapes[0] if shapes is not None else None
         while isinstance(first[0], (list, tuple)):

@@ -30,6 +30,17 @@ Parts = tuple[tuple[str, Rule | Ranges], ...]  # by pattern of layer names
 # Processors of IP-Adapters, in whichever model: their text comes first, then each image prompt.
 _PROMPTS = frozenset({"IPAdapterAttnProcessor2_0"})
 _PROMPTED = Rule("*", ("__* -> text*",), later=("__* -> image_prompt*",))
+# Processors that put keys of another image, or of the first frame, in place of a layer's own.
+_REPLACES_KEYS = frozenset(
+    {"CrossSelfAttnProcessor", "CrossFrameAttnProcessor", "CrossFrameAttnProcessor2_0"}
+)
+_REPLACED = Rule(
+    "*",
+    ("image -> text",),
+    alone=("image -> _other*",),
+    note="its processor may attend to another image's keys; read its own record, or give parts=",
+)
+
 
 _registered: dict[type, Rule] = {}
 _registering = threading.Lock()
@@ -215,6 +226,8 @@ def plan_of(
             return Plan(None, level, name, each)
     if kind in _registered:
         return Plan(_registered[kind], level, name)
+    if family is not None and type(processor).__name__ in _REPLACES_KEYS:
+        return Plan(_REPLACED, level, name)
     listed = kind.__name__ if kind is not None and _of_diffusers(kind) else ""
     for rule in () if family is None else family.rules:
         if (

@@ -190,6 +190,8 @@ def _kind_of(queries: Iterable[str], keys: Iterable[str]) -> str:
         return "temporal" if queries == {"frames"} else "self"
     if "image_prompt" in keys and "text" not in keys:
         return "image_prompt"
+    if queries == {"image"} and keys == {"other"}:  # of another image
+        return "self"
     return "joint" if queries & keys else "cross"
 
 
@@ -238,6 +240,7 @@ class Rule:
         only_if: of the layer, a name of what it must have (Wan's image to video).
         said: whether a user says so: then one part of unknown size has the rest, and tokens of
             other lengths are an error.
+        note: why a part is not told.
     """
 
     layers: str
@@ -248,6 +251,7 @@ class Rule:
     each: bool = False
     only_if: str = ""
     said: bool = False
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -303,7 +307,8 @@ def _layout(plan: Plan, alone: bool, call: int, queries: int, keys: int, tokens:
         return Layout("unknown", why=f"the layout of {plan.name} is not known here; {REMEDY}")
     orders = rule.later if call else rule.alone if alone and rule.alone else rule.orders
     if not orders:
-        why = f"what a further attention of {plan.name} is, is not known here; {REMEDY}"
+        what = "what a further attention is, of" if call else "the layout of"
+        why = f"{what} {plan.name} is not known here; {REMEDY}"
         return Layout("unknown", why=why)
     grids = _grids(tokens, plan.level)
     half: Layout | None = None
@@ -314,7 +319,8 @@ def _layout(plan: Plan, alone: bool, call: int, queries: int, keys: int, tokens:
             if rows is not None and columns is not None:
                 kind = _kind_of(rows, columns)
                 told = _told(rows), _told(columns)
-                return Layout(kind, *_gridded(grid, tokens, rows), *told, tokens.note)
+                why = tokens.note or rule.note
+                return Layout(kind, *_gridded(grid, tokens, rows), *told, why)
             if rows is not None and half is None and len(rows) == 1:
                 half = Layout("unknown", *_gridded(grid, tokens, rows), _told(rows))
             elif columns is not None and half is None and "image" not in columns:
