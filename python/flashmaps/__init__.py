@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from flashmaps.diffusion.capture import capture
     from flashmaps.diffusion.cross_self import CrossSelfAttnProcessor
     from flashmaps.diffusion.entry import Entry
+    from flashmaps.diffusion.guide import guide
     from flashmaps.diffusion.image_prompts import image_prompt_maps
     from flashmaps.diffusion.known import register_layout
     from flashmaps.diffusion.processors import MapAttnProcessor
@@ -53,6 +54,7 @@ _LATER = {
     "Record": "flashmaps.diffusion.record",
     "WordMaps": "flashmaps.diffusion.words",
     "capture": "flashmaps.diffusion.capture",
+    "guide": "flashmaps.diffusion.guide",
     "image_prompt_maps": "flashmaps.diffusion.image_prompts",
     "match": "flashmaps.matching.match",
     "register_layout": "flashmaps.diffusion.known",
@@ -77,6 +79,7 @@ __all__ = [
     "capture",
     "checks",
     "compose",
+    "guide",
     "image_prompt_maps",
     "inverse_mapping_entropy",
     "inverse_mapping_score",
