@@ -32,11 +32,14 @@ if __name__ == "__main__":  # a program of its own: its neighbours, and tests/
 
 import flashmaps as fm
 import oracle
+import test_gradients as gradients
 import torch
 from contract import Subject
+from dense_gradients import FLOAT_RESULTS, Dense, assert_gradients
 from flashmaps.maps.backends import cpu
 from planned import check_operation, operations_of_a_map, operations_of_two
 from problems import LAYOUTS, contiguous
+from test_gradients import PICKED
 from torch import Tensor
 
 LAYOUT = {"contiguous": contiguous, **{each.__name__: each for each in LAYOUTS}}
@@ -62,6 +65,7 @@ class Case:
     shape: tuple[int, int, int, int, int]  # B, H, N, M, d
     seed: int
     key_batch: int = 0  # if not B
+    key_heads: int = 0  # if not H: shared by groups of query heads
     query_layout: str = "contiguous"
     key_layout: str = "contiguous"
     values: str = "normal"
@@ -73,7 +77,7 @@ class Case:
     key_grid: tuple[int, int] | None = None
     lse: bool = False
     threads: int = 1
-    what: str = "values"  # or "budgets", "bits", "wrong values"
+    what: str = "values"  # or another of CHECKS
 
     def __str__(self) -> str:
         """The line that makes it again, without what is as it would be anyway."""
@@ -107,14 +111,22 @@ def _grid(dice: random.Random, tokens: int) -> tuple[int, int]:
 def draw(dice: random.Random, backends: tuple[str, ...]) -> Case:
     """A case; the same of the same dice."""
     backend = dice.choice(backends)
-    what = dice.choices(("values", "budgets", "bits", "wrong values"), (60, 25, 8, 7))[0]
+    what = dice.choices(tuple(CHECKS), (52, 8, 22, 7, 11))[0]
     slow = backend in ("triton", "cuda")
-    most = 40 if slow else 70 if what == "budgets" else dice.choice([40, 70, 70, 300, 1100])
+    most = (
+        40
+        if slow
+        else 70
+        if what in ("budgets", "gradients")
+        else dice.choice([40, 70, 70, 300, 1100])
+    )
     heads, dim = dice.choice([1, 1, 2, 3, 5]), dice.choice([1, 7, 8, 13, 16, 40, 64, 72, 128, 160])
     batch = dice.choice([1, 1, 2, 3])
     queries, keys = _size(dice, min(most, 400)), _size(dice, most)
     if dice.random() < 0.15:
         keys = queries  # square: it has a diagonal
+    shared = [n for n in (1, 2, 3, 5) if n < heads and heads % n == 0]
+    key_heads = dice.choice(shared) if shared and what != "gradients" and dice.random() < 0.3 else 0
     if not slow and what == "values" and dice.random() < 0.01:
         keys, queries = 33001 + dice.randint(0, 99), min(queries, 9)  # too long for a strip
         heads, dim, batch = min(heads, 2), min(dim, 16), 1
@@ -127,7 +139,10 @@ def draw(dice: random.Random, backends: tuple[str, ...]) -> Case:
     values: tuple[str, ...] = VALUES
     masks: tuple[str | None, ...] = MASKS
     scales: tuple[float | None, ...] = (None, None, None, 0.0, -0.3, 0.05, 4.0, 20.0, 1e-30)
-    if what == "budgets":  # strips and blocks are compared, by a bound for moderate scores
+    if what == "gradients":  # of dense maps in float64, which masks of 1e38 would drown
+        values = ("normal", "equal", "zero", "few-distinct", "ramp-up")
+        masks, scales = (None, None, "bool", "few", "float", "float-hidden"), (None, -0.3, 0.05)
+    elif what == "budgets":  # strips and blocks are compared, by a bound for moderate scores
         values, masks = ("normal", "equal", "zero", "few-distinct"), (None, "bool", "few", "float")
         scales = (None, 0.05)
     elif what == "wrong values":
@@ -138,6 +153,7 @@ def draw(dice: random.Random, backends: tuple[str, ...]) -> Case:
         shape=(batch, heads, queries, keys, dim),
         seed=dice.randrange(2**31),
         key_batch=key_batch,
+        key_heads=key_heads,
         query_layout=dice.choice([*LAYOUT]),
         key_layout=dice.choice([*LAYOUT]),
         values=dice.choice(values),
@@ -180,13 +196,14 @@ class Made:
         a bias of 1e38: so the truth is of a mask that is shifted first.
         """
         options = {name: value for name, value in self.options.items() if name != "lse"}
+        key = self.key.repeat_interleave(self.query.shape[1] // self.key.shape[1], 1)
         mask = options.get("key_mask")
         if dtype != torch.float64 or mask is None or mask.dtype == torch.bool:
-            return oracle.attention(self.query, self.key, dtype=dtype, **options)
+            return oracle.attention(self.query, key, dtype=dtype, **options)
         mask = mask.double()
         offset = mask.amax(-1, keepdim=True)
         options["key_mask"] = mask - offset
-        found, lse = oracle.attention(self.query, self.key, dtype=dtype, **options)
+        found, lse = oracle.attention(self.query, key, dtype=dtype, **options)
         of_batch = offset.reshape(-1).expand(self.key.shape[0])
         pairs = options.get("pairs")
         of_map = of_batch if pairs is None else of_batch[pairs[:, 1]]
@@ -195,7 +212,8 @@ class Made:
 
 def _values(case: Case, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     batch, heads, queries, keys, dim = case.shape
-    shapes = (batch, heads, queries, dim), (case.key_batch or batch, heads, keys, dim)
+    of_key = case.key_batch or batch, case.key_heads or heads
+    shapes = (batch, heads, queries, dim), (*of_key, keys, dim)
     query, key = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
     if case.values == "large":
         return query * 8, key * 8
@@ -407,10 +425,23 @@ def check_values(made: Made) -> None:
         to = dice.randint(1, grid[0]), dice.randint(1, grid[1])
         subject.check("pool", lazy.pool(key_to=to), None, oracle.cells(grid, to))
 
+    def of_a_head() -> None:
+        heads = made.case.shape[1]
+        which = dice.randrange(heads)
+        alone = torch.nn.functional.one_hot(torch.tensor(which), heads).double()
+        one = dataclasses.replace(made, options={**made.options, "head_weights": alone})
+        maps = (one.oracle(torch.float64)[0], one.oracle(oracle.compute_dtype(made.dtype))[0])
+        for each in maps:
+            each.roundings = truth.roundings
+        name = dice.choice(subject.reductions)
+        found = getattr(lazy.reduce(name, per_head=True), name)[:, which]
+        Subject(lazy, *maps, made.dtype).check_reduction(name, found)
+
     def two_maps() -> None:
         _check_two_maps(made, lazy, truth, plain, dice)
 
     operations = [reductions, reductions, dense, rows, topk, product, transposed, log_sum_exp, pool]
+    operations.append(of_a_head)
     if keys < 1000:
         operations += [two_maps, two_maps]
     for operation in dice.sample(operations, 2 if keys < 1000 else 1):
@@ -512,6 +543,51 @@ def check_budgets(made: Made) -> None:
     return None
 
 
+def check_gradients(made: Made) -> None:
+    """Of a few results at once, against autograd through the dense map."""
+    dice, compute = _dice(made.case), oracle.compute_dtype(made.dtype)
+    options = {name: value for name, value in made.options.items() if name != "lse"}
+    given = {"query": made.query, "key": made.key}
+    mask = options.get("key_mask")
+    if mask is not None and mask.dtype != torch.bool:
+        given["bias"] = options.pop("key_mask").to(compute)
+    if "head_weights" in options:
+        given["head_weights"] = options.pop("head_weights").to(compute)
+    batch, queries, keys = made.map().shape
+    given |= {"right": _random(made, batch, keys, 3), "left": _random(made, batch, queries, 3)}
+
+    def leaves(dtype: torch.dtype | None) -> dict[str, Tensor]:
+        return {
+            name: (x if dtype is None else x.to(dtype)).detach().requires_grad_()
+            for name, x in given.items()
+        }
+
+    names = [name for name in FLOAT_RESULTS if name not in ("pool", *PICKED)]
+    names = [name for name in names if name != "diagonal" or queries == keys]
+    names = [name for name in names if name != "expectation" or made.map().key_grid is not None]
+    some = tuple(dice.sample(names, dice.randint(1, 4)))
+    dense, rival = (Dense(leaves(dtype), options) for dtype in (torch.float64, compute))
+    true, plain = (each.results(some, 1, None) for each in (dense, rival))
+    g = gradients._upstream(true)
+    of, _ = made.oracle(torch.float64)
+    if made.case.values == "ramp-up":
+        of.roundings *= max(1.0, math.sqrt(made.case.shape[4]) / 3)
+    if _has_faint_lines(made):
+        return
+    if "column_entropy" in g:
+        lost = oracle.vanishing(of, made.dtype) / oracle.band(of, made.dtype)
+        g["column_entropy"] = g["column_entropy"].where(of.values.sum(1) > lost, 0.0)
+    mine = leaves(None)
+    got = gradients._mine(mine, options, some, 1, None, _backend(made.case.backend))
+    assert_gradients(
+        ", ".join(some),
+        gradients._gradients(got, g, mine), gradients._gradients(true, g, dense.leaves),
+        gradients._gradients(plain, g, rival.leaves), dense.magnitudes(g, 1, None),
+        dense.magnitudes(g, 1, None, torch.finfo(compute).tiny),
+        of, made.case.shape[1], made.case.shape[4], made.dtype,
+    )  # fmt: skip
+
+
 def check_wrong_values(made: Made) -> None:
     """NaN and inf: no crash, no hang, indices within the map; the reference refuses them."""
     finite = torch.isfinite(made.query).all()
@@ -532,6 +608,10 @@ def check_wrong_values(made: Made) -> None:
     lazy.to_dense()
     lazy @ _random(made, lazy.shape[0], lazy.shape[2], 3)
     lazy.mT @ _random(made, lazy.shape[0], lazy.shape[1], 3)
+    query = made.query.detach().requires_grad_()
+    grows = dataclasses.replace(made, query=query).map()
+    (grows.entropy().sum() + grows.column_entropy().sum()).backward()
+    assert query.grad is not None and query.grad.shape == query.shape
 
 
 def fm_reductions(lazy: fm.AttentionMap) -> list[str]:
@@ -546,6 +626,7 @@ CHECKS: dict[str, Callable[[Made], None]] = {
     "bits": check_bits,
     "budgets": check_budgets,
     "wrong values": check_wrong_values,
+    "gradients": check_gradients,
 }
 
 
