@@ -75,6 +75,7 @@ class Map:
     lines: int  # what its rows sum to
     roundings: float  # how many units in the last place an entry may be off, relatively
     key_centres: Tensor | None = None  # [M, 2]
+    faintest: float = 1.0  # the least mass that entries, and what they lost, were divided by
 
     @property
     def distribution(self) -> Tensor:
@@ -130,6 +131,7 @@ class Map:
             self.lines * other.lines,
             self.roundings + other.roundings + math.sqrt(self.values.shape[2]),
             other.key_centres,
+            min(self.faintest, other.faintest),
         )
 
 
@@ -198,7 +200,7 @@ def band(of: Map, dtype: torch.dtype) -> float:
 
 def vanishing(of: Map, dtype: torch.dtype) -> float:
     """What a sum over one row or column of the map may lose to entries that underflow."""
-    return torch.finfo(compute_dtype(dtype)).tiny * max(of.values.shape[1:])
+    return torch.finfo(compute_dtype(dtype)).tiny * max(of.values.shape[1:]) / of.faintest
 
 
 def error(got: Tensor, truth: Value, floor: float | Tensor) -> Tensor:

@@ -358,7 +358,8 @@ def check_values(made: Made) -> None:
     if not torch.isfinite(plain.values).all():  # torch too is lost there
         assert lazy.to_dense().shape == truth.values.shape
         return
-    if _has_faint_lines(made):  # they may be zero or not: docs/maths.md
+    truth.faintest = plain.faintest = _faintest_line(made)
+    if truth.faintest < 1e-30:  # it may be zero or not: docs/maths.md
         dense = lazy.to_dense()
         height, width = made.options["key_grid"]
         axis = 3 if made.case.normalize == "rows" else 2
@@ -432,7 +433,7 @@ def check_values(made: Made) -> None:
         one = dataclasses.replace(made, options={**made.options, "head_weights": alone})
         maps = (one.oracle(torch.float64)[0], one.oracle(oracle.compute_dtype(made.dtype))[0])
         for each in maps:
-            each.roundings = truth.roundings
+            each.roundings, each.faintest = truth.roundings, truth.faintest
         name = dice.choice(subject.reductions)
         found = getattr(lazy.reduce(name, per_head=True), name)[:, which]
         Subject(lazy, *maps, made.dtype).check_reduction(name, found)
@@ -448,14 +449,14 @@ def check_values(made: Made) -> None:
         operation()
 
 
-def _has_faint_lines(made: Made) -> bool:
-    """Whether a line that is to be normalised has next to no mass."""
+def _faintest_line(made: Made) -> float:
+    """The least mass of a line that is to be normalised; 1 where nothing is."""
     if made.case.normalize is None:
-        return False
+        return 1.0
     plain = Made(made.case, made.query, made.key, {**made.options, "normalize": None})
     values = plain.oracle(torch.float64)[0].values.unflatten(2, made.options["key_grid"])
     mass = values.sum(3 if made.case.normalize == "rows" else 2)
-    return bool(((mass > 0) & (mass < 1e-30)).any())
+    return float(mass.where(mass > 0, torch.ones_like(mass)).min())
 
 
 def _check_two_maps(
@@ -572,7 +573,8 @@ def check_gradients(made: Made) -> None:
     of, _ = made.oracle(torch.float64)
     if made.case.values == "ramp-up":
         of.roundings *= max(1.0, math.sqrt(made.case.shape[4]) / 3)
-    if _has_faint_lines(made):
+    of.faintest = _faintest_line(made)
+    if of.faintest < 1e-30:
         return
     if "column_entropy" in g:
         lost = oracle.vanishing(of, made.dtype) / oracle.band(of, made.dtype)
