@@ -17,11 +17,13 @@ import numpy as np
 import pytest
 import torch
 from flashmaps.app.commands import make_app
+from flashmaps.diffusion.features import Features, features
 from flashmaps.diffusion.images import fit_size, load_image
 from flashmaps.diffusion.loading import load_model
 from flashmaps.files import check_folder, write_json
 from flashmaps.matching.settings import FILE, MatchSettings, settings_of
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_pipeline import tiny_pipeline
 from typer.testing import CliRunner
 
@@ -569,6 +571,25 @@ def test_a_hostile_record_is_a_value_error(tmp_path, name):
     save_file({"q": torch.ones(1, 1, 16, 8)}, path, about)
     with pytest.raises(ValueError, match="is a damaged record"):
         fm.Record.load(path)
+
+
+@pytest.mark.parametrize("said", [None, "{", "[]", "{}", "3", "[" * 100_000, "changed"])
+def test_a_hostile_file_of_features_is_a_value_error(room, tmp_path, said):
+    pixels = np.random.default_rng(0).random((48, 64, 3), dtype=np.float32)
+    (found,) = features(str(room / "tiny"), pixels, size=64)
+    found.save(tmp_path / "whole")
+    assert Features.load(tmp_path / "whole").grid == found.grid
+    with safe_open(tmp_path / "whole", framework="pt") as file:
+        about = dict(file.metadata())
+    if said == "changed":
+        about["features"] = json.dumps({**json.loads(about["features"]), "grid": [0, "x"]})
+    elif said is None:
+        del about["features"]
+    else:
+        about["features"] = said
+    save_file(load_file(tmp_path / "whole"), tmp_path / "hostile", about)
+    with pytest.raises(ValueError, match="is a damaged file of features"):
+        Features.load(tmp_path / "hostile")
 
 
 def test_what_is_no_record_is_a_value_error(tmp_path):

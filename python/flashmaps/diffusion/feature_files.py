@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flashmaps.arguments import number, whole
 from flashmaps.diffusion.entry import Entry
 from flashmaps.diffusion.record_files import read_entries
 
@@ -80,20 +81,40 @@ def read_fields(
             found: dict[str, Any] = {"output": None}
             for name in ("query", "key", "output"):
                 if name in names:
-                    whole = file.get_slice(name)
-                    tensor = file.get_tensor(name) if name in kept else whole[:, :, :0]
+                    part = file.get_slice(name)
+                    tensor = file.get_tensor(name) if name in kept else part[:, :, :0]
                     found[name] = tensor.to(dtype or tensor.dtype)
             found["head_weights"] = file.get_tensor("head_weights")
             image = file.get_tensor("image").cpu().numpy() if "image" in names else None
     except SafetensorError as error:
         raise ValueError(f"{str(path)!r} is not a safetensors file: {error}") from None
-    plain = json.loads(about["features"])
-    size = plain.pop("image_size")
-    for name in _TUPLES:
-        plain[name] = tuple(plain[name])
-    if isinstance(plain["timestep"], list):
-        plain["timestep"] = tuple(plain["timestep"])
-    return {**found, **plain, "image": _unpacked(image, size)}
+    try:
+        plain = json.loads(about["features"])
+        height, width = plain.pop("image_size")
+        for name in _TUPLES:
+            plain[name] = tuple(plain[name])
+        if isinstance(plain["timestep"], list):
+            plain["timestep"] = tuple(plain["timestep"])
+        if set(plain) != set(_PLAIN):
+            raise ValueError(f"it says {sorted(plain)}; wanted {sorted(_PLAIN)}")
+        fields = {**found, **plain, "image": _unpacked(image, (height, width))}
+        _check_shapes(fields)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        why = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{str(path)!r} is a damaged file of features: {why}") from None
+    return fields
+
+
+def _check_shapes(fields: dict[str, Any]) -> None:
+    """Raise ValueError or KeyError for tensors that do not go together."""
+    query, key = fields["query"], fields["key"]
+    whole("grid's height", fields["grid"][0], 1)
+    whole("grid's width", fields["grid"][1], 1)
+    number("scale", fields["scale"])
+    if query.ndim != 4 or key.ndim != 4 or query.shape[1] != key.shape[1]:
+        raise ValueError(f"query is {list(query.shape)} and key {list(key.shape)}")
+    if list(fields["head_weights"].shape) != [query.shape[1]]:
+        raise ValueError(f"head_weights has shape {list(fields['head_weights'].shape)}")
 
 
 def check_entries(entries: Sequence[Entry], row: int) -> None:
