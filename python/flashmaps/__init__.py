@@ -16,6 +16,13 @@ from flashmaps.maps.attention_map import AttentionMap
 from flashmaps.maps.backends.choice import backends
 from flashmaps.maps.budget import memory_budget
 from flashmaps.maps.composition import Composition, compose
+from flashmaps.maps.groups import (
+    collection_product,
+    group_flows,
+    group_mass,
+    nearest_others,
+    symmetric_product,
+)
 from flashmaps.maps.lazy import Reductions
 from flashmaps.maps.planning import Ceilings, Plan
 from flashmaps.maps.statistics import (
@@ -42,43 +49,61 @@ if TYPE_CHECKING:
     from flashmaps.diffusion.words import WordMaps, word_maps
     from flashmaps.matching.match import match
     from flashmaps.matching.result import Match
+    from flashmaps.segmentation.collection import CoSegments, Part
+    from flashmaps.segmentation.cosegment import cosegment
+    from flashmaps.segmentation.result import Level, Segments
+    from flashmaps.segmentation.segment import segment
 
 __version__ = "0.1.0"
 
 # What is above the maps loads when it is first asked for: maps alone are quick to import.
 _LATER = {
+    "CoSegments": "flashmaps.segmentation.collection",
     "CrossSelfAttnProcessor": "flashmaps.diffusion.cross_self",
     "Entry": "flashmaps.diffusion.entry",
+    "Level": "flashmaps.segmentation.result",
     "MapAttnProcessor": "flashmaps.diffusion.processors",
     "Match": "flashmaps.matching.result",
+    "Part": "flashmaps.segmentation.collection",
     "Record": "flashmaps.diffusion.record",
+    "Segments": "flashmaps.segmentation.result",
     "WordMaps": "flashmaps.diffusion.words",
     "capture": "flashmaps.diffusion.capture",
+    "cosegment": "flashmaps.segmentation.cosegment",
     "guide": "flashmaps.diffusion.guide",
     "image_prompt_maps": "flashmaps.diffusion.image_prompts",
     "match": "flashmaps.matching.match",
     "register_layout": "flashmaps.diffusion.known",
+    "segment": "flashmaps.segmentation.segment",
     "word_maps": "flashmaps.diffusion.words",
 }
 
 __all__ = [
     "AttentionMap",
     "Ceilings",
+    "CoSegments",
     "Composition",
     "CrossSelfAttnProcessor",
     "Entry",
+    "Level",
     "MapAttnProcessor",
     "Match",
     "Nims",
+    "Part",
     "Plan",
     "Record",
     "Reductions",
     "RoundTrip",
+    "Segments",
     "WordMaps",
     "backends",
     "capture",
     "checks",
+    "collection_product",
     "compose",
+    "cosegment",
+    "group_flows",
+    "group_mass",
     "guide",
     "image_prompt_maps",
     "inverse_mapping_entropy",
@@ -86,10 +111,13 @@ __all__ = [
     "mapping_density",
     "match",
     "memory_budget",
+    "nearest_others",
     "nims",
     "plan_round_trip",
     "register_layout",
     "round_trip",
+    "segment",
+    "symmetric_product",
     "word_maps",
 ]
 

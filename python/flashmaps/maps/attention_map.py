@@ -326,23 +326,25 @@ class AttentionMap(LazyMap):
 
     def pool(
         self,
-        query_to: Grid | None = None,
-        key_to: Grid | None = None,
+        query_to: Grid | Tensor | None = None,
+        key_to: Grid | Tensor | None = None,
         *,
         memory_budget: int | None = None,
     ) -> Tensor:
         """A small dense map: mean over the queries of a cell, sum over the keys of a cell.
 
         Returns [batch, h_q * w_q, h_k * w_k]; rows still sum to what they summed to. None leaves
-        that side as it is. A token falls in the cell floor(row * h' / h), floor(column * w' / w).
+        that side as it is. A token falls in the cell floor(row * h' / h), floor(column * w' / w);
+        or, where a side is given labels (a tensor of whole numbers from 0, one for each of its
+        tokens), in the cell of its label. A label that no query has gives a row that is NaN.
         """
         return self.reduce_and_pool((), query_to, key_to, memory_budget=memory_budget)[1]
 
     def reduce_and_pool(
         self,
         names: Sequence[str],
-        query_to: Grid | None,
-        key_to: Grid | None,
+        query_to: Grid | Tensor | None,
+        key_to: Grid | Tensor | None,
         *,
         memory_budget: int | None = None,
     ) -> tuple[dict[str, Tensor], Tensor]:

@@ -24,8 +24,8 @@ _POOL_ELEMENTS = 2**18
 def reduce_and_pool(
     A: LazyMap,
     names: Sequence[str],
-    query_to: Grid | None,
-    key_to: Grid | None,
+    query_to: Grid | Tensor | None,
+    key_to: Grid | Tensor | None,
     *,
     memory_budget: int | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
@@ -64,6 +64,15 @@ def reduce_and_pool(
     return fields, out.div_(count[None, :, None])
 
 
+def _labels(name: str, labels: Tensor, device: torch.device) -> tuple[Tensor, int]:
+    """Labels as cells: [N] int64, and the largest and one."""
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+        raise TypeError(f"{name} has dtype {labels.dtype}; wanted whole numbers, a label a token")
+    if int(labels.min()) < 0:
+        raise ValueError(f"{name} holds the label {int(labels.min())}; wanted labels from 0")
+    return labels.to(device, torch.int64), int(labels.max()) + 1
+
+
 def pool_portion(
     A: LazyMap, num_query_cells: int, num_key_cells: int, budget: int | None
 ) -> tuple[int, int | None]:
@@ -91,17 +100,19 @@ def pool_step(
     )
 
 
-def num_cells(A: LazyMap, side: str, to: Grid | None) -> int:
+def num_cells(A: LazyMap, side: str, to: Grid | Tensor | None) -> int:
     """How many cells a side of the map is pooled to."""
     return _cells(A, side, to)[1]
 
 
-def _cells(A: LazyMap, side: str, to: Grid | None) -> tuple[Tensor, int]:
+def _cells(A: LazyMap, side: str, to: Grid | Tensor | None) -> tuple[Tensor, int]:
     """The cell that each token of a side falls in, [N] or [M]; and how many there are."""
     queries = side == "query"
     grid, tokens = (A.query_grid, A.shape[1]) if queries else (A.key_grid, A.shape[2])
     if to is None:
         return torch.arange(tokens, device=A.device), tokens
+    if isinstance(to, Tensor) and to.dim() == 1 and len(to) == tokens:
+        return _labels(f"{side}_to", to, A.device)
     height, width = need_grid(f"{side}_grid", grid, tokens, "pool")
     found = sides(to)
     if found is None:

@@ -1,0 +1,228 @@
+"""Segments of one image: objects, and their parts, with nothing to choose.
+
+    seg = fm.segment("street.jpg")
+    seg.labels            # [h, w], the object of each pixel
+    seg.level(1).labels   # [h, w], its parts
+    seg.plot().savefig("street-segments.png")
+
+Two walks over the tokens are told in the fewest bits (:mod:`flashmaps.segmentation.map_equation`).
+Parts are where the walk stays that goes by how alike features are: what belongs to one part looks
+alike. Objects are where the walk stays that goes by attention, queries on keys, at the temperature
+the model was trained with, and one step in five by likeness: it starts from the parts, joins those
+between which it goes back and forth, and then moves single tokens. How many
+there are follows in both cases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from flashmaps.arguments import whole
+from flashmaps.diffusion.features import BUILTIN, Features, features, load_model
+from flashmaps.diffusion.images import Image
+from flashmaps.maps.attention_map import AttentionMap
+from flashmaps.maps.backends.choice import check_name
+from flashmaps.maps.lazy import check_square
+from flashmaps.maps.validation import need_grid
+from flashmaps.matching.cross_map import cross_map
+from flashmaps.matching.options import MatchOptions
+from flashmaps.matching.settings import settings_of
+from flashmaps.segmentation.boundaries import borders, patches, pixel_labels
+from flashmaps.segmentation.map_equation import compact, merge_to, shortest
+from flashmaps.segmentation.result import Level, Segments
+from flashmaps.segmentation.walk import (
+    Segmentation,
+    atom_flows,
+    find_atoms,
+    soft_assignment,
+    sweep,
+    walk_segments,
+    walk_words,
+)
+
+# Of the softmax over cosines of features, for parts: one number for all images, chosen on the
+# world's validation split. Objects have the model's own temperature, 1.
+PART_TEMPERATURE = 0.1
+# Of the objects' walk, how many steps go by likeness, as the parts' walk does: without them a map
+# that is a little more diffuse joins small objects with what is behind them. Chosen there too.
+LIKE_STEPS = 0.2
+
+
+def segment(
+    image: Any,
+    *,
+    model: Any = BUILTIN,
+    compare: str | None = None,
+    layers: str | Iterable[str] | None = None,
+    timestep: int | Sequence[int] | None = None,
+    seeds: int | Sequence[int] | None = None,
+    size: int | tuple[int, int] | None = None,
+    temperature: float | None = None,
+    count: int | None = None,
+    boundaries: bool = True,
+    backend: str = "auto",
+    seed: int = 0,
+) -> Segments:
+    """Segments of an image, or of what a model has already seen of it.
+
+    Args:
+        image: a path, PIL image, numpy array or torch tensor; or :class:`Features` of one image,
+            best with ``outputs=True``; or a square :class:`flashmaps.AttentionMap` of one image,
+            whose segments alone are found then, on its ``query_grid``.
+        model, layers, timestep, seeds, size: as for :func:`flashmaps.match`; what is left out is
+            the model's own.
+        compare: None: objects by "qk", their parts by "features" (or "kk" where there are none).
+            "qk", "kk", "qq" or "features": one level alone, by that.
+        temperature: of the softmax of objects, beside the model's own; of that one level where
+            ``compare`` is given. Nothing needs it.
+        count: how many segments on the first level, for who knows; default: as many as make the
+            code shortest.
+        boundaries: find the borders at pixels in the image (scikit-image); else they are those of
+            interpolated tokens. A map alone has no image.
+        backend: what computes the maps; see :func:`flashmaps.maps.backends.choice`.
+        seed: of the order of moves. The same seed gives the same segments.
+
+    Memory beyond the features is O(N (d + segments)) and the flows between atoms; no map is built.
+
+    Raises ValueError for arguments out of range, before the model runs.
+    """
+    if count is not None:
+        count = whole("count", count, 1)
+    seed = whole("seed", seed, 0)
+    check_name(backend)
+    MatchOptions().with_given(compare=compare, temperature=temperature)  # checked before the work
+    if isinstance(image, AttentionMap):
+        return _of_map(image, count, seed)
+    found = image
+    if not isinstance(image, Features):
+        found = see(
+            model, [image], layers=layers, timestep=timestep, seeds=seeds, size=size,
+        )[0]  # fmt: skip
+    tokens = found.grid[0] * found.grid[1]
+    if count is not None and count > tokens:
+        raise ValueError(f"count={count}: the image has {tokens} tokens; wanted at most as many")
+    with torch.no_grad():
+        levels = _levels(found, compare, temperature, count, backend, seed)
+        return _finish(found.image, found.grid, levels, boundaries)
+
+
+def see(
+    model: Any,
+    images: Sequence[Any],
+    *,
+    layers: str | Iterable[str] | None = None,
+    timestep: int | Sequence[int] | None = None,
+    seeds: int | Sequence[int] | None = None,
+    size: int | tuple[int, int] | None = None,
+    progress: bool = False,
+) -> list[Features]:
+    """Features of images as segments need them: queries, keys and outputs, the model's own way."""
+    pipe = load_model(model)
+    settings = settings_of(pipe).with_given(
+        layers=layers, timestep=timestep, seeds=seeds, size=size
+    )
+    return features(pipe, list(images), **settings.for_features, outputs=True, progress=progress)
+
+
+def part_map(found: Features, *, backend: str = "auto") -> AttentionMap:
+    """The walk of parts: by features, or by keys where their outputs were not kept."""
+    compare = "kk" if found.output is None else "features"
+    return cross_map(found, found, compare=compare, temperature=PART_TEMPERATURE, backend=backend)
+
+
+def object_segments(
+    A: AttentionMap,  # [1, N, N]
+    parts: Segmentation,
+    *,
+    count: int | None = None,
+    seed: int = 0,
+) -> Segmentation:
+    """Objects by the walk of ``A``, made of parts at first; then single tokens move.
+
+    Begun from parts, rather than from atoms, the walk cannot cut through what looks alike: what
+    attention alone makes of a plain background is many pieces.
+    """
+    words = walk_words(A)
+    flow = atom_flows(A, parts.tokens)
+    groups = shortest(flow, np.random.default_rng(seed))
+    if count is not None:
+        start = groups if groups.max() + 1 >= count else np.arange(len(flow))
+        groups = merge_to(flow, start, count)
+    tokens, length = sweep(A, compact(groups[parts.tokens]), words, keep=count is not None)
+    return Segmentation(tokens, length, -words)
+
+
+def _levels(
+    found: Features,
+    compare: str | None,
+    temperature: float | None,
+    count: int | None,
+    backend: str,
+    seed: int,
+) -> list[tuple[str, AttentionMap, Segmentation]]:
+    if compare is not None:
+        if temperature is None and compare != "qk":
+            temperature = PART_TEMPERATURE
+        A = cross_map(found, found, compare=compare, temperature=temperature, backend=backend)
+        likeness = part_map(found, backend=backend) if compare == "qk" else A
+        return [(compare, A, walk_segments(A, find_atoms(likeness), count=count, seed=seed))]
+    likeness = part_map(found, backend=backend)
+    atoms = find_atoms(likeness)
+    parts = walk_segments(likeness, atoms, seed=seed)
+    if count is not None and parts.count < count:
+        parts = walk_segments(likeness, atoms, count=count, seed=seed)
+    attention = cross_map(found, found, compare="qk", temperature=temperature, backend=backend)
+    A = AttentionMap.average([attention, likeness], [1 - LIKE_STEPS, LIKE_STEPS])
+    objects = object_segments(A, parts, count=count, seed=seed)
+    return [("objects", A, objects), ("parts", likeness, parts)]
+
+
+def _of_map(A: AttentionMap, count: int | None, seed: int) -> Segments:
+    check_square("segment", A.shape)
+    if A.shape[0] != 1:
+        raise ValueError(f"the map has a batch of {A.shape[0]}; wanted the map of one image")
+    grid = need_grid("query_grid", A.query_grid, A.shape[1], "segment")
+    if count is not None and count > A.shape[1]:
+        raise ValueError(f"count={count}: the map has {A.shape[1]} tokens; wanted at most as many")
+    with torch.no_grad():
+        made = walk_segments(A, find_atoms(A), count=count, seed=seed)
+        return _finish(None, grid, [("segments", A, made)], False)
+
+
+def _finish(
+    image: Image | None,
+    grid: tuple[int, int],
+    levels: list[tuple[str, AttentionMap, Segmentation]],
+    boundaries: bool,
+) -> Segments:
+    """Levels with their pixels, and how they hang together."""
+    size = grid if image is None else (int(image.shape[0]), int(image.shape[1]))
+    voters = patches(image) if boundaries and image is not None else None
+    made: list[Level] = []
+    for name, A, found in levels:
+        share = soft_assignment(A, found.tokens)
+        labels = pixel_labels(share, grid, size, voters)
+        own = share[torch.arange(len(found.tokens)), torch.from_numpy(found.tokens)]
+        parents = None
+        if made:
+            above = made[-1]
+            votes = np.zeros((found.count, above.count), dtype=np.int64)
+            np.add.at(votes, (found.tokens, above.tokens), 1)
+            parents = votes.argmax(1)
+        made.append(
+            Level(
+                name=name,
+                tokens=found.tokens,
+                labels=labels,
+                parents=parents,
+                codelength=found.codelength,
+                alone=found.alone,
+                confidence=own.numpy(),
+                boundary=borders(labels),
+            )
+        )
+    return Segments(image, grid, tuple(made))
