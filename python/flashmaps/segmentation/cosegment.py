@@ -7,8 +7,8 @@
 
 One walk goes over the tokens of all n images: from a token of image s it chooses the image to go
 to, each as likely as the other, and then a token of it by A_st, features on features. First each
-image falls into its own parts (:mod:`flashmaps.segmentation.segment`); the flows between all of them
-are one small graph, clustered by the map equation; then every token goes to the label that it
+image falls into its own parts (:mod:`flashmaps.segmentation.segment`). The flows between all of
+them are one small graph, clustered by the map equation. Then every token goes to the label that it
 flows to most, over all images. Nothing is forced: an image has the labels that its tokens flow to.
 
 Memory is that of the features, of one map at a time, and of (parts of all images)^2 numbers; time
