@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from flashmaps.diffusion.known import register_layout
     from flashmaps.diffusion.processors import MapAttnProcessor
     from flashmaps.diffusion.record import Record
+    from flashmaps.diffusion.tokens import LearnedToken, optimize_tokens
     from flashmaps.diffusion.words import WordMaps, word_maps
     from flashmaps.matching.match import match
     from flashmaps.matching.result import Match
@@ -61,6 +62,7 @@ _LATER = {
     "CoSegments": "flashmaps.segmentation.collection",
     "CrossSelfAttnProcessor": "flashmaps.diffusion.cross_self",
     "Entry": "flashmaps.diffusion.entry",
+    "LearnedToken": "flashmaps.diffusion.tokens",
     "Level": "flashmaps.segmentation.result",
     "MapAttnProcessor": "flashmaps.diffusion.processors",
     "Match": "flashmaps.matching.result",
@@ -73,6 +75,7 @@ _LATER = {
     "guide": "flashmaps.diffusion.guide",
     "image_prompt_maps": "flashmaps.diffusion.image_prompts",
     "match": "flashmaps.matching.match",
+    "optimize_tokens": "flashmaps.diffusion.tokens",
     "register_layout": "flashmaps.diffusion.known",
     "segment": "flashmaps.segmentation.segment",
     "word_maps": "flashmaps.diffusion.words",
@@ -85,6 +88,7 @@ __all__ = [
     "Composition",
     "CrossSelfAttnProcessor",
     "Entry",
+    "LearnedToken",
     "Level",
     "MapAttnProcessor",
     "Match",
@@ -113,6 +117,7 @@ __all__ = [
     "memory_budget",
     "nearest_others",
     "nims",
+    "optimize_tokens",
     "plan_round_trip",
     "register_layout",
     "round_trip",

@@ -1,6 +1,6 @@
-"""Guidance by attention while a picture is generated: latents follow the gradient of a loss of maps.
+"""Guidance by attention while a picture is made: latents follow the gradient of a loss of maps.
 
-    def attended(record):  # Attend-and-Excite (Chefer et al. 2023): some place must look at the word
+    def attended(record):  # Attend-and-Excite (Chefer et al. 2023): some place looks at the word
         return sum(1 - entry.map().column_max()[:, 2].mean() for entry in record)
 
     with fm.guide(pipe, attended, layers="*.attn2", resolution=16, steps=range(25), scale=20.0):
@@ -197,8 +197,8 @@ class _Guided:
         else:
             kwargs = {**kwargs, name: x}
         recording = capture(self.pipe, **self.chosen, keep="qk", grad=True, guidance="conditional")
-        with torch.enable_grad(), _frozen(model):
-            # Not model(...): its hooks, and with them others' captures, are for the pipeline's pass.
+        with torch.enable_grad(), frozen(model):
+            # Not model(...): its hooks, and others' captures, are for the pipeline's pass.
             with recording as record:
                 recording._before_forward(model, args, kwargs)
                 at = recording._forward
@@ -250,7 +250,7 @@ def _input_name(model: nn.Module, args: tuple, kwargs: dict) -> str | None:
 
 
 @contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """Weights want no gradients meanwhile: nothing is kept for them."""
     followed = [p for p in model.parameters() if p.requires_grad]
     for p in followed:
