@@ -53,7 +53,7 @@ def examples() -> list[Any]:
     """(document, block, family) of every Python example; the family is that of its `pipe`."""
     found = []
     for document in ("README.md", "docs/recipes.md"):
-        pattern = r"(?:^<!-- pipe: (\w+) -->\n)?^```python\n(.*?)^```$"
+        pattern = r"(?:^<!-- pipe: ([\w-]+) -->\n)?^```python\n(.*?)^```$"
         each = re.findall(pattern, text_of(document), re.M | re.S)
         for number, (family, block) in enumerate(each, 1):
             name = f"{Path(document).stem}-{number}"
@@ -74,7 +74,13 @@ def test_examples_run(
     if family:
         from tiny_models import FAMILY
 
-        names["pipe"] = FAMILY[family].build(tmp_path / "tokenizer")
+        adapted = family == "ip-adapter"
+        names["pipe"] = FAMILY["sd15" if adapted else family].build(tmp_path / "tokenizer")
+        if adapted:
+            from tiny_adapters import add_ip_adapter, image_prompts
+
+            add_ip_adapter(names["pipe"].unet, adapters=2)
+            names["prompts"] = image_prompts(names["pipe"].unet, adapters=2)
     if "left.png" in block:
         from skimage import data, io, transform
 
