@@ -38,6 +38,7 @@ from flashmaps.maps.statistics import (
 from flashmaps.maps.validation import checks
 
 if TYPE_CHECKING:
+    from flashmaps.batches.run import batch
     from flashmaps.diffusion.capture import capture
     from flashmaps.diffusion.cross_self import CrossSelfAttnProcessor
     from flashmaps.diffusion.entry import Entry
@@ -70,6 +71,7 @@ _LATER = {
     "Record": "flashmaps.diffusion.record",
     "Segments": "flashmaps.segmentation.result",
     "WordMaps": "flashmaps.diffusion.words",
+    "batch": "flashmaps.batches.run",
     "capture": "flashmaps.diffusion.capture",
     "cosegment": "flashmaps.segmentation.cosegment",
     "guide": "flashmaps.diffusion.guide",
@@ -101,6 +103,7 @@ __all__ = [
     "Segments",
     "WordMaps",
     "backends",
+    "batch",
     "capture",
     "checks",
     "collection_product",

@@ -1,4 +1,4 @@
-"""The commands of the command line: match, demo, eval, study, world, doctor and bench."""
+"""The commands of the command line: match, batch, demo, eval, study, world, doctor and bench."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from flashmaps.app.arguments import (
     Size,
     Timestep,
 )
+from flashmaps.app.batch_command import batch
 from flashmaps.app.terminal import friendly, plain, print_tables, quiet_libraries
 from flashmaps.escapes import printable
 
@@ -40,7 +41,7 @@ def make_app() -> typer.Typer:
         pretty_exceptions_enable=False,
         help="Numbers from attention maps that are never built.",
     )
-    for command in (match, demo, world, doctor, bench):
+    for command in (match, batch, demo, world, doctor, bench):
         app.command()(friendly(command))
     app.command("eval")(friendly(evaluate))
     app.command("study")(friendly(study))

@@ -51,7 +51,8 @@ def write_features(
     about: dict[str, Any] = {name: getattr(features, name) for name in _PLAIN}
     about["image_size"] = list(features.image.shape[:2])
     plain = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
-    save_file(plain, path, {"format": _FORMAT, "features": json.dumps(about)})
+    # One key: several are written in any order, and the same features shall be the same bytes.
+    save_file(plain, path, {"features": json.dumps({"format": _FORMAT, **about})})
 
 
 def read_fields(
@@ -72,11 +73,8 @@ def read_fields(
             about = file.metadata() or {}
             if str(about.get("format", "")).startswith("flashmaps record"):
                 return read_entries(path, device)
-            if about.get("format") != _FORMAT:
-                raise ValueError(
-                    f"{str(path)!r} holds no features that this version of flashmaps reads: its "
-                    f"format is {about.get('format')!r}, wanted {_FORMAT!r}"
-                )
+            if "features" not in about:
+                raise ValueError(f"{str(path)!r} holds no features that flashmaps has written")
             names = set(file.keys())
             found: dict[str, Any] = {"output": None}
             for name in ("query", "key", "output"):
@@ -90,6 +88,8 @@ def read_fields(
         raise ValueError(f"{str(path)!r} is not a safetensors file: {error}") from None
     try:
         plain = json.loads(about["features"])
+        if (written := plain.pop("format", None)) != _FORMAT:
+            raise ValueError(f"its format is {written!r}; this version reads {_FORMAT!r}")
         height, width = plain.pop("image_size")
         for name in _TUPLES:
             plain[name] = tuple(plain[name])
