@@ -224,6 +224,64 @@ def test_a_folder_with_other_things_is_refused_before_the_work(tmp_path):
     assert toy.asked == []
 
 
+def test_damaged_points_are_told_and_the_numbers_stay(pipe, tmp_path):
+    out = tmp_path / "out"
+    evaluate(Toy(1), out, model=pipe, **OPTIONS)
+    before = (out / "results.json").read_text()
+    (out / "points.parquet").write_bytes((out / "points.parquet").read_bytes()[:-9])
+    with pytest.raises(ValueError, match="is not what was written: it is damaged or was changed"):
+        evaluate(Toy(1), out, model=pipe, **OPTIONS)
+    assert (out / "results.json").read_text() == before
+
+
+def test_damaged_parts_are_made_again_before_they_are_used(pipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "CHUNK", 1)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Toy(stop=2), out, model=pipe, **OPTIONS)
+    part = out / "parts" / "000001.parquet"
+    part.write_bytes(part.read_bytes()[:-4] + b"PAR2")
+    rest = Toy()
+    found = evaluate(rest, out, model=pipe, **OPTIONS)
+    assert rest.asked == [1, 2]
+    assert found == evaluate(Toy(), tmp_path / "whole", model=pipe, **OPTIONS)
+
+
+def test_a_report_that_fails_leaves_the_one_before(pipe, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    evaluate(Toy(1), out, model=pipe, **OPTIONS)
+    before = {name: (out / name).read_text() for name in ("results.json", "results.md")}
+    monkeypatch.setattr(run_module, "write_json", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate(Toy(1), out, model=pipe, **{**OPTIONS, "resamples": 60})
+    assert {name: (out / name).read_text() for name in before} == before
+
+
+def test_files_of_ones_own_stay_in_a_run(pipe, tmp_path):
+    out = tmp_path / "out"
+    evaluate(Toy(1), out, model=pipe, **OPTIONS)
+    (out / "note.txt").write_text("mine")
+    evaluate(Toy(1), out, model=pipe, **{**OPTIONS, "resamples": 60})
+    with pytest.raises(ValueError, match=r"holds other files \('note.txt'\).*before you overwrite"):
+        evaluate(Toy(1), out, model=pipe, timestep=7, overwrite=True, **OPTIONS)
+    assert (out / "note.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"size": -1}, {"resamples": 0}, {"timestep": 1000}, {"seeds": (-1,)}, {"seed": -1},
+     {"layers": "x"}, {"device": "nonsense"}, {"same_noise": "no"}],
+    ids=str,
+)  # fmt: skip
+def test_wrong_options_are_refused_before_anything_is_written(pipe, tmp_path, wrong):
+    out, toy = tmp_path / "out", Toy(1)
+    (name,) = wrong
+    with pytest.raises((ValueError, TypeError), match=name):
+        evaluate(toy, out, model=pipe, **{**OPTIONS, **wrong})
+    assert toy.asked == [] and not out.exists()
+    evaluate(toy, out, model=pipe, **OPTIONS)
+
+
 # -- images through the model once -----------------------------------------------------------------
 
 

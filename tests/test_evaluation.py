@@ -13,7 +13,7 @@ from flashmaps.evaluation import points as carried
 from flashmaps.evaluation.benchmark import Pair
 from flashmaps.evaluation.methods import Outcome
 from flashmaps.evaluation.run import point_rows
-from flashmaps.matching.pairs import SCORES
+from flashmaps.matching.confidence import SCORES
 from flashmaps.matching.points import pixel_field
 
 RNG = np.random.default_rng(0)

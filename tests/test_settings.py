@@ -122,3 +122,16 @@ def test_the_probability_is_the_logistic_function_of_its_terms():
 def test_terms_are_finite_where_scores_are_zero():
     for name in SCORES:
         assert term(name, torch.zeros(3)).isfinite().all(), name
+
+
+def test_settings_are_only_written_over_settings(folder):
+    from flashmaps.matching.settings import check_beside
+
+    check_beside(folder)
+    file = folder / FILE
+    file.write_text('{"mine": true}')
+    with pytest.raises(
+        ValueError, match="is none that `flashmaps study` has written; move it away"
+    ):
+        check_beside(folder)
+    file.unlink()
