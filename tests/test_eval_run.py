@@ -16,7 +16,7 @@ from flashmaps.evaluation.benchmark import Pair
 from flashmaps.evaluation.methods import FREE, Methods, method_names
 from flashmaps.evaluation.results import THRESHOLDS, TITLES
 from flashmaps.evaluation.run import evaluate
-from flashmaps.matching.pairs import SCORES
+from flashmaps.matching.confidence import SCORES
 from tiny_pipeline import tiny_pipeline
 from typer.testing import CliRunner
 
