@@ -112,6 +112,5 @@ VIDEOS = (
             Rule("*.attn2", ("image -> text",), processors=by("CosmosAttnProcessor2_0")),
         ),
         counts.wan,
-        passes=True,
     ),
 )
