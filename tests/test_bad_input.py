@@ -588,7 +588,7 @@ def test_a_hostile_file_of_features_is_a_value_error(room, tmp_path, said):
     else:
         about["features"] = said
     save_file(load_file(tmp_path / "whole"), tmp_path / "hostile", about)
-    with pytest.raises(ValueError, match="is a damaged file of features|holds no features"):
+    with pytest.raises(ValueError, match=r"is a damaged file of features|holds no features"):
         Features.load(tmp_path / "hostile")
 
 
