@@ -32,14 +32,14 @@ def operations() -> dict[str, tuple[Callable[[], object], Callable[..., fm.Plan]
     for backend in ("cpu", "reference"):
         if not fm.backends()[backend]:
             continue
-        query = torch.randn(2, 700, 3, 40).transpose(1, 2)  # strided
-        key = torch.randn(2, 3, 900, 40)
-        options = {"backend": backend, "key_grid": (30, 30)}
+        query = torch.randn(2, 300, 3, 40).transpose(1, 2)  # strided
+        key = torch.randn(2, 3, 400, 40)
+        options = {"backend": backend, "key_grid": (20, 20)}
         plain = fm.AttentionMap(query, key, **options)
         pairs = fm.AttentionMap(query, key, pairs=[[0, 1], [1, 1], [0, 0]], **options)
         for name, A in {"plain": plain, "pairs": pairs}.items():
             title = f"{backend} {name}"
-            x, y = torch.randn(A.shape[0], 900, 4), torch.randn(A.shape[0], 700, 4)
+            x, y = torch.randn(A.shape[0], 400, 4), torch.randn(A.shape[0], 300, 4)
             found |= {
                 f"{title} reduce": (
                     lambda A=A: A.reduce(*names),

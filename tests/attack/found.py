@@ -7,4 +7,7 @@ from attack.core import Case
 FOUND = (
     # Rows in portions: the next ones were copied while the last were still there.
     Case(backend='reference', dtype='float32', shape=(2, 1, 13, 13, 128), seed=861119366, query_layout='unaligned', key_layout='one_head', values='equal', weights='zeros', key_grid=(1, 13), threads=2, what='budgets'),
+    # Lines of next to no mass: what underflows is divided by it too.
+    Case(backend='cpu-avx2', dtype='bfloat16', shape=(1, 1, 3, 100, 160), seed=1180204656, query_layout='one_token', key_layout='one_head', mask='float', weights='random', scale=4.0, normalize='rows', key_grid=(2, 50)),
+    Case(backend='cpu', dtype='float16', shape=(3, 1, 240, 240, 72), seed=1133988244, key_batch=1, query_layout='page_rows', key_layout='page_rows', values='ramp-down', mask='float', pairs=4, normalize='columns', key_grid=(16, 15), threads=2),
 )  # fmt: skip
