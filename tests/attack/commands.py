@@ -40,6 +40,7 @@ TINY = "--model {tiny} --size 64"
 LINES = {
     "match": "match {photo} {photo} " + TINY,
     "eval": "eval world --pairs 1 --points 4 --resamples 10 --layers up_blocks.1.*.attn1 " + TINY,
+    "batch": "batch {photo} {other} " + TINY,
     "world": "world --count 1 --pairs 0 --size 16",
     # These take long where they work: they get something wrong besides.
     "study": "study --model {nowhere}",
@@ -54,6 +55,10 @@ OPTIONS = {
              "--image-size": NUMBERS, "--layers": TEXTS, "--prompt": TEXTS, "--split": TEXTS,
              "--compare": TEXTS, "--device": TEXTS, "--dtype": TEXTS, "--data": "paths",
              "--model": "paths", "--out": "paths"},
+    "batch": {"--timestep": NUMBERS, "--seed": NUMBERS, "--size": NUMBERS, "--number": NUMBERS,
+              "--memory-budget": NUMBERS, "--layers": TEXTS, "--compare": TEXTS, "--pairs": TEXTS,
+              "--rows": TEXTS, "--stage": TEXTS, "--dtype": TEXTS, "--device": TEXTS,
+              "--model": "paths", "--out": "paths"},
     "world": {"--count": NUMBERS, "--pairs": NUMBERS, "--size": NUMBERS, "--seed": NUMBERS,
               "--split": TEXTS, "--category": TEXTS, "--out": "paths"},
     "study": {"--points": NUMBERS, "--seed": NUMBERS, "--noises": NUMBERS, "--size": NUMBERS,
@@ -77,6 +82,7 @@ class Attack:
         tiny_pipeline(root / "tokenizer").save_pretrained(root / "tiny")
         pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(root / "photo.png")
+        Image.fromarray(pixels[::-1]).save(root / "other.png")
         (root / "full").mkdir()
         (root / "full" / "thesis.txt").write_text("precious")
         (root / "file").write_text("precious")
@@ -102,9 +108,9 @@ class Attack:
         """A random command line."""
         name = draw.choice(list(LINES))
         values = {"tiny": self.root / "tiny", "photo": self.root / "photo.png",
-                  "nowhere": self.root / "nowhere"}  # fmt: skip
+                  "other": self.root / "other.png", "nowhere": self.root / "nowhere"}  # fmt: skip
         words = [word.format_map(values) for word in LINES[name].split()]
-        if draw.random() < 0.3 and name == "match":
+        if draw.random() < 0.3 and name in ("match", "batch"):
             words[draw.randint(1, 2)] = draw.choice(self.paths)
         out = self.root / ("out.png" if name == "world" else "out")
         words += ["--out", str(out)]

@@ -34,6 +34,7 @@ from flashmaps.files import MARKER, marker, open_run, whole_folder, write_text
 
 Content = dict[str, str]
 FATES = (faults.BEFORE, faults.AFTER, faults.FULL, faults.BROKEN)
+GROW = ("eval", "batch")  # commands whose folder grows, and goes on
 NAMES = ("a.json", "b.png", "deep/c.txt", "deep/er/d.txt", "e \u00e9 \u2713.txt", "results.json")
 
 
@@ -259,12 +260,15 @@ class Commands:
             importlib.import_module(needed)
         pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(root / "photo.png")
+        Image.fromarray(pixels[::-1]).save(root / "other.png")
+        Image.fromarray(pixels[:, ::-1]).save(root / "third.png")
         model = ["--model", str(root / "tiny"), "--size", "64"]
         photo, layers = str(root / "photo.png"), ["--layers", "up_blocks.1.*.attn1"]
         self.commands = {
             "match": ["match", photo, photo, *model],
             "eval": ["eval", "world", "--pairs", "9", "--points", "8", "--resamples", "20",
                      *model, *layers],
+            "batch": ["batch", photo, str(root / "other.png"), str(root / "third.png"), *model],
             "world": ["world", "--count", "4", "--pairs", "2", "--size", "32"],
         }  # fmt: skip
         self.whole: dict[str, Content] = {}
@@ -343,12 +347,12 @@ class Commands:
             ended = self.run(name, room, draw.random() * 1.2 * self.seconds[name])
             said.append("ended" if ended else "killed")
             found = self.told(name, room)
-            if ended or (before is not None and name != "eval"):
+            if ended or (before is not None and name not in GROW):
                 assert self._same(name, found), f"{name}: another result"
             if before is not None:
                 assert found is not None, f"{name}: the finished one is gone"
                 self._check(name, room)
-            if name == "eval" and before is None and (room / "out").is_dir():
+            if name in GROW and before is None and (room / "out").is_dir():
                 (room / "out" / "note.txt").write_text("mine")
         assert self.run(name, room)
         assert self._same(name, self.told(name, room)), f"{name}: another result in the end"
@@ -381,7 +385,9 @@ class Commands:
                 json.loads((folder / key).read_text())
 
 
-def kills(count: int, seed: int, names: tuple[str, ...] = ("match", "eval", "world")) -> list[str]:
+def kills(
+    count: int, seed: int, names: tuple[str, ...] = ("match", "eval", "batch", "world")
+) -> list[str]:
     """Kill each command in turn, ``count`` cases of two kills; what became of each."""
     draw = random.Random(seed)
     with place() as root:
