@@ -30,6 +30,7 @@ DOCUMENTS = (
     "docs/recipes.md",
     "docs/evaluation.md",
     "docs/world.md",
+    "docs/training.md",
 )
 
 # Named before they exist: `flashmaps match --out results` and `flashmaps eval` write them.

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
-from flashmaps.models import builtin_folder
+from flashmaps.models import NAMES, builtin_folder
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +28,33 @@ def photo_packages():
     pytest.importorskip("sklearn")
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_every_built_in_model_loads_by_its_name_and_has_a_card(name):
+    from flashmaps.diffusion.loading import load_model
+
+    pipe = load_model(name)
+    assert Path(pipe.config._name_or_path) == builtin_folder(name)
+    card = (builtin_folder(name) / "README.md").read_text()
+    assert f"# FlashMaps {name}:" in card
+
+
+def test_other_names_are_refused():
+    with pytest.raises(ValueError, match="no built-in model 'bultin'; there are: builtin, builtin"):
+        builtin_folder("bultin")
+
+
+def test_the_model_that_learned_without_labels_says_so_and_did():
+    folder = builtin_folder("builtin-free")
+    rows = json.loads((folder / "training.json").read_text())
+    assert rows and all(row["alignment"] == 0 for row in rows)
+    log = [json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()]
+    steps = [line for line in log if line["stage"] == "unet"]
+    assert steps and not any("aligned" in line for line in steps)
+    assert all("unet" not in line.get("init", "") for line in log if line["stage"] == "run")
+    card = (folder / "README.md").read_text()
+    assert "No label of the world takes part" in card and "supervision" not in card
+
+
 def test_loads_in_float32_and_draws(pipeline):
     assert pipeline.unet.dtype == pipeline.vae.dtype == pipeline.text_encoder.dtype == torch.float32
     generator = torch.Generator().manual_seed(0)
@@ -37,12 +64,14 @@ def test_loads_in_float32_and_draws(pipeline):
     assert drawn.shape == (1, 128, 128, 3)
 
 
-def test_weights_are_half_precision_and_under_12_megabytes():
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_are_half_precision_and_under_12_megabytes(name):
     from safetensors import safe_open
 
-    files = [path for path in builtin_folder().rglob("*") if path.is_file()]
+    folder = builtin_folder(name)
+    files = [path for path in folder.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 12e6
-    for path in builtin_folder().rglob("*.safetensors"):
+    for path in folder.rglob("*.safetensors"):
         with safe_open(path, "pt") as weights:
             for name in weights.keys():
                 tensor = weights.get_tensor(name)
@@ -50,8 +79,9 @@ def test_weights_are_half_precision_and_under_12_megabytes():
                 assert tensor.dtype == torch.float16 or not tensor.is_floating_point(), name
 
 
-def test_no_file_of_it_names_a_folder_of_the_machine_it_was_made_on():
-    for path in builtin_folder().rglob("*.json"):
+@pytest.mark.parametrize("name", NAMES)
+def test_no_file_of_it_names_a_folder_of_the_machine_it_was_made_on(name):
+    for path in builtin_folder(name).rglob("*.json*"):
         if path.parent.name != "tokenizer":
             assert '"/' not in path.read_text() and "_name_or_path" not in path.read_text(), path
 
@@ -274,6 +304,8 @@ def test_training_can_start_from_an_exported_pipeline(tmp_path, photo_packages):
 
     parts = build(TINY, seed=5)
     export(parts, tmp_path / "first", "", [{"pixels": 16, "iterations": 7}], '{"step": 7}\n')
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "notes.md").write_text("It draws cats as dogs.\n")
     still = ["--vae-steps", "0", "--unet-steps", "1", "--unet-lr", "0"]
     train(tmp_path, "--init", str(tmp_path / "first"), *still)
     for name in ("unet", "vae"):
@@ -282,6 +314,7 @@ def test_training_can_start_from_an_exported_pipeline(tmp_path, photo_packages):
         assert first.keys() == model.keys()
         assert all(torch.equal(first[key], model[key]) for key in first)
     card = (tmp_path / "model" / "README.md").read_text()
+    assert "\n\nIt draws cats as dogs.\n\n" in card and "Pictures are 32 x 32 pixels" in card
     assert "one training after the other" in card and "| iterations | 7 | 1 |" in card
     log = (tmp_path / "model" / "training.jsonl").read_text().splitlines()
     assert log[0] == '{"step": 7}' and json.loads(log[-1])["stage"] == "unet"

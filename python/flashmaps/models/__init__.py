@@ -1,14 +1,23 @@
 """The built-in model: a miniature Stable Diffusion 2 and the script that trains it.
 
-The weights lie beside this file in `builtin/`, an ordinary diffusers pipeline folder.
+The weights lie beside this file, each in an ordinary diffusers pipeline folder of its name:
+`builtin/`, which was taught parts by the drawn world's labels, and `builtin-free/`, which learned
+without labels. Their cards (README.md) say how.
 Importing this package loads neither torch nor diffusers.
 """
 
 from pathlib import Path
 
-__all__ = ["builtin_folder"]
+__all__ = ["NAMES", "builtin_folder"]
+
+NAMES = ("builtin", "builtin-free")
 
 
-def builtin_folder() -> Path:
-    """The packaged pipeline folder; `StableDiffusionPipeline.from_pretrained` loads it."""
-    return Path(__file__).parent / "builtin"
+def builtin_folder(name: str = "builtin") -> Path:
+    """A packaged pipeline folder; `StableDiffusionPipeline.from_pretrained` loads it.
+
+    Raises ValueError for a name that is not one of ``NAMES``.
+    """
+    if name not in NAMES:
+        raise ValueError(f"there is no built-in model {name!r}; there are: {', '.join(NAMES)}")
+    return Path(__file__).parent / name

@@ -11,9 +11,10 @@ from typing import Any
 from .architecture import Parts
 from .batch import DROPPED
 from .photos import SKIMAGE_PHOTOS, SKLEARN_PHOTOS
-from .pictures import Pictures
+from .pictures import REDUCTION, Pictures
 from .unet import LOSS_WEIGHT
 
+NOTES = "notes.md"  # in the working folder: what whoever trained has to say, for the card
 TEMPLATE = """\
 ---
 library_name: diffusers
@@ -32,8 +33,8 @@ matched and looked at without a download.
     pipe = StableDiffusionPipeline.from_pretrained(builtin_folder({argument}))
     pipe("a striped red bird on grass", guidance_scale=3).images[0]
 
-Pictures are 128 x 128 pixels, latents 4 x 32 x 32, self-attention runs at 32 x 32, 16 x 16 and
-8 x 8 tokens; the UNet predicts {prediction}. Weights are stored in float16; load them with any
+Pictures are {size} x {size} pixels, latents 4 x {side} x {side}, self-attention runs at {grids}
+tokens; the UNet predicts {prediction}. Weights are stored in float16; load them with any
 dtype.
 
 ## Training
@@ -71,8 +72,8 @@ by danielbuechele and flower.jpg by vultilion.
 ## What it can do
 
 {check}
-`docs/samples.jpg` of FlashMaps' sources is its sheet of samples.
-
+{sheet}
+{notes}
 It knows the drawn world and {count} photos, and the words of their captions; of anything else it
 has no idea. Not for producing images.
 """
@@ -158,9 +159,13 @@ def model_card(parts: Parts, work: Path, args: argparse.Namespace) -> str:
         for name in ("unet", "vae", "text_encoder")
     }
     pictures = Pictures()
+    side = parts.unet.config.sample_size
     kinds = {"psnr_world": "scenes", "psnr_photos": "photos"}
     return TEMPLATE.format(
         sizes=", ".join(f"{n.replace('_', ' ')} {c / 1e6:.2f} M" for n, c in counts.items()),
+        size=side * REDUCTION,
+        side=side,
+        grids=", ".join(f"{side // factor} x {side // factor}" for factor in (1, 2, 4)),
         prediction={"v_prediction": "velocity", "epsilon": "noise"}[
             parts.scheduler.config.prediction_type
         ],
@@ -177,6 +182,10 @@ def model_card(parts: Parts, work: Path, args: argparse.Namespace) -> str:
         skimage=", ".join(SKIMAGE_PHOTOS),
         sklearn=" and ".join(SKLEARN_PHOTOS),
         check=_check(work / "check.json"),
+        notes=_notes(work / NOTES),
+        sheet="`docs/samples.jpg` of FlashMaps' sources is its sheet of samples."
+        if args.name == "builtin"
+        else "`--work` of the training keeps its sheets of samples.",
         losses=_losses(unet),
         count=len(SKIMAGE_PHOTOS) + len(SKLEARN_PHOTOS),
     )
@@ -214,6 +223,10 @@ def _recent(entries: list[dict[str, Any]], key: str) -> float:
     values = [entry[key] for entry in entries if key in entry]
     tail = values[-max(1, len(values) // 10) :]
     return sum(tail) / len(tail) if tail else float("nan")
+
+
+def _notes(path: Path) -> str:
+    return f"\n{path.read_text().strip()}\n" if path.is_file() else ""
 
 
 def _check(path: Path) -> str:
