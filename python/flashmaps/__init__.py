@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 from flashmaps.maps.attention_map import AttentionMap
 from flashmaps.maps.backends.choice import backends
 from flashmaps.maps.budget import memory_budget
+from flashmaps.maps.chain import Chain, Hops, chain
 from flashmaps.maps.composition import Composition, compose
+from flashmaps.maps.cycles import Cycles, cycles
 from flashmaps.maps.groups import (
     collection_product,
     group_flows,
@@ -86,10 +88,13 @@ _LATER = {
 __all__ = [
     "AttentionMap",
     "Ceilings",
+    "Chain",
     "CoSegments",
     "Composition",
     "CrossSelfAttnProcessor",
+    "Cycles",
     "Entry",
+    "Hops",
     "LearnedToken",
     "Level",
     "MapAttnProcessor",
@@ -105,10 +110,12 @@ __all__ = [
     "backends",
     "batch",
     "capture",
+    "chain",
     "checks",
     "collection_product",
     "compose",
     "cosegment",
+    "cycles",
     "group_flows",
     "group_mass",
     "guide",
