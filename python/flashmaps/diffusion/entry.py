@@ -31,9 +31,9 @@ class Entry:
         step: index of the denoising step, counted from 0 since the capture began. Where guidance
             takes several forward passes (Flux, Wan, guiders), all belong to one step. None for a
             mean over passes, which has no step and no timestep.
-        kind: ``"self"``, ``"cross"`` (keys are text), ``"joint"`` (image and text in one sequence),
-            ``"temporal"`` (over frames, at one place), ``"image_prompt"`` (keys are an image
-            prompt: IP-Adapter, image-to-video) or ``"unknown"``.
+        kind: ``"self"``, ``"cross"`` (keys are text, or a video's sound), ``"joint"`` (image and
+            text in one sequence), ``"temporal"`` (over frames, at one place), ``"image_prompt"``
+            (keys are an image prompt: IP-Adapter, image-to-video) or ``"unknown"``.
         query: ``[B, H, N, d]``; key: ``[B, H, M, d]``, as the attention saw them; None where only
             statistics were kept.
         scale: what the scores are multiplied by before the softmax.

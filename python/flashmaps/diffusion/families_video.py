@@ -112,5 +112,6 @@ VIDEOS = (
             Rule("*.attn2", ("image -> text",), processors=by("CosmosAttnProcessor2_0")),
         ),
         counts.wan,
+        passes=True,
     ),
 )
