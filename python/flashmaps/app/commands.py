@@ -1,4 +1,4 @@
-"""The commands of the command line: match, batch, demo, eval, study, world, doctor and bench."""
+"""The commands of the command line; those of segments are in segment_commands.py."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from flashmaps.app.arguments import (
     Timestep,
 )
 from flashmaps.app.batch_command import batch
+from flashmaps.app.segment_commands import BENCHMARKS, cosegment, segment
+from flashmaps.app.segment_commands import evaluate as evaluate_segments
 from flashmaps.app.terminal import friendly, plain, print_tables, quiet_libraries
 from flashmaps.escapes import printable
 
@@ -41,7 +43,7 @@ def make_app() -> typer.Typer:
         pretty_exceptions_enable=False,
         help="Numbers from attention maps that are never built.",
     )
-    for command in (match, batch, demo, world, doctor, bench):
+    for command in (match, batch, segment, cosegment, demo, world, doctor, bench):
         app.command()(friendly(command))
     app.command("eval")(friendly(evaluate))
     app.command("study")(friendly(study))
@@ -134,11 +136,16 @@ def demo(
 def evaluate(
     benchmark: Annotated[
         str,
-        typer.Argument(help="world, stereo, warps, spair, pf-pascal, pf-willow or cub."),
+        typer.Argument(
+            help="world, stereo, warps, spair, pf-pascal, pf-willow, cub; or segments, cosegments."
+        ),
     ],
     pairs: Annotated[
         int | None,
-        typer.Option(help="How many pairs.", show_default="50; 1000 of cub; all of the others"),
+        typer.Option(
+            help="How many pairs; or scenes of segments, or collections of cosegments.",
+            show_default="50; 1000 of cub; 200 of segments; all of the others",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Draws the pairs, the warps and the points.")] = 0,
     points: Annotated[
@@ -158,7 +165,10 @@ def evaluate(
     ] = "test",
     image_size: Annotated[
         int | None,
-        typer.Option(help="Pixels a side of the images that world draws.", show_default="256"),
+        typer.Option(
+            help="Pixels a side of the images that world draws.",
+            show_default="256; 128 of segments",
+        ),
     ] = None,
     model: Model = "builtin",
     layers: Layers = None,
@@ -199,6 +209,19 @@ def evaluate(
 
     from flashmaps.app.doctor import require
     from flashmaps.evaluation.run import evaluate as run
+
+    if benchmark in BENCHMARKS:
+        others = {
+            "points": points, "layers": layers, "timestep": timestep, "noise_seed": noise_seed,
+            "different_noise": different_noise, "prompt": prompt, "size": size, "compare": compare,
+            "device": device, "dtype": dtype, "backend": None if backend == "auto" else backend,
+        }  # fmt: skip
+        evaluate_segments(
+            benchmark, out, count=pairs, seed=seed, split=split, image_size=image_size, model=model,
+            resamples=resamples, overwrite=overwrite, data=data,
+            others={name: value for name, value in others.items() if value},
+        )  # fmt: skip
+        return
 
     require(*EVALUATION)
     quiet_libraries()

@@ -34,7 +34,7 @@ DIFFSEG_ROUNDS = 3
 TAUS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 DIFFCUT_POWER = 10
 _SMALLEST = 4  # tokens that are still cut
-_DEEPEST = 8  # cuts on the way to a segment
+_DEEPEST = 7  # cuts on the way to a segment
 SLIC_COUNTS = (2, 4, 6, 10, 16, 25, 40)
 FELZENSZWALB_SCALES = (50.0, 100.0, 200.0, 400.0, 800.0)
 _MOST_EIGEN = 24
@@ -51,7 +51,7 @@ def diffseg(A: np.ndarray, grid: tuple[int, int]) -> Iterator[tuple[str, np.ndar
     # What anchors are compared with, all maps in the first round, does not depend on the threshold.
     first = _divergence(safe[middle], safe)
     for threshold in DIFFSEG_THRESHOLDS:
-        near = (first < threshold).astype(np.float64)
+        near = (first < threshold).astype(safe.dtype)
         near[np.arange(len(middle)), middle] = 1
         maps = near @ safe / near.sum(1, keepdims=True)
         for _ in range(DIFFSEG_ROUNDS - 1):
@@ -93,18 +93,18 @@ def _cut_tree(W: np.ndarray, members: np.ndarray, most: float, deep: int) -> Tre
     degree = own.sum(1)
     root = np.sqrt(np.maximum(degree, 1e-12))
     vector = _leading(own / (root[:, None] * root), 2)[1][:, 1] / root
-    best, where = np.inf, None
-    order = np.sort(vector)
-    for level in order[:: max(1, len(order) // 20)][1:]:
-        side = vector < level
-        if side.any() and not side.all():
-            across = own[side][:, ~side].sum()
-            cost = across / max(degree[side].sum(), 1e-12) + across / max(
-                degree[~side].sum(), 1e-12
-            )
-            if cost < best:
-                best, where = cost, side
-    if where is None or best > most:
+    order = np.argsort(vector, kind="stable")
+    # Every cut along the vector at once: what goes from the first tokens to the others is their
+    # degree less what stays among them, the leading squares' sums.
+    ordered = own[np.ix_(order, order)]
+    volume = np.cumsum(degree[order])[:-1]
+    within = np.cumsum(2 * np.tril(ordered).sum(1) - np.diagonal(ordered))[:-1]
+    across = volume - within
+    costs = across / np.maximum(volume, 1e-12) + across / np.maximum(degree.sum() - volume, 1e-12)
+    at = int(costs.argmin())
+    best, where = costs[at], np.zeros(len(members), dtype=bool)
+    where[order[: at + 1]] = True
+    if best > most:
         return members, np.inf, None, None
     return (
         members,
@@ -132,7 +132,7 @@ def _leading(S: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         values, vectors = np.linalg.eigh(S)
     else:
         start = np.random.default_rng(0).standard_normal(len(S))
-        values, vectors = eigsh(S, k=k, which="LA", v0=start, tol=1e-4, maxiter=3000)
+        values, vectors = eigsh(S, k=k, which="LA", v0=start, tol=1e-3, maxiter=3000)
     order = np.argsort(-values)[:k]
     return values[order], vectors[:, order]
 
@@ -147,23 +147,32 @@ def spectral(W: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     yield "eigengap", kmeans_rows(rows, k)
 
 
+def spectral_rows(x: np.ndarray, k: int) -> np.ndarray:
+    """Spectral clustering of rows of length 1 by cosines to the power 10, with a given k."""
+    W = np.maximum(x @ x.T, 0) ** DIFFCUT_POWER
+    root = np.sqrt(W.sum(1))
+    _, vectors = _leading(W / (root[:, None] * root), k)
+    rows = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return kmeans_rows(rows, k)
+
+
 def kmeans(found: Features, k: int) -> np.ndarray:
     """Labels of tokens by k-means of their features."""
     return kmeans_rows(unit_features(found), k)
 
 
 def kmeans_rows(x: np.ndarray, k: int) -> np.ndarray:
-    """Labels of rows of x by scikit-learn's k-means, four starts."""
+    """Labels of rows of x by scikit-learn's k-means, two starts."""
     from sklearn.cluster import KMeans
 
     k = max(1, min(k, len(x)))
-    return compact(KMeans(k, n_init=4, random_state=0).fit_predict(x))
+    return compact(KMeans(k, n_init=2, random_state=0).fit_predict(x))
 
 
 def unit_features(found: Features) -> np.ndarray:
     """[N, c], of length 1: outputs of the blocks, or keys."""
     x = found.key if found.output is None else found.output
-    return _unit(x[0].permute(1, 0, 2).flatten(1)).double().cpu().numpy()
+    return _unit(x[0].permute(1, 0, 2).flatten(1)).float().cpu().numpy()
 
 
 def _unit(x: torch.Tensor) -> torch.Tensor:
@@ -172,7 +181,7 @@ def _unit(x: torch.Tensor) -> torch.Tensor:
 
 def token_rivals(found: Features, attention: AttentionMap) -> Iterator[tuple[str, str, np.ndarray]]:
     """(method, setting, labels of tokens) of every rival on tokens that asks for no count."""
-    A = attention.to_dense()[0].double().cpu().numpy()
+    A = attention.to_dense()[0].float().cpu().numpy()
     W = (A + A.T) / 2
     x = unit_features(found)
     alike = np.maximum(x @ x.T, 0) ** DIFFCUT_POWER

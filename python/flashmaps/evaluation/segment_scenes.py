@@ -85,6 +85,7 @@ class WorldCollections:
         seeds: int = 4,
         side: int = SIDE,
         categories: tuple[str, ...] | None = None,
+        count: int | None = None,
     ) -> None:
         from flashmaps import world
 
@@ -92,10 +93,11 @@ class WorldCollections:
             raise ValueError(f"images={images}: wanted an even number of images, at least 2")
         self._split, self._images, self._side = split, images, side
         names = categories or tuple(sorted(world.CATEGORIES))
-        self._places = [(name, seed) for seed in range(seeds) for name in names]
+        self._places = [(name, seed) for seed in range(seeds) for name in names][:count]
         self.what = (
             f"{len(names)} categories x {images} images x {seeds} seeds of the {split} split of "
             f"flashmaps.world, {side} pixels a side"
+            + ("" if count is None else f"; the first {len(self._places)} of these collections")
         )
 
     def __len__(self) -> int:

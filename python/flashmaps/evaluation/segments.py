@@ -23,7 +23,7 @@ from flashmaps.evaluation.segment_rivals import kmeans, pixel_rivals, token_riva
 from flashmaps.evaluation.segment_scenes import LabelledImage
 from flashmaps.evaluation.segment_scores import SCORES, score
 from flashmaps.evaluation.threads import fit_threads
-from flashmaps.files import check_folder, open_run
+from flashmaps.files import Run, check_folder, open_run
 from flashmaps.matching.cross_map import cross_map
 from flashmaps.segmentation.boundaries import patches, pixel_labels
 from flashmaps.segmentation.segment import see, segment
@@ -37,7 +37,6 @@ WAYS: dict[str, dict[str, Any]] = {
     f"{OURS}, temperature x 0.5": {"temperature": 0.5},
     f"{OURS}, temperature x 1.5": {"temperature": 1.5},
     f"{OURS}, attention alone": {"compare": "qk"},
-    f"{OURS}, keys alone": {"compare": "kk"},
 }
 _BATCH = 8
 
@@ -85,8 +84,7 @@ def evaluate_segments(
             bar.update(len(part))
         bar.close()
         results = {**asked, **summarise(found, resamples, seed)}
-        run.write_json("results.json", results)
-        run.write_text("results.md", page(results))
+        write_results(run, results, "Segments")
     return results
 
 
@@ -223,13 +221,19 @@ def shown(value: dict[str, Any], digits: int, sign: str = "") -> str:
     return text
 
 
-def page(results: dict[str, Any]) -> str:
+def write_results(run: Run, results: dict[str, Any], title: str) -> None:
+    """results.json and results.md of a run."""
+    run.write_json("results.json", results)
+    run.write_text("results.md", page(results, title))
+
+
+def page(results: dict[str, Any], title: str) -> str:
     """results.md."""
     lines = [
-        "# Segments", "", f"Images: {results['images']}. Model: {results['model']}.",
+        f"# {title}", "", f"Images: {results['images']}. Model: {results['model']}.",
         "Intervals are of 95 %, images drawn again. Rivals are shown at their best setting on "
         "these images.", "",
     ]  # fmt: skip
-    for title, header, body in tables(results):
-        lines += [f"## {title}", "", *markdown_table(header, body), ""]
+    for about, header, body in tables(results):
+        lines += [f"## {about}", "", *markdown_table(header, body), ""]
     return "\n".join(lines)
