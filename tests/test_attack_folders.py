@@ -43,10 +43,10 @@ def test_command_lines_hold():
 
 
 def test_killed_commands_lose_nothing():
-    assert len(folders.kills(1, seed=1, names=("world",))) == 1
+    assert "killed" in folders.kills(1, seed=1, names=("world",))[-1]
 
 
 @pytest.mark.slow
 def test_forty_kills_lose_nothing():
-    said = folders.kills(24, seed=0)
-    assert sum(line.count("killed") for line in said) >= 40 - len(said) // 2
+    said = folders.kills(40, seed=0)
+    assert sum(line.count("killed") for line in said) >= 40
