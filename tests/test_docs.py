@@ -26,6 +26,7 @@ DOCUMENTS = (
     "docs/maths.md",
     "docs/kernels.md",
     "docs/cuda.md",
+    "docs/gradients.md",
     "docs/models.md",
     "docs/recipes.md",
     "docs/evaluation.md",

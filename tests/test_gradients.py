@@ -374,3 +374,47 @@ def test_checkpointing_and_compile(backend: str) -> None:
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     (traced,) = torch.autograd.grad(compiled(query, key), query)
     assert torch.equal(traced, wanted)
+
+
+# Memory.
+
+
+@pytest.mark.parametrize("names", [("entropy", "expectation"), ("max", "column_entropy")])
+def test_plans_and_budgets_of_the_way_back(names: tuple[str, ...], backend: str) -> None:
+    """What is planned holds, a smaller budget takes less, and gives the same within rounding."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, 3, 100, 16, generator=generator) for _ in range(2))
+    query.requires_grad_()
+    A = fm.AttentionMap(query, key, backend=backend)
+
+    def slope() -> Tensor:
+        found = A.reduce(*names)._asdict().values()
+        return torch.autograd.grad(sum(x.sum() for x in found), query)[0]
+
+    plain, planned = slope(), A.plan(*names, backward=True)
+    assert planned.operation.startswith("backward of ")
+    with pytest.raises(ValueError, match="the smallest that works is") as error:
+        A.plan(*names, backward=True, memory_budget=1)
+    least = int(str(error.value).rsplit(" ", 1)[1])
+    assert least <= planned.workspace
+    budget = max(least, A.plan(*names, memory_budget=2**40).workspace)
+    with fm.memory_budget(budget):
+        assert A.plan(*names, backward=True).workspace <= budget
+        torch.testing.assert_close(slope(), plain, rtol=1e-4, atol=1e-6)
+
+
+def test_the_same_bits_on_any_number_of_threads() -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, 3, 301, 24, generator=generator) for _ in range(2))
+    leaves = [query.requires_grad_(), key.requires_grad_()]
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            A = fm.AttentionMap(*leaves)
+            result = A.reduce("entropy", "column_entropy", "max")._asdict().values()
+            found.append(torch.autograd.grad(sum(x.sum() for x in result), leaves))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))

@@ -28,8 +28,8 @@ constexpr std::int64_t kMostBytes = std::int64_t(256) << 20;
 constexpr std::int64_t kSmallWindow = std::int64_t(4) << 20;
 // Keys of a block where not all are kept.
 constexpr std::int64_t kFewKeys = 192;
-// Keys that a thread takes up at a time for dK. A multiple of kColumnKeys.
-constexpr std::int64_t kPieceKeys = 96;
+// Keys are in at most so many segments, each a multiple of kFewKeys.
+constexpr std::int64_t kSegments = 8;
 // to += the product of kColumnKeys keys by kColumnVectors vectors of features.
 constexpr int kColumnVectors = 4;
 constexpr int kColumnKeys = kManyRegisters ? 6 : 3;
@@ -79,6 +79,7 @@ struct Setting {
   Lines lines;
   bool normalized, whole;
   std::int64_t strips_per_map, width;  // width: features, in whole vectors
+  std::int64_t segment, segments;      // keys of one, and how many there are
 
   Setting(Workspace& w, const Problem& p, const Gradient& g, const Gradients& o, const Way& how)
       : problem(p),
@@ -92,7 +93,9 @@ struct Setting {
         normalized(Normalize(p.normalize) != Normalize::Block),
         whole(how.block >= p.keys),
         strips_per_map((p.queries + kRows<T> - 1) / kRows<T>),
-        width((p.dim + kLanes<T> - 1) / kLanes<T> * kLanes<T>) {}
+        width((p.dim + kLanes<T> - 1) / kLanes<T> * kLanes<T>),
+        segment((p.keys + kSegments * kFewKeys - 1) / (kSegments * kFewKeys) * kFewKeys),
+        segments((p.keys + segment - 1) / segment) {}
 
   Strip strip(std::int64_t n) const {
     const std::int64_t i0 = n % strips_per_map * kRows<T>;
@@ -116,14 +119,13 @@ class Slot {
     mass_ = Buffer<T>(w, setting.normalized ? 2 * setting.lines.count * R : 0);
     query_ = Buffer<T>(w, p.heads * p.dim * R);
     rows_ = Buffer<T>(w, setting.out.key == 0 ? 0 : p.heads * R * setting.width);
-    dquery_ = Buffer<T>(w, setting.out.query == 0 ? 0 : p.heads * p.dim * R);
+    dquery_ = Buffer<T>(w, setting.out.query == 0 ? 0 : setting.segments * p.heads * p.dim * R);
     inner_ = Buffer<T>(w, p.heads * R);
     slopes_ = Buffer<T>(w, p.heads * R);
     shift_ = Buffer<T>(w, p.heads * R);
   }
 
   const Strip& strip() const { return strip_; }
-  const T* scores(std::int64_t h, std::int64_t block) const { return scores_ + h * block * R; }
   const T* rows(std::int64_t h) const { return rows_ + h * R * set_.width; }
   const T* inner(std::int64_t h) const { return inner_ + h * R; }
 
@@ -133,7 +135,7 @@ class Slot {
     load_strip();
     const Problem& p = set_.problem;
     std::fill_n(&inner_[0], p.heads * R, T(0));
-    if (set_.out.query != 0) std::fill_n(&dquery_[0], p.heads * p.dim * R, T(0));
+    if (set_.out.query != 0) std::fill_n(&dquery_[0], set_.segments * p.heads * p.dim * R, T(0));
     if (set_.normalized) {
       normalized_slope(convert);
     } else {
@@ -145,23 +147,42 @@ class Slot {
     finish_rows();
   }
 
-  // dS of keys j0 .. j1 in place, and their share of dQ.
-  void turn(std::int64_t j0, std::int64_t j1, T* convert) {
-    if (!set_.whole) {
-      for (std::int64_t k0 = j0; k0 < j1; k0 += kFewKeys) {
-        make(k0, std::min(k0 + kFewKeys, j1), k0 - j0, false, convert);
+  // Probabilities and g of a block of keys again, where not all are kept.
+  void make_again(std::int64_t j0, std::int64_t j1, T* convert) {
+    for (std::int64_t k0 = j0; k0 < j1; k0 += kFewKeys) {
+      make(k0, std::min(k0 + kFewKeys, j1), k0 - j0, false, convert);
+    }
+  }
+
+  // dS of `count` keys of head h, from the first of them at `at` of what is kept: [count][R].
+  void scores(std::int64_t h, std::int64_t at, std::int64_t count, T* ds) const {
+    const std::int64_t block = std::min(set_.way.block, set_.problem.keys);
+    const T* e = scores_ + (h * block + at) * R;
+    const T* g = g_ + at * R;
+    const T w = set_.map.weight(h);
+    Lanes<T> slope;
+    for (int v = 0; v < kWidth; ++v) slope[v] = load_lane(slopes_ + h * R, v);
+    for (std::int64_t j = 0; j < count; ++j) {
+      for (int v = 0; v < kWidth; ++v) {
+        const std::int64_t n = j * R + v * L;
+        store<T>(ds + n, load(e + n) * (load(g + n) * w + slope[v]));
       }
     }
-    const Problem& p = set_.problem;
-    const std::int64_t block = std::min(set_.way.block, p.keys);
-    for (std::int64_t c0 = j0; c0 < j1; c0 += kKeyChunk) {
-      const std::int64_t c1 = std::min(c0 + kKeyChunk, j1);
-      for (std::int64_t h = 0; h < p.heads; ++h) {
-        T* ds = scores_ + (h * block + c0 - j0) * R;
-        scale_scores(h, ds, g_ + (c0 - j0) * R, c1 - c0);
-        if (set_.out.query != 0) add_query(h, c0, c1, ds, convert);
-      }
-    }
+  }
+
+  // dquery_[segment][x][lanes] += sum_j dS[j][lanes] K[j][x], rows of K `ld` apart.
+  void add_query(std::int64_t h, std::int64_t segment, const T* ds, const T* keys, std::int64_t ld,
+                 std::int64_t count) const {
+    const std::int64_t dim = set_.problem.dim;
+    T* to = dquery_ + (segment * set_.problem.heads + h) * dim * R;
+    std::int64_t x = 0;
+    const auto tile = [&]<int J>() {
+      multiply_into<T, kWidth, J, false>(ds, R, keys + x, 1, ld, count, to + x * R);
+      x += J;
+    };
+    while (x + kTileKeys <= dim) tile.template operator()<kTileKeys>();
+    while (x + 2 <= dim) tile.template operator()<2>();
+    while (x < dim) tile.template operator()<1>();
   }
 
   // dQ of the strip, complete after all keys.
@@ -172,7 +193,13 @@ class Slot {
     const std::int64_t b = set_.map.query_index(strip_.map);
     T* out = pointer<T>(set_.out.query) + b * p.heads * p.queries * p.dim;
     for (std::int64_t h = 0; h < p.heads; ++h) {
-      const T* from = dquery_ + h * p.dim * R;
+      T* from = dquery_ + h * p.dim * R;
+      for (std::int64_t part = 1; part < set_.segments; ++part) {
+        const T* more = from + part * p.heads * p.dim * R;
+        for (std::int64_t n = 0; n < p.dim * R; n += L) {
+          store<T>(from + n, load(from + n) + load(more + n));
+        }
+      }
       for (std::int64_t r = 0; r < strip_.valid; ++r) {
         T* row = out + (h * p.queries + strip_.i0 + r) * p.dim;
         for (std::int64_t x = 0; x < p.dim; ++x) row[x] += scale * from[x * R + r];
@@ -320,52 +347,15 @@ class Slot {
     }
   }
 
-  void scale_scores(std::int64_t h, T* ds, const T* g, std::int64_t count) const {
-    const T w = set_.map.weight(h);
-    Lanes<T> slope;
-    for (int v = 0; v < kWidth; ++v) slope[v] = load_lane(slopes_ + h * R, v);
-    for (std::int64_t j = 0; j < count; ++j) {
-      for (int v = 0; v < kWidth; ++v) {
-        T* here = ds + j * R + v * L;
-        store<T>(here, load(here) * (load(g + j * R + v * L) * w + slope[v]));
-      }
-    }
-  }
-
-  // dquery_[x][lanes] += sum_j dS[j][lanes] K[j][x], at most kKeyChunk keys.
-  void add_query(std::int64_t h, std::int64_t j0, std::int64_t j1, const T* ds, T* convert) {
-    const Tokens<T>& keys = set_.map.key;
-    const std::int64_t b = set_.map.key_index(strip_.map), dim = keys.dim;
-    const T* p = convert;
-    std::int64_t ld = dim;
-    if (keys.in_place()) {
-      ld = keys.strides[2];
-      p = static_cast<const T*>(keys.data) + keys.offset(b, h) + j0 * ld;
-    } else {
-      for (std::int64_t j = j0; j < j1; ++j) {
-        T* row = convert + (j - j0) * dim;
-        keys.row(b, h, j, [row](std::int64_t x, T value) { row[x] = value; });
-      }
-    }
-    T* to = dquery_ + h * dim * R;
-    std::int64_t x = 0;
-    const auto tile = [&]<int J>() {
-      multiply_into<T, kWidth, J, false>(ds, R, p + x, 1, ld, j1 - j0, to + x * R);
-      x += J;
-    };
-    while (x + kTileKeys <= dim) tile.template operator()<kTileKeys>();
-    while (x + 2 <= dim) tile.template operator()<2>();
-    while (x < dim) tile.template operator()<1>();
-  }
-
   const Setting<T>& set_;
   Slope<T> slope_;
   Strip strip_{};
-  Buffer<T> scores_;          // [H][block][R]: probabilities, then dS
+  Buffer<T> scores_;          // probabilities: [H][block][R]
   Buffer<T> g_;               // [block][R]
   Buffer<T> mean_;            // [M or kBlock][R]
   Buffer<T> mass_;            // [2][lines][R]
-  Buffer<T> query_, dquery_;  // [H][d][R], the first scaled
+  Buffer<T> query_;           // [H][d][R], scaled
+  Buffer<T> dquery_;          // [segments][H][d][R]
   Buffer<T> rows_;            // [H][R][width]
   Buffer<T> inner_;           // D: [H][R]
   Buffer<T> slopes_, shift_;  // [H][R]
@@ -377,11 +367,15 @@ struct Pass {
   Setting<T> setting;
   std::vector<std::unique_ptr<Slot<T>>> slots;
   std::vector<Buffer<T>> convert;  // [kKeyChunk][d], one a thread
+  std::vector<Buffer<T>> scores;   // dS of a few keys, [kKeyChunk][R], one a thread
 
   Pass(const Problem& p, const Gradient& g, const Gradients& out, const Way& way, bool only)
       : workspace{0, only}, setting(workspace, p, g, out, way) {
     const std::int64_t dim = std::max(p.dim, g.partner.dim);
-    for (std::int64_t n = 0; n < way.threads; ++n) convert.emplace_back(workspace, kKeyChunk * dim);
+    for (std::int64_t n = 0; n < way.threads; ++n) {
+      convert.emplace_back(workspace, kKeyChunk * dim);
+      scores.emplace_back(workspace, kKeyChunk * kRows<T>);
+    }
     const std::int64_t before = workspace.bytes;
     slots.push_back(std::make_unique<Slot<T>>(workspace, setting));
     if (only) {
@@ -395,45 +389,68 @@ struct Pass {
   std::int64_t passes() const { return setting.whole ? 1 : 2; }
 };
 
-// dK and the bias of some keys of one head, from the strips first .. last of a window, in order.
+// dK of `count` keys from p0 on, `to` the first of them: a strip's share.
 template <class T>
-void take_keys(Pass<T>& pass, std::int64_t count, std::int64_t h, std::int64_t j0, std::int64_t p0,
-               std::int64_t p1) {
+void add_keys(const T* ds, const T* rows, std::int64_t width, std::int64_t count, T scale, T* to,
+              std::int64_t dim) {
   constexpr int R = kRows<T>, L = kLanes<T>;
+  std::int64_t j = 0;
+  const auto tile = [&]<int J>() {
+    std::int64_t x = 0;
+    const auto columns = [&]<int W>() {
+      multiply_rows<T, W, J>(rows + x, width, ds + j * R, R, R, scale, to + j * dim + x, dim,
+                             std::min<std::int64_t>(W * L, dim - x));
+      x += W * L;
+    };
+    while (x + (kColumnVectors - 1) * L < width) columns.template operator()<kColumnVectors>();
+    while (x < width) columns.template operator()<1>();
+    j += J;
+  };
+  while (j + kColumnKeys <= count) tile.template operator()<kColumnKeys>();
+  while (j < count) tile.template operator()<1>();
+}
+
+// Keys s0 .. s1, of one segment, with head h: dQ of each strip of a window, dK and the bias from
+// all of them in order. `j0` is the first key kept.
+template <class T>
+void take_keys(Pass<T>& pass, std::int64_t count, std::int64_t h, std::int64_t j0, std::int64_t s0,
+               std::int64_t s1) {
+  constexpr int R = kRows<T>;
   const Setting<T>& set = pass.setting;
   const Problem& p = set.problem;
-  const std::int64_t block = std::min(set.way.block, p.keys);
-  for (std::int64_t n = 0; n < count; ++n) {
-    const Slot<T>& slot = *pass.slots[std::size_t(n)];
-    const std::int64_t b = set.map.key_index(slot.strip().map);
-    const T* ds = slot.scores(h, block) + (p0 - j0) * R;
-    if (set.out.bias != 0) {
-      T* bias = pointer<T>(set.out.bias) + b * p.keys;
-      for (std::int64_t j = p0; j < p1; ++j) bias[j] += lane_sum<T>(ds + (j - p0) * R);
+  const Tokens<T>& keys = set.map.key;
+  const std::size_t me = std::size_t(thread_index());
+  T* ds = pass.scores[me];
+  for (std::int64_t c0 = s0; c0 < s1; c0 += kKeyChunk) {
+    const std::int64_t c1 = std::min(c0 + kKeyChunk, s1);
+    std::int64_t converted = -1;
+    for (std::int64_t n = 0; n < count; ++n) {
+      const Slot<T>& slot = *pass.slots[std::size_t(n)];
+      const std::int64_t b = set.map.key_index(slot.strip().map);
+      slot.scores(h, c0 - j0, c1 - c0, ds);
+      if (set.out.query != 0 && converted != b) {
+        // A copy in order: the product reads a few features of all keys at a time, which no
+        // prefetcher foresees.
+        T* to = pass.convert[me];
+        for (std::int64_t j = c0; j < c1; ++j, to += p.dim) {
+          keys.row(b, h, j, [to](std::int64_t x, T value) { to[x] = value; });
+        }
+        converted = b;
+      }
+      if (set.out.query != 0) {
+        slot.add_query(h, c0 / set.segment, ds, pass.convert[me], p.dim, c1 - c0);
+      }
+      if (set.out.bias != 0) {
+        T* bias = pointer<T>(set.out.bias) + b * p.keys;
+        for (std::int64_t j = c0; j < c1; ++j) bias[j] += lane_sum<T>(ds + (j - c0) * R);
+      }
+      if (set.out.key != 0) {
+        // Heads that share a key head add to it in turn.
+        const std::int64_t key_head = b * (p.heads / p.key_group) + h / p.key_group;
+        T* out = pointer<T>(set.out.key) + (key_head * p.keys + c0) * p.dim;
+        add_keys<T>(ds, slot.rows(h), set.width, c1 - c0, T(p.scale), out, p.dim);
+      }
     }
-    if (set.out.key == 0) continue;
-    // Heads that share a key head add to it in turn.
-    const std::int64_t key_head = b * (p.heads / p.key_group) + h / p.key_group;
-    T* out = pointer<T>(set.out.key) + (key_head * p.keys + p0) * p.dim;
-    const T* rows = slot.rows(h);
-    const T scale = T(p.scale);
-    std::int64_t j = p0;
-    const auto tile = [&]<int J>() {
-      const T* here = ds + (j - p0) * R;
-      T* to = out + (j - p0) * p.dim;
-      std::int64_t x = 0;
-      const auto columns = [&]<int W>() {
-        multiply_rows<T, W, J>(rows + x, set.width, here, R, R, scale, to + x, p.dim,
-                               std::min<std::int64_t>(W * L, p.dim - x));
-        x += W * L;
-      };
-      while (x + (kColumnVectors - 1) * L < set.width)
-        columns.template operator()<kColumnVectors>();
-      while (x < set.width) columns.template operator()<1>();
-      j += J;
-    };
-    while (j + kColumnKeys <= p1) tile.template operator()<kColumnKeys>();
-    while (j < p1) tile.template operator()<1>();
   }
 }
 
@@ -442,29 +459,31 @@ void run_window(Pass<T>& pass, std::int64_t first, std::int64_t last) {
   const Setting<T>& set = pass.setting;
   const Problem& p = set.problem;
   const std::int64_t block = std::min(set.way.block, p.keys), count = last - first;
-  const std::int64_t me = thread_index();
-  T* convert = pass.convert[std::size_t(me)];
-  // Pieces so small that every thread has some, in whole tiles.
-  const std::int64_t share = p.heads * std::min(block, p.keys) / (2 * set.way.threads);
-  const std::int64_t piece =
-      std::clamp<std::int64_t>(share / kColumnKeys * kColumnKeys, kColumnKeys, kPieceKeys);
+  T* convert = pass.convert[std::size_t(thread_index())];
 #pragma omp for schedule(dynamic, 1)
   for (std::int64_t n = first; n < last; ++n) {
     pass.slots[std::size_t(n - first)]->begin(set.strip(n), convert);
-    if (set.whole) pass.slots[std::size_t(n - first)]->turn(0, p.keys, convert);
   }
-  for (std::int64_t j0 = 0; j0 < p.keys; j0 += block) {
+  // Heads whose keys or whose bias are one sum go together.
+  const std::int64_t group = set.out.bias != 0 ? p.heads : p.key_group;
+  const std::int64_t groups = p.heads / group;
+  const bool taken = set.out.query != 0 || set.out.key != 0 || set.out.bias != 0;
+  for (std::int64_t j0 = 0; taken && j0 < p.keys; j0 += block) {
     const std::int64_t j1 = std::min(j0 + block, p.keys);
     if (!set.whole) {
 #pragma omp for schedule(dynamic, 1)
-      for (std::int64_t n = 0; n < count; ++n) pass.slots[std::size_t(n)]->turn(j0, j1, convert);
+      for (std::int64_t n = 0; n < count; ++n) {
+        pass.slots[std::size_t(n)]->make_again(j0, j1, convert);
+      }
     }
-    const std::int64_t pieces = (j1 - j0 + piece - 1) / piece;
-    // A piece of keys with all heads: their bias is one sum.
-#pragma omp for schedule(static)
-    for (std::int64_t n = 0; n < pieces; ++n) {
-      const std::int64_t p0 = j0 + n * piece, p1 = std::min(p0 + piece, j1);
-      for (std::int64_t h = 0; h < p.heads; ++h) take_keys(pass, count, h, j0, p0, p1);
+    const std::int64_t from = j0 / set.segment, to = (j1 + set.segment - 1) / set.segment;
+#pragma omp for schedule(dynamic, 1)
+    for (std::int64_t n = from * groups; n < to * groups; ++n) {
+      const std::int64_t s0 = std::max(j0, n / groups * set.segment);
+      const std::int64_t s1 = std::min(j1, (n / groups + 1) * set.segment);
+      for (std::int64_t h = n % groups * group; h < (n % groups + 1) * group; ++h) {
+        take_keys(pass, count, h, j0, s0, s1);
+      }
     }
   }
 #pragma omp single
@@ -495,7 +514,9 @@ Way choose(const Problem& p, const Gradient& g, const Gradients& out, const Limi
   std::vector<Way> ways;
   const Way one{threads, threads, p.keys};
   const std::int64_t more = std::min(strips, 4 * threads);
-  const std::int64_t window = bytes({threads, more, p.keys}) <= kSmallWindow ? more : threads;
+  // Two at least: dK is read and written once for each window.
+  const std::int64_t two = std::min(strips, std::max<std::int64_t>(2, threads));
+  const std::int64_t window = bytes({threads, more, p.keys}) <= kSmallWindow ? more : two;
   if (normalized || bytes(one) <= kMostBytes) ways.push_back({threads, window, p.keys});
   if (budget > 0) {
     for (std::int64_t n = threads; n > 0; --n) ways.push_back({n, n, p.keys});

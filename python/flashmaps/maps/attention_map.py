@@ -365,6 +365,7 @@ class AttentionMap(LazyMap):
         key_to: Grid | None = None,
         memory_budget: int | None = None,
         ceilings: Ceilings | None = None,
+        backward: bool = False,
     ) -> Plan:
         """What an operation of this map will take, before it runs: `flashmaps.maps.planning.Plan`.
 
@@ -374,6 +375,7 @@ class AttentionMap(LazyMap):
                 "transposed_product" (A.mT @ y, likewise), "pool" (``query_to``, ``key_to``).
             memory_budget: that the operation would be given; default the context's.
             ceilings: rates of the machine (`flashmaps.Ceilings`), for the expected time.
+            backward: plan the way back to queries and keys instead, its outputs their gradients.
 
         Raises ValueError for a budget that the operation would refuse.
 
@@ -392,6 +394,7 @@ class AttentionMap(LazyMap):
             key_to=key_to,
             memory_budget=memory_budget,
             ceilings=ceilings,
+            backward=backward,
         )
 
 

@@ -19,6 +19,7 @@ from flashmaps.maps import gradients, strips, strips_backward
 from flashmaps.maps.backends.choice import plan_backward_pass, run_backward
 from flashmaps.maps.budget import budget_of_context, too_small
 from flashmaps.maps.modes import exact
+from flashmaps.maps.planning import left
 from flashmaps.maps.problem import Gradient, Problem, Request, empty_gradients
 from flashmaps.maps.signatures import COMPOSE, PROBLEM, REDUCE, ROUND_TRIP, problem_schema
 
@@ -219,20 +220,25 @@ def of_reduce(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]
     names = ctx.fm_inputs[PROBLEM].split(",")
     inputs, results = _kept(ctx, names)
     (problem,), request, (backend,) = REDUCE.unpack(inputs)
-    right, left, budget = request.right, request.left, request.memory_budget
+    right, other, budget = request.right, request.left, request.memory_budget
     into: list[Tensor | None] = [None] * len(inputs)
     upstream = _upstream(names, grads, problem.compute_dtype)
     known = _with_lse(problem, results)
     wanted = _wanted(ctx.needs_input_grad)
     if wanted and upstream:
         gradient = gradients.of_results(known, request, results, upstream, wanted)
-        gradient = replace(gradient, memory_budget=budget)
+        gradient = _within(gradient, budget)
         _fill(into, problem, reduce_backward(known, gradient, backend))
     if right is not None and ctx.needs_input_grad[PROBLEM + 1] and "product" in upstream:
         into[PROBLEM + 1] = _other_product(known, upstream, "product", backend, budget)
-    if left is not None and ctx.needs_input_grad[PROBLEM + 2] and "transposed_product" in upstream:
+    if other is not None and ctx.needs_input_grad[PROBLEM + 2] and "transposed_product" in upstream:
         into[PROBLEM + 2] = _other_product(known, upstream, "transposed_product", backend, budget)
     return tuple(into)
+
+
+def _within(gradient: Gradient, budget: int | None) -> Gradient:
+    """Under what a budget leaves beside the terms themselves."""
+    return replace(gradient, memory_budget=left(budget, gradients.held_bytes(gradient)))
 
 
 def _other_product(
@@ -266,11 +272,11 @@ def of_round_trip(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, 
     wanted, back_wanted = _wanted(needs), _wanted(needs, PROBLEM)
     if wanted and upstream:
         gradient = gradients.of_results(known, request, results, upstream, wanted)
-        gradient = replace(gradient, memory_budget=budget)
+        gradient = _within(gradient, budget)
         _fill(into, problem, reduce_backward(known, gradient, backend))
     if back_wanted and "return_probability" in upstream:
         gradient = gradients.of_partner(known, request, upstream, back_wanted)
-        gradient = replace(gradient, memory_budget=budget)
+        gradient = _within(gradient, budget)
         _fill(into, partner, reduce_backward(partner, gradient, backend), PROBLEM)
     if right is not None and needs[2 * PROBLEM + 1] and "product" in upstream:
         into[2 * PROBLEM + 1] = _other_product(known, upstream, "product", backend, budget)

@@ -164,3 +164,13 @@ def of_partner(
     partner, g = request.partner, upstream["return_probability"]
     assert partner is not None
     return Gradient(wanted, column_back=g / (problem.lines * partner.lines), partner=problem)
+
+
+def held_bytes(gradient: Gradient) -> int:
+    """What is held for the way back beside its workspace: the terms, but for what was brought."""
+    brought = ("dense", "cells", "pooled", "lse")
+    return sum(
+        t.numel() * t.element_size()
+        for name, t in gradient.tensors().items()
+        if name not in brought
+    )

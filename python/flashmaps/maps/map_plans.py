@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import torch
+
+from flashmaps.maps.backends.choice import plan_backward_pass
 from flashmaps.maps.budget import budget_in_force
+from flashmaps.maps.gradients import held_bytes, is_float, of_results, with_companions
 from flashmaps.maps.grids import Grid
 from flashmaps.maps.lazy import LazyMap, check_reductions, stand_in
 from flashmaps.maps.planning import Ceilings, Plan, Step, plan, portion
 from flashmaps.maps.pooling import num_cells, pool_portion, pool_step
-from flashmaps.maps.problem import Cost, Request, output_bytes
+from flashmaps.maps.problem import FIELDS, Cost, Request, output_bytes
 from flashmaps.maps.rows import rows_step
 from flashmaps.maps.validation import check_count, check_k
 
@@ -25,6 +30,7 @@ def plan_map(
     key_to: Grid | None,
     memory_budget: int | None,
     ceilings: Ceilings | None,
+    backward: bool = False,
 ) -> Plan:
     """`AttentionMap.plan`."""
     batch, queries, keys = A.shape
@@ -57,10 +63,45 @@ def plan_map(
             outputs = batch * cells[0] * cells[1] * A.problem.itemsize
         case _:
             fields = check_reductions(names, A.shape, A.key_grid)
-    if steps is None or outputs is None:
+    if backward:
+        if steps is not None:
+            raise ValueError(f"backward=True plans the way back of one pass, not of {what!r}")
+        request = Request(fields, **operands)
+        step, outputs = _backward_step(A, request)
+        what, steps = f"backward of {what}", [step]
+    elif steps is None or outputs is None:
         steps = [A._step(*fields, **operands)]
         outputs = output_bytes(A.problem, Request(fields, **operands))
     return plan(what, A.backend, steps, outputs=outputs, memory_budget=budget, ceilings=ceilings)
+
+
+def _backward_step(A: LazyMap, request: Request) -> tuple[Step, int]:
+    """The way back to Q and K of a pass, and the bytes of their gradients."""
+    problem = A.problem
+    if problem.lse is None:
+        lse = stand_in(problem, problem.batch, problem.heads, problem.num_queries)
+        problem = problem._replace(lse=lse)
+    names = with_companions(request.names)
+    fields = {
+        name: torch.empty(
+            FIELDS[name].shape(problem, request),
+            dtype=torch.int64 if FIELDS[name].is_index else problem.compute_dtype,
+            device="meta",
+        )
+        for name in names
+    }
+    upstream = {name: fields[name] for name in request.names if is_float(name)}
+    gradient = of_results(problem, request, fields, upstream, ("query", "key"))
+    held, outputs = held_bytes(gradient), 0
+    for tokens in (problem.query, problem.key):
+        outputs += tokens.numel() * tokens.element_size()
+        if tokens.dtype != problem.compute_dtype:  # made in it, then converted
+            held += tokens.numel() * problem.itemsize
+
+    def cost(budget: int | None) -> Cost:
+        return plan_backward_pass(A.backend, problem, replace(gradient, memory_budget=budget))
+
+    return Step(held, cost), outputs
 
 
 def _repeated(step: Step, count: int, size: int) -> Step:
