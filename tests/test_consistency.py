@@ -84,3 +84,18 @@ def test_without_paths_a_fused_match_is_the_direct_one(sets):
         assert top.shape == (7,)
     with pytest.raises(ValueError, match="weight"):
         fused_rows(sets[0], sets[1], sets[2:], points, SOFT, weight=-1)
+
+
+@pytest.mark.slow
+def test_the_study_of_fused_matches_scores_both():
+    pytest.importorskip("diffusers")
+    from flashmaps.evaluation.fused import study
+
+    found = study(pairs=2, test_pairs=2, points=5)
+    assert set(found["test"]) == {"direct", "fused", "gain", "interval"}
+    test = found["test"]
+    assert test["gain"] == pytest.approx(test["fused"] - test["direct"])
+    assert test["interval"][0] <= test["gain"] <= test["interval"][1]
+    chosen = f"{found['chosen']['images']} images, weight {found['chosen']['weight']:g}"
+    others = [value for name, value in found["validation"].items() if not name.startswith("0 ")]
+    assert found["validation"][chosen] == max(others)
