@@ -40,11 +40,14 @@ def build(sanitizer: str) -> Path:
 
 
 def runtime(sanitizer: str) -> str:
-    """The library that has to be loaded before Python's own allocations."""
+    """What is to be loaded before Python: the sanitizer's own, and that whose throws it watches."""
     compiler = os.environ.get("CXX", "c++").split()[0]
-    asked = [compiler, f"-print-file-name={_RUNTIMES[sanitizer]}"]
-    found = subprocess.run(asked, capture_output=True, text=True, check=True)
-    return os.path.realpath(found.stdout.strip())
+    found = []
+    for library in (_RUNTIMES[sanitizer], "libstdc++.so"):
+        asked = [compiler, f"-print-file-name={library}"]
+        said = subprocess.run(asked, capture_output=True, text=True, check=True)
+        found.append(os.path.realpath(said.stdout.strip()))
+    return ":".join(found)
 
 
 def attack(module: Path, seconds: float, seed: int) -> None:
