@@ -311,10 +311,15 @@ fm.batch([split[i].image for i in range(images)], wanted, folder, size=64)
 """
 
 
-def _killed(folder: Path, images: int, pairs: int, part_rows: int, kills: int, seed: int) -> int:
-    """Run it, killed so often at random moments; then to its end. Returns the kills that hit."""
-    draw = random.Random(seed)
-    hits, spread = 0, 1.0
+def _killed(
+    folder: Path, images: int, pairs: int, part_rows: int, kills: int, seed: int, total: int
+) -> int:
+    """Run it, killed so often at random moments; then to its end. Returns the kills that hit.
+
+    ``total``: files of a whole run. Each life ends a random number of files after it began, and a
+    random moment later; so many that all of the kills find something to do.
+    """
+    draw, hits = random.Random(seed), 0
 
     def start() -> subprocess.Popen:
         arguments = [str(folder), *map(str, (images, pairs, part_rows))]
@@ -325,17 +330,20 @@ def _killed(folder: Path, images: int, pairs: int, part_rows: int, kills: int, s
         assert process.stdout is not None and process.stdout.readline() == "begun\n"
         return process
 
+    def count() -> int:
+        # What is on its way lies in folders that come and go; these do not.
+        kinds = ("features", "matches", "summaries")
+        return sum(len(os.listdir(folder / k)) for k in kinds if (folder / k).is_dir())
+
     for _ in range(kills):
-        before = len(files(folder)) if folder.exists() else 0
-        process = start()
-        time.sleep(draw.uniform(0, spread))
+        process, wanted = start(), count() + draw.randint(0, total // (kills + 1))
+        while process.poll() is None and count() < wanted:
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, 0.2))
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             hits += 1
         process.communicate()
-        # Where nothing came of it the next one lives longer, so that moments of all kinds are met.
-        after = len(files(folder)) if folder.exists() else 0
-        spread = spread * 1.5 if after <= before else spread
     process = start()
     _, errors = process.communicate()
     assert process.returncode == 0, errors
@@ -344,8 +352,8 @@ def _killed(folder: Path, images: int, pairs: int, part_rows: int, kills: int, s
 
 def _check_killed(tmp_path: Path, images: int, pairs: int, part_rows: int, kills: int) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert _killed(whole, images, pairs, part_rows, 0, 0) == 0
-    hits = _killed(killed, images, pairs, part_rows, kills, 1)
+    assert _killed(whole, images, pairs, part_rows, 0, 0, 0) == 0
+    hits = _killed(killed, images, pairs, part_rows, kills, 1, len(files(whole)))
     assert hits == kills
     assert files(killed) == files(whole)
     table = parquet.read_table(killed / "matches")
