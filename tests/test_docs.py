@@ -30,6 +30,7 @@ DOCUMENTS = (
     "docs/models.md",
     "docs/recipes.md",
     "docs/evaluation.md",
+    "docs/segments.md",
     "docs/world.md",
     "docs/training.md",
 )
@@ -40,7 +41,7 @@ MADE_LATER = {
     *("pck.png", "scores.png", "risk.png", "reliability.png", "examples.png"),
 }
 # Names of other things that look like paths to `paths_in`.
-NOT_OURS = {"left.png", "right.png", "matches.png"}
+NOT_OURS = {"left.png", "right.png", "matches.png", "street.jpg", "one.jpg", "two.jpg"}
 
 
 def text_of(document: str) -> str:
