@@ -260,7 +260,7 @@ def test_points_below_the_wanted_confidence_are_nan(shifted):
     assert np.isnan(found[0]).all()
     np.testing.assert_allclose(found[1], match.transfer([(50, 12)])[0])
     assert np.isfinite(match.transfer([(20, 12)], min_confidence=0.1)).all()
-    with pytest.raises(ValueError, match=r"min_confidence must be a finite number from 0 to 1, got 70"):
+    with pytest.raises(ValueError, match=r"min_confidence must be .* number from 0 to 1, got 70"):
         match.transfer([(20, 12)], min_confidence=70)
 
 
