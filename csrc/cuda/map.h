@@ -12,7 +12,8 @@ struct Tokens {
   int count = 0;
 };
 
-// A = sum_h w_h softmax(scale * Q_h K_h^T + bias); python/flashmaps/maps/problem.py has the meanings.
+// A = sum_h w_h softmax(scale * Q_h K_h^T + bias); python/flashmaps/maps/problem.py has the
+// meanings.
 struct Map {
   Tokens query, key;
   int maps = 0, heads = 0, dim = 0;

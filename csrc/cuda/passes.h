@@ -1,4 +1,5 @@
-// The kernels: passes over the map. python/flashmaps/maps/backends/cuda_launches.py decides which of them run, and how.
+// The kernels: passes over the map. python/flashmaps/maps/backends/cuda_launches.py decides which
+// of them run, and how.
 //
 // No atomics anywhere: one block writes an output, or a part of one where the streamed tokens are
 // split among blocks, and parts are added up in order. The same call gives the same bits.
