@@ -76,6 +76,7 @@ class Map:
     roundings: float  # how many units in the last place an entry may be off, relatively
     key_centres: Tensor | None = None  # [M, 2]
     faintest: float = 1.0  # the least mass that entries, and what they lost, were divided by
+    heads: int = 1  # an entry is a sum of so many, each of which underflows by itself
 
     @property
     def distribution(self) -> Tensor:
@@ -132,6 +133,7 @@ class Map:
             self.roundings + other.roundings + math.sqrt(self.values.shape[2]),
             other.key_centres,
             min(self.faintest, other.faintest),
+            max(self.heads, other.heads),
         )
 
 
@@ -189,7 +191,7 @@ def attention(
     if key_grid is None and math.isqrt(keys) ** 2 == keys:
         key_grid = (math.isqrt(keys),) * 2
     at = None if key_grid is None else centres(key_grid, dtype)
-    return Map(values, lines, roundings, at), Value(lse, torch.ones_like(lse))
+    return Map(values, lines, roundings, at, heads=heads), Value(lse, torch.ones_like(lse))
 
 
 def band(of: Map, dtype: torch.dtype) -> float:
@@ -200,7 +202,8 @@ def band(of: Map, dtype: torch.dtype) -> float:
 
 def vanishing(of: Map, dtype: torch.dtype) -> float:
     """What a sum over one row or column of the map may lose to entries that underflow."""
-    return torch.finfo(compute_dtype(dtype)).tiny * max(of.values.shape[1:]) / of.faintest
+    terms = of.heads * max(of.values.shape[1:])
+    return torch.finfo(compute_dtype(dtype)).tiny * terms / of.faintest
 
 
 def error(got: Tensor, truth: Value, floor: float | Tensor) -> Tensor:

@@ -276,9 +276,9 @@ def test_pairs_hold_one_object_of_their_category_each_and_take_turns():
     ("call", "text"),
     [
         (lambda: world.Split("dev"), "no split 'dev'; there are: train, validation, test"),
-        (lambda: world.Split("train", count=0), "count=0 must be a whole number, at least 1"),
-        (lambda: world.Split("train", size=8)[0], "size=8 must be a whole number of pixels"),
-        (lambda: world.Split("train", size=64.0)[0], "size=64.0 must be a whole number"),
+        (lambda: world.Split("train", count=0), "count must be a whole number >= 1, got 0"),
+        (lambda: world.Split("train", size=8)[0], "size must be a whole number from 16"),
+        (lambda: world.Split("train", size=64.0)[0], "size must be a whole number from 16 to 1024, got 64.0"),
         (lambda: world.pairs("test", 3, category="dog"), "no category 'dog'; there are: bird"),
         (lambda: world.pairs("tset", 3), "no split 'tset'"),
         (lambda: world.Options(categories=("dog",)), "categories: there is no 'dog'; there are"),
@@ -287,7 +287,7 @@ def test_pairs_hold_one_object_of_their_category_each_and_take_turns():
         (lambda: world.Options(objects=(0, 2)), "objects=(0, 2) must be (fewest, most), two whole"),
         (lambda: world.Options(objects=3), "objects=3 must be (fewest, most)"),
         (lambda: world.Options(scale=(0.9, 0.5)), "scale=(0.9, 0.5) must be (fewest, most)"),
-        (lambda: world.Options(light=2), "light=2 must be a number from 0 to 1"),
+        (lambda: world.Options(light=2), "light must be a finite number from 0 to 1"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named(call, text):

@@ -45,9 +45,9 @@ def test_the_command_keeps_to_categories_and_single_objects(tmp_path):
     [
         (["--split", "dev"], "there is no split 'dev'"),
         (["--category", "dog"], "there is no 'dog'"),
-        (["--size", "8"], "size=8 must be a whole number of pixels from 16"),
-        (["--count", "0"], "count=0 must be a whole number, at least 1"),
-        (["--pairs", "-1"], "--pairs -1 must be 0 or more"),
+        (["--size", "8"], "size must be a whole number from 16"),
+        (["--count", "0"], "count must be a whole number >= 1, got 0"),
+        (["--pairs", "-1"], "--pairs must be a whole number >= 0, got -1"),
         (["--out", "sheet.jpg"], "must end in .png"),
         (["--out", "{folder}/nowhere/sheet.png"], "there is no such folder"),
     ],

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 _BOOLEANS = (bool, np.bool_)
+LARGEST_WHOLE = 2**63 - 1  # beyond it len() and tensors fail, in words of their own
 
 
 def is_boolean(value: object) -> bool:
@@ -53,11 +54,16 @@ def whole(
     *,
     kind: type[Exception] = ValueError,
 ) -> int:
-    """A whole number from ``least`` to ``most``.
+    """A whole number from ``least`` to ``most``, of at most 64 bits.
 
     ``kind`` is the error of what is no whole number; one out of range is a ValueError.
     """
     found = as_whole(value)
+    if found is not None and abs(found) > LARGEST_WHOLE:
+        limits = _between(least, LARGEST_WHOLE if most is None else most)
+        raise ValueError(
+            f"{name} must be a whole number{limits}, got one of {found.bit_length()} bits"
+        )
     if found is not None and _inside(found, least, most):
         return found
     error = kind if found is None else ValueError

@@ -10,4 +10,6 @@ FOUND = (
     # Lines of next to no mass: what underflows is divided by it too.
     Case(backend='cpu-avx2', dtype='bfloat16', shape=(1, 1, 3, 100, 160), seed=1180204656, query_layout='one_token', key_layout='one_head', mask='float', weights='random', scale=4.0, normalize='rows', key_grid=(2, 50)),
     Case(backend='cpu', dtype='float16', shape=(3, 1, 240, 240, 72), seed=1133988244, key_batch=1, query_layout='page_rows', key_layout='page_rows', values='ramp-down', mask='float', pairs=4, normalize='columns', key_grid=(16, 15), threads=2),
+    # Each head's share of an entry underflows, and their sum would not.
+    Case(backend='cpu-avx2', dtype='float16', shape=(3, 5, 70, 63, 160), seed=862784307, query_layout='fused', key_layout='fused', values='ramp-up', mask='half-precision', key_grid=(7, 9), lse=True),
 )  # fmt: skip

@@ -27,6 +27,7 @@ from flashmaps.app.batch_command import batch
 from flashmaps.app.segment_commands import BENCHMARKS, cosegment, segment
 from flashmaps.app.segment_commands import evaluate as evaluate_segments
 from flashmaps.app.terminal import friendly, plain, print_tables, quiet_libraries
+from flashmaps.arguments import whole
 from flashmaps.escapes import printable
 
 # Packages that evaluating a way of matching takes.
@@ -335,8 +336,7 @@ def world(
     require("PIL")
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out {str(out)!r} must end in .png")
-    if pairs < 0:
-        raise ValueError(f"--pairs {pairs} must be 0 or more")
+    whole("--pairs", pairs, 0)
     options = Options(categories=tuple(category or CATEGORIES))
     if alone:
         options = replace(options, objects=(1, 1), occluders=(0, 0), clutter=(0, 0))

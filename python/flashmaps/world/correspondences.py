@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from flashmaps.arguments import whole
 from flashmaps.world.anatomy import AXIS
 from flashmaps.world.dice import noise_bytes
 from flashmaps.world.scene import Scene
@@ -93,10 +94,8 @@ def sample_points(
     nearly as it goes; otherwise pixels are drawn evenly over the area, so that large parts count
     more. The same arguments give the same points on every machine.
     """
-    if count < 1:
-        raise ValueError(f"count={count} must be at least 1")
-    if seed < 0:
-        raise ValueError(f"seed={seed} must be 0 or more")
+    whole("count", count, 1)
+    whole("seed", seed, 0)
     found = correspondence(a, instance_a, b, instance_b)
     rows, columns = np.nonzero(found.visible)
     parts = a.part[rows, columns]

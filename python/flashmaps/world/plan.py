@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from flashmaps.arguments import number
 from flashmaps.world.anatomy import Part, pose
 from flashmaps.world.backgrounds import BACKGROUNDS, Background, sample_background
 from flashmaps.world.captions import make_captions, relation_of
@@ -75,9 +76,7 @@ class Options:
             ("grain", 1.0),
             ("visible", 0.9),
         ):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 <= value <= limit:
-                raise ValueError(f"{name}={value!r} must be a number from 0 to {limit:g}")
+            number(name, getattr(self, name), least=0, most=limit)
 
 
 def _check_range(name: str, given: object, least: float, most: float, whole: bool = False) -> None:

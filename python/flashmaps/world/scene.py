@@ -8,6 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
+from flashmaps.arguments import whole
 from flashmaps.world.anatomy import Category
 from flashmaps.world.categories import CATEGORIES
 from flashmaps.world.plan import Looks, Options, Plan, make_plan
@@ -258,9 +259,7 @@ def make_scene(
 
     ``category``, if given, is that of exactly one of its objects, and ``looks`` are that one's.
     """
-    least, most = SIZES
-    if not isinstance(size, int) or not least <= size <= most:
-        raise ValueError(f"size={size!r} must be a whole number of pixels from {least} to {most}")
+    whole("size", size, *SIZES)
     plan, best = None, -1.0
     for attempt in range(_TRIES):
         trial = make_plan((VERSION, *key, attempt), options, category, looks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from flashmaps.arguments import whole
 from flashmaps.world.categories import find_category
 from flashmaps.world.plan import Options
 from flashmaps.world.scene import Scene, make_scene
@@ -40,8 +41,8 @@ class Split:
     ) -> None:
         self.name = _check_split(name)
         self.size = size
-        self.count = _COUNTS[name] if count is None else _check_count(count)
-        self.seed = seed
+        self.count = _COUNTS[name] if count is None else whole("count", count, 1)
+        self.seed = whole("seed", seed)
         self.options = options or Options()
 
     def __len__(self) -> int:
@@ -79,7 +80,8 @@ class Pairs:
         names: tuple[str, ...],
         same: bool = False,
     ) -> None:
-        self.split, self.count, self.seed = _check_split(split), _check_count(count), seed
+        self.split, self.count = _check_split(split), whole("count", count, 1)
+        self.seed = whole("seed", seed)
         self.size, self.options, self.names, self.same = size, options, names, same
 
     def __len__(self) -> int:
@@ -126,12 +128,6 @@ def _check_split(name: str) -> str:
     if name not in SPLITS:
         raise ValueError(f"there is no split {name!r}; there are: {', '.join(SPLITS)}")
     return name
-
-
-def _check_count(count: int) -> int:
-    if not isinstance(count, int) or count < 1:
-        raise ValueError(f"count={count!r} must be a whole number, at least 1")
-    return count
 
 
 def _check_index(index: int, count: int) -> None:
