@@ -266,7 +266,10 @@ def test_sampled_points_are_distinct_visible_and_repeatable(seed, name, count, e
 
 def test_sampling_says_what_it_wants():
     pair = pair_of(0, "cat")
-    for mistake, text in (({"count": 0}, "count must be"), ({"count": 3, "seed": -1}, "seed must be")):
+    for mistake, text in (
+        ({"count": 0}, "count must be"),
+        ({"count": 3, "seed": -1}, "seed must be"),
+    ):
         with pytest.raises(ValueError, match=text):
             world.sample_points(pair.a, pair.instance_a, pair.b, pair.instance_b, **mistake)
 

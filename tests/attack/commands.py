@@ -42,6 +42,9 @@ LINES = {
     "eval": "eval world --pairs 1 --points 4 --resamples 10 --layers up_blocks.1.*.attn1 " + TINY,
     "batch": "batch {photo} {other} " + TINY,
     "world": "world --count 1 --pairs 0 --size 16",
+    "segment": "segment {photo} " + TINY,
+    "cosegment": "cosegment {photo} {other} " + TINY,
+    "segments": "eval segments --pairs 1 --image-size 32 --resamples 10 --model {tiny}",
     # These take long where they work: they get something wrong besides.
     "study": "study --model {nowhere}",
     "demo": "demo --model {nowhere}",
@@ -61,6 +64,15 @@ OPTIONS = {
               "--model": "paths", "--out": "paths"},
     "world": {"--count": NUMBERS, "--pairs": NUMBERS, "--size": NUMBERS, "--seed": NUMBERS,
               "--split": TEXTS, "--category": TEXTS, "--out": "paths"},
+    "segment": {"--timestep": NUMBERS, "--seed": NUMBERS, "--size": NUMBERS, "--count": NUMBERS,
+                "--layers": TEXTS, "--backend": TEXTS, "--model": "paths", "--out": "paths"},
+    "cosegment": {"--timestep": NUMBERS, "--seed": NUMBERS, "--size": NUMBERS, "--count": NUMBERS,
+                  "--layers": TEXTS, "--backend": TEXTS, "--model": "paths", "--out": "paths"},
+    "segments": {"--timestep": NUMBERS, "--noise-seed": NUMBERS, "--size": NUMBERS,
+                 "--seed": NUMBERS, "--pairs": NUMBERS, "--points": NUMBERS,
+                 "--resamples": NUMBERS, "--image-size": NUMBERS, "--split": TEXTS,
+                 "--compare": TEXTS, "--device": TEXTS, "--data": "paths", "--model": "paths",
+                 "--out": "paths"},
     "study": {"--points": NUMBERS, "--seed": NUMBERS, "--noises": NUMBERS, "--size": NUMBERS,
               "--timestep": NUMBERS, "--compare": TEXTS, "--device": TEXTS, "--out": "paths"},
     "demo": {"--size": NUMBERS, "--timestep": NUMBERS, "--seed": NUMBERS, "--compare": TEXTS,
@@ -110,7 +122,7 @@ class Attack:
         values = {"tiny": self.root / "tiny", "photo": self.root / "photo.png",
                   "other": self.root / "other.png", "nowhere": self.root / "nowhere"}  # fmt: skip
         words = [word.format_map(values) for word in LINES[name].split()]
-        if draw.random() < 0.3 and name in ("match", "batch"):
+        if draw.random() < 0.3 and name in ("match", "batch", "cosegment"):
             words[draw.randint(1, 2)] = draw.choice(self.paths)
         out = self.root / ("out.png" if name == "world" else "out")
         words += ["--out", str(out)]

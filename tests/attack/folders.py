@@ -34,7 +34,8 @@ from flashmaps.files import MARKER, marker, open_run, whole_folder, write_text
 
 Content = dict[str, str]
 FATES = (faults.BEFORE, faults.AFTER, faults.FULL, faults.BROKEN)
-GROW = ("eval", "batch")  # commands whose folder grows, and goes on
+GROW = ("eval", "segments", "study", "batch")  # commands whose folder grows, and goes on
+TIMED = {"demo": ("results.json", "report.html")}  # files that say how long something took
 NAMES = ("a.json", "b.png", "deep/c.txt", "deep/er/d.txt", "e \u00e9 \u2713.txt", "results.json")
 
 
@@ -255,8 +256,11 @@ class Commands:
         tiny_pipeline(root / "tokenizer").save_pretrained(root / "tiny")
         load_model(str(root / "tiny"))  # kept: the children have it
         for needed in ("matplotlib.figure", "pyarrow.parquet", "scipy.ndimage", "skimage.feature",
-                       "sklearn.metrics", "flashmaps.evaluation.run", "flashmaps.app.commands",
-                       "flashmaps.evaluation.figures", "flashmaps.matching.plots"):  # fmt: skip
+                       "skimage.segmentation", "sklearn.metrics", "flashmaps.evaluation.run",
+                       "flashmaps.app.commands", "flashmaps.evaluation.figures",
+                       "flashmaps.matching.plots", "flashmaps.app.demo",
+                       "flashmaps.segmentation.cosegment", "flashmaps.evaluation.study",
+                       "flashmaps.evaluation.segments"):  # fmt: skip
             importlib.import_module(needed)
         pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(root / "photo.png")
@@ -270,6 +274,13 @@ class Commands:
                      *model, *layers],
             "batch": ["batch", photo, str(root / "other.png"), str(root / "third.png"), *model],
             "world": ["world", "--count", "4", "--pairs", "2", "--size", "32"],
+            "segment": ["segment", photo, str(root / "other.png"), *model],
+            "cosegment": ["cosegment", photo, str(root / "other.png"), *model],
+            "segments": ["eval", "segments", "--pairs", "2", "--image-size", "32",
+                         "--resamples", "10", *model[:2]],
+            "demo": ["demo", *model, *layers],
+            "study": ["study", "--pairs", "2", "--points", "4", "--test-pairs", "2", "--compare",
+                      "kk", "--timestep", "5", "--noises", "1", *model],
         }  # fmt: skip
         self.whole: dict[str, Content] = {}
         self.seconds: dict[str, float] = {}
@@ -318,7 +329,10 @@ class Commands:
         state = marker.read(folder) if folder.is_dir() else None
         if state is None:
             return None
-        return {key: digest for key, (_, digest) in sorted(state.files.items())}
+        varies = TIMED.get(name, ())
+        return {
+            key: "" if key in varies else digest for key, (_, digest) in sorted(state.files.items())
+        }
 
     def prepare(self, name: str) -> None:
         """Once undisturbed: what is written, and how long it takes."""
@@ -385,13 +399,12 @@ class Commands:
                 json.loads((folder / key).read_text())
 
 
-def kills(
-    count: int, seed: int, names: tuple[str, ...] = ("match", "eval", "batch", "world")
-) -> list[str]:
+def kills(count: int, seed: int, names: tuple[str, ...] | None = None) -> list[str]:
     """Kill each command in turn until there were ``count`` kills; what became of each case."""
     draw, said = random.Random(seed), list[str]()
     with place() as root:
         commands = Commands(root)
+        names = names or tuple(commands.commands)
         while sum(each.count("killed") for each in said) < count:
             number = len(said)
             said.append(commands.kill(names[number % len(names)], number, draw))
@@ -406,15 +419,16 @@ def main() -> None:
     given = parser.parse_args()
     ends = time.monotonic() + given.seconds
     draw = random.Random(given.seed)
-    taken = killed = 0
+    taken = cases = killed = 0
     with place() as root:
         commands = Commands(root)
         names = tuple(commands.commands)
         while time.monotonic() < ends:
             for _ in range(5):
                 taken += steps(given.seed + taken)
-            killed += 2
-            print(commands.kill(names[killed // 2 % len(names)], killed, draw), flush=True)
+            said = commands.kill(names[cases % len(names)], cases, draw)
+            cases, killed = cases + 1, killed + said.count("killed")
+            print(said, flush=True)
     print(f"folders: {taken} steps and {killed} kills from seed {given.seed}, all held")
 
 
