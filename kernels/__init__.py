@@ -9,6 +9,7 @@ Importing this package never imports triton: `backend` does, when something runs
 | `kernel_lse`, `kernel_reduce`, `kernel_return` | the kernels |
 | `run`, `views` | a launch and what it may allocate; a map as kernels are told of it |
 | `launch_lse`, `launch_reduce`, `launch_topk`, `launch_return` | launches of them, in which tiles |
+| `kernel_gradient`, `launch_gradient`, `backward` | the way back |
 | `launches` | which of them a request takes |
 | `composing` | the same for compositions |
 | `settings`, settings.json | the tiles of each architecture |

@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from flashmaps.kernels import launch_gradient
 from flashmaps.kernels.composing import compose
 from flashmaps.kernels.launches import reduce
 from flashmaps.kernels.run import Launch, Run
 from flashmaps.kernels.settings import Settings, settings_of
-from flashmaps.maps.problem import Problem, Request
+from flashmaps.maps.gradients import is_float, of_results, with_companions
+from flashmaps.maps.problem import Gradient, Problem, Request, empty_outputs
 from torch import Tensor
 
 # What a program may have of shared memory, in bytes. (NVIDIA: CUDA programming guide, "technical
@@ -62,6 +64,7 @@ class Case:
     k: int = 8
     layout: str = "heads first"  # or "tokens first", or "dims first"
     composed: bool = False  # of A A', where A' is the same map the other way
+    backward: bool = False  # the way back from these results
 
     def __str__(self) -> str:
         of = f"{self.heads}x{self.queries}" + (f"x{self.keys}" if self.keys != self.queries else "")
@@ -70,6 +73,7 @@ class Case:
             words.append(self.precision)
         words += [self.normalize] * (self.normalize != "block") + ["masked"] * self.masked
         words += [self.layout] * (self.layout != "heads first") + ["composed"] * self.composed
+        words += ["backward"] * self.backward
         if set(self.names) & {"product", "transposed_product", "pooled_keys"}:
             words.append(f"C={self.columns}")
         return "+".join(self.names) + " " + " ".join(words)
@@ -122,6 +126,10 @@ class Case:
         if self.composed:
             back = self.problem(self.keys, self.queries, device)
             return lambda: compose(problem, back, request, Run(settings, launch))
+        if self.backward:
+            gradient = self.gradient(problem, request)
+            room = launch_gradient.STRIP_BYTES
+            return lambda: launch_gradient.backward(problem, gradient, Run(settings, launch), room)
         return lambda: reduce(problem, request, Run(settings, launch))
 
     def request(self, device: str = "meta") -> Request:
@@ -139,6 +147,13 @@ class Case:
             partner=partner,
         )
 
+    def gradient(self, problem: Problem, request: Request) -> Gradient:
+        """Where each result has a gradient, for whom all may want one."""
+        results = empty_outputs(problem, replace(request, names=with_companions(request.names)))
+        upstream = {name: results[name] for name in request.names if is_float(name)}
+        wanted = ("query", "key", *(("bias", "head_weights") if self.masked else ()))
+        return of_results(problem, request, results, upstream, wanted)
+
 
 _ROWS = ("entropy", "max", "argmax", "expectation")
 _COLUMNS = ("column_sum", "column_entropy", "column_max", "column_argmax")
@@ -155,6 +170,7 @@ REPRESENTATIVE = (
     Case(_ROWS, keys=77, known_lse=False),
     Case(_ROWS, dtype=torch.float32, known_lse=False),
     Case((*_ROWS, "diagonal"), composed=True),
+    Case(("entropy", "expectation"), backward=True),
 )
 
 
@@ -189,8 +205,27 @@ def every_case() -> Iterator[Case]:
     for name in ("product", "transposed_product", "pooled_keys"):
         for columns in (1, 3, 17, 200, 256):
             yield Case((name,), columns=columns)
+    yield from _every_backward()
     for k in (1, 64, 100):
         yield Case(("topk_values", "topk_indices"), k=k)
+
+
+def _every_backward() -> Iterator[Case]:
+    plain = Case(("entropy", "expectation"), backward=True)
+    for dim in (8, 40, 72, 128, 160, 256):
+        yield replace(plain, dim=dim)
+    for dim in (64, 128, 256):
+        yield replace(plain, dtype=torch.float32, dim=dim)
+    yield replace(plain, dtype=torch.bfloat16)
+    yield replace(plain, dtype=torch.float32, precision="high")
+    everything = (*_ROWS, *_COLUMNS, "product", "topk_values", "dense", "return_probability")
+    for dim in (40, 160):
+        masked = replace(plain, names=everything, masked=True, dim=dim)
+        yield replace(masked, queries=4001, keys=4003)
+        yield replace(masked, dtype=torch.float32, queries=4001, keys=77)
+    for lines in ("rows", "columns"):
+        yield replace(plain, normalize=lines)
+    yield replace(plain, layout="dims first", queries=4095, keys=4095)
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ TABLE = Path(__file__).with_name("settings.json")
 # them without a mask and at sizes that the tiles divide; with an operand; writing the map; the k
 # largest; tiles of two maps; all but the first and the last of them where a tile has all keys (up
 # to `whole_row`; the columns of that entry do not count); what is rare and takes registers:
-# normalised lines, numbers of a head that are not neighbours in memory, offsets of 64 bits; and
-# products of two maps, which are float32 whatever they are made of.
+# normalised lines, numbers of a head that are not neighbours in memory, offsets of 64 bits;
+# products of two maps, which are float32 whatever they are made of; and the way back.
 KINDS = (
     "lse", "rows", "columns", "even", "product", "dense", "topk", "return", "whole", "rare",
-    "composed",
+    "composed", "gradient",
 )  # fmt: skip
 
 

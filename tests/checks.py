@@ -180,6 +180,16 @@ def check_composition(of: Checked) -> None:
             both.check_reduction(name, getattr(fields, name).cpu())
 
 
+def check_gradients(of: Checked) -> None:
+    """Of every float result together, with respect to all that is differentiable."""
+    from gradient_checks import cells_of, check_gradients, names_of
+
+    names = names_of(of.problem, cells_of(of.problem, inputs(of.problem, of.dtype)[2])[1])
+    if of.backend == "cuda":
+        names = tuple(name for name in names if name != "topk")
+    check_gradients(of.problem, of.dtype, names, of.backend, lambda x: _to(x, of.device))
+
+
 def check_plan(of: Checked) -> None:
     """What was planned is what was taken, by the backend's own account, and fits a budget."""
     module = get(of.backend)

@@ -90,9 +90,10 @@ def _back(generator: Generator, problem: Problem) -> dict[str, Any]:
     return {**bool_mask(generator, problem), **weights(0.25, 0.75)(generator, problem)}
 
 
-# What the backend refuses is not among them, nor what needs heads of other dimensions.
+# What the backend refuses is not among them, nor what needs heads of other dimensions, nor the way
+# back, which is Triton's.
 OPERATIONS = {
     name: check
     for name, check in checks.OPERATIONS.items()
-    if name not in ("topk", "composition", "return_probability", *checks.SPECIAL)
+    if name not in ("topk", "composition", "return_probability", "gradients", *checks.SPECIAL)
 } | {"return_probability": check_return_probability}

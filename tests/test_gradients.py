@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,136 +9,10 @@ import flashmaps as fm
 import oracle
 import pytest
 import torch
-from dense_gradients import FLOAT_RESULTS, Dense, assert_gradients
-from problems import CASE_NAMES, CASES, Problem, inputs, truth
+from dense_gradients import FLOAT_RESULTS, Dense
+from gradient_checks import OTHERS, cells_of, check_gradients, names_of
+from problems import CASE_NAMES, CASES, Problem, inputs
 from torch import Tensor
-
-
-def _leaves(
-    problem: Problem, dtype: torch.dtype, into: torch.dtype | None
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What wants gradients, in the dtype ``into`` (None: as given), and the other options."""
-    query, key, options = inputs(problem, dtype)
-    options = {name: x for name, x in options.items() if name != "lse"}
-    compute = oracle.compute_dtype(dtype)
-    leaves = {"query": query, "key": key}
-    mask = options.get("key_mask")
-    if mask is not None and mask.dtype != torch.bool:
-        leaves["bias"] = options.pop("key_mask").to(compute)
-    if "head_weights" in options:
-        leaves["head_weights"] = torch.tensor(options.pop("head_weights"), dtype=compute)
-    batch, (queries, keys) = _batch(problem, options), problem.shape[2:4]
-    generator = torch.Generator().manual_seed(queries)
-    for name, tokens in (("right", keys), ("left", queries)):
-        drawn = torch.randn(batch, tokens, 3, generator=generator, dtype=torch.float64)
-        leaves[name] = drawn.to(compute)
-    made = {
-        # Strides are part of the problem: gradients have none.
-        name: (x if into is None else x.to(into)).detach().requires_grad_()
-        for name, x in leaves.items()
-    }
-    return made, options
-
-
-def _batch(problem: Problem, options: dict[str, Any]) -> int:
-    if "pairs" in options:
-        return len(options["pairs"])
-    return max(problem.shape[0], problem.keys_shape[0])
-
-
-def _cells(problem: Problem, options: dict[str, Any]) -> tuple[tuple[int, int] | None, Any]:
-    keys = problem.shape[3]
-    side = math.isqrt(keys)
-    grid = options.get("key_grid") or ((side, side) if side * side == keys else None)
-    if grid is None:
-        return None, None
-    to = (max(1, grid[0] // 2), max(1, 2 * grid[1] // 3))
-    return to, oracle.cells(grid, to)
-
-
-def _names(problem: Problem, grid: Any) -> tuple[str, ...]:
-    queries, keys = problem.shape[2:4]
-    without = {"diagonal"} if queries != keys else set()
-    without |= {"expectation", "pool"} if grid is None else set()
-    return tuple(name for name in FLOAT_RESULTS if name not in without)
-
-
-def _mine(
-    leaves: dict[str, Tensor], options: dict[str, Any], names: tuple[str, ...], k: int, to: Any,
-    backend: str, lse: Tensor | None = None,
-) -> dict[str, Tensor]:  # fmt: skip
-    given = dict(options)
-    if "bias" in leaves:
-        given["key_mask"] = leaves["bias"]
-    if "head_weights" in leaves:
-        given["head_weights"] = leaves["head_weights"]
-    A = fm.AttentionMap(leaves["query"], leaves["key"], **given, backend=backend, lse=lse)
-    fused = [name for name in names if name in dir(A) and name not in _OTHERS]
-    found = A.reduce(*fused)._asdict() if fused else {}
-    others: dict[str, Callable[[], Tensor]] = {
-        "lse": lambda: A.lse,
-        "product": lambda: A @ leaves["right"],
-        "transposed_product": lambda: A.mT @ leaves["left"],
-        "topk": lambda: A.topk(k)[0],
-        "rows": lambda: A.rows([-1, 0, -1]),
-        "dense": A.to_dense,
-        "pool": lambda: A.pool(key_to=to),
-    }
-    return {name: found[name] if name in found else others[name]() for name in names}
-
-
-_OTHERS = ("lse", "product", "transposed_product", "topk", "rows", "dense", "pool")
-
-
-def _upstream(results: dict[str, Tensor]) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(len(results))
-    return {
-        name: torch.randn(x.shape, generator=generator, dtype=torch.float64)
-        for name, x in results.items()
-    }
-
-
-def _gradients(
-    results: dict[str, Tensor], g: dict[str, Tensor], leaves: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    loss = sum((results[name] * g[name].to(results[name].dtype)).sum() for name in results)
-    found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
-    return dict(zip(leaves, found, strict=True))
-
-
-def _check(problem: Problem, dtype: torch.dtype, names: tuple[str, ...], backend: str) -> None:
-    mine, options = _leaves(problem, dtype, None)
-    to, cells = _cells(problem, options)
-    k = min(3, problem.shape[3])
-    compute = oracle.compute_dtype(dtype)
-    dense = Dense(_leaves(problem, dtype, torch.float64)[0], options)
-    rival = Dense(_leaves(problem, dtype, compute)[0], options)
-    true, plain = (d.results(names, k, cells) for d in (dense, rival))
-    g = _upstream(true)
-    lse = None
-    if problem.with_lse:
-        lse = inputs(problem, dtype)[2]["lse"]
-        names = tuple(name for name in names if name != "lse")
-        true, plain, g = ({n: x[n] for n in names} for x in (true, plain, g))
-    of, _ = truth(problem, dtype)
-    if "column_entropy" in g:
-        # Of a column that is mostly underflow there is nothing to go back through (oracle.py).
-        lost = oracle.vanishing(of, dtype) / oracle.band(of, dtype)
-        g["column_entropy"] = g["column_entropy"].where(of.values.sum(1) > lost, 0.0)
-    got = _mine(mine, options, names, k, to, backend, lse)
-    assert_gradients(
-        f"{problem}, {', '.join(names)}",
-        _gradients(got, g, mine), _gradients(true, g, dense.leaves),
-        _gradients(plain, g, rival.leaves), dense.magnitudes(g, k, cells),
-        dense.magnitudes(g, k, cells, torch.finfo(compute).tiny),
-        of, problem.shape[1], problem.shape[4], dtype,
-    )  # fmt: skip
-
-
-# Where two entries of a row are nearly the largest, both are right answers of an argmax, and have
-# other gradients. float64 tells them apart; in float32 these are left to _check's other results.
-PICKED = ("max", "topk", "column_max")
-
 
 # By default each backend sees every problem in one dtype; in the others they are marked slow.
 EACH = [
@@ -150,11 +23,9 @@ EACH = [
 
 @pytest.mark.parametrize(("problem", "dtype"), EACH)
 def test_all_results_together(problem: Problem, dtype: torch.dtype, backend: str) -> None:
-    grid = _cells(problem, inputs(problem, dtype)[2])[1]
-    names = _names(problem, grid)
-    if dtype != torch.float64:
-        names = tuple(name for name in names if name not in PICKED)
-    _check(problem, dtype, names, backend)
+    grid = cells_of(problem, inputs(problem, dtype)[2])[1]
+    names = names_of(problem, grid)
+    check_gradients(problem, dtype, names, backend)
 
 
 # Two maps at once.
@@ -278,7 +149,7 @@ def test_gradcheck(normalize: str | None, backend: str) -> None:
             query, key, key_mask=mask, head_weights=weights, normalize=normalize, backend=backend
         )
         B = fm.AttentionMap(key, query, normalize=normalize, backend=backend)
-        names = [name for name in FLOAT_RESULTS if name in dir(A) and name not in _OTHERS]
+        names = [name for name in FLOAT_RESULTS if name in dir(A) and name not in OTHERS]
         return (
             *A.reduce(*names)._asdict().values(),
             A.lse, A @ x, A.mT @ y, A.topk(2)[0], A.rows([0, 3]), A.to_dense(), A.pool((2, 1)),

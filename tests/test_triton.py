@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import flashmaps as fm
@@ -20,7 +21,16 @@ import checks
 import interpreted
 import triton
 import triton.language as tl
-from flashmaps.kernels import INTERPRETING, ahead, composing, launches, run, settings, views
+from flashmaps.kernels import (
+    INTERPRETING,
+    ahead,
+    composing,
+    launch_gradient,
+    launches,
+    run,
+    settings,
+    views,
+)
 
 pytestmark = pytest.mark.skipif(
     INTERPRETING, reason="TRITON_INTERPRET is set: the interpreter gets a process of its own"
@@ -45,11 +55,21 @@ QUICK = (
 )
 
 
+# Of the way back, which has more kernels: one row, two parts of a head, lines, pairs.
+QUICK_BACKWARD = (
+    "1x1x1x1x8-float32",
+    "1x2x16x25x72-float16",
+    "2to3x2x11x45x24-pairs-float32",
+    "1x2x11x45x24-columns-float32",
+)
+
+
 def _checks() -> list[object]:
     found: list[object] = []
     for name in interpreted.cases():
         for operation in checks.EVERYWHERE:
-            marks = [] if name in QUICK else [pytest.mark.slow]
+            quick = QUICK_BACKWARD if operation == "gradients" else QUICK
+            marks = [] if name in quick else [pytest.mark.slow]
             found.append(pytest.param(f"{name}/{operation}", marks=marks))
     found += [f"1x2x36x49x128-float16/{operation}" for operation in ("again", "compile")]
     found.append(pytest.param("1x2x36x49x128-float16/far_apart", marks=pytest.mark.slow))
@@ -108,6 +128,8 @@ def check_compiled(case: ahead.Case, architecture: str) -> None:
     for _, compiled in ahead.examine_cases([case], architecture):
         assert not compiled.problems(), compiled
         if "combine" in compiled.kernel or compiled.kernel == "add_lse_kernel":
+            continue
+        if compiled.kernel in ("slope_kernel", "lines_kernel"):  # elementwise
             continue
         assert compiled.exps > 0 or case.composed, compiled
         strict = case.dtype == torch.float32 and case.precision == "highest"
@@ -240,6 +262,25 @@ def test_many_maps_are_taken_in_chunks() -> None:
     problem = meta_problem(10, 4096, 4096, 64, batch=100)
     found, workspace = launches.dry_run(problem, Request(ROWS), settings.settings_of("sm_90"))
     assert len(found) > 2 and workspace <= 4 * 2**20
+
+
+@pytest.mark.parametrize("shape", [(5, 4096, 4096, 64), (5, 4096, 77, 64), (2, 300, 300, 40, 4)])
+@pytest.mark.parametrize("normalize", ["block", "rows"])
+def test_the_way_back_keeps_its_budget(shape: tuple[int, ...], normalize: str) -> None:
+    """36 MB without one; and what the smallest is said to be is enough."""
+    case = ahead.Case(("entropy", "column_entropy", "expectation"))
+    problem = meta_problem(*shape)._replace(normalize=normalize)
+    lse = torch.empty(problem.batch, problem.heads, problem.num_queries, device="meta")
+    problem = problem._replace(lse=lse)
+    gradient = case.gradient(problem, Request(case.names))
+    here = settings.settings_of("sm_90")
+    found, workspace = launch_gradient.dry_run(problem, gradient, here)
+    assert 0 < workspace <= 36 * 2**20
+    assert {"query_kernel", "key_kernel"} <= {launch.kernel.__name__ for launch in found}
+    least = launch_gradient.dry_run(problem, replace(gradient, memory_budget=1), here)[1]
+    for budget in (least, (least + workspace) // 2):
+        within = replace(gradient, memory_budget=budget)
+        assert launch_gradient.dry_run(problem, within, here)[1] <= budget
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flashmaps.maps.backends.choice import plan_backward_pass
+from flashmaps.maps.backends.choice import backward_name, plan_backward_pass
 from flashmaps.maps.budget import budget_in_force
 from flashmaps.maps.gradients import held_bytes, is_float, of_results, with_companions
 from flashmaps.maps.grids import Grid
@@ -72,7 +72,8 @@ def plan_map(
     elif steps is None or outputs is None:
         steps = [A._step(*fields, **operands)]
         outputs = output_bytes(A.problem, Request(fields, **operands))
-    return plan(what, A.backend, steps, outputs=outputs, memory_budget=budget, ceilings=ceilings)
+    name = backward_name(A.backend, A.problem) if backward else A.backend
+    return plan(what, name, steps, outputs=outputs, memory_budget=budget, ceilings=ceilings)
 
 
 def _backward_step(A: LazyMap, request: Request) -> tuple[Step, int]:

@@ -168,6 +168,11 @@ class Gradient:
         """Those that are given, by name."""
         return {name: t for name, t in vars(self).items() if isinstance(t, Tensor)}
 
+    @property
+    def has_logs(self) -> bool:
+        """Whether G is made from log A."""
+        return self.row_log is not None or self.column_log is not None
+
 
 Shape = tuple[int, ...]
 
@@ -329,6 +334,24 @@ def cost_of(
         flops,
         exps,
         float(input_bytes(problem, request) + output_bytes(problem, request)),
+    )
+
+
+def backward_cost(
+    problem: Problem, gradient: Gradient, *, passes: int, workspace: int, back_passes: int = 1
+) -> Cost:
+    """The arithmetic of a way back that computes the map's scores ``passes`` times."""
+    names = ("return_probability",) if gradient.partner is not None else ("lse",)
+    request = Request(names, partner=gradient.partner)
+    cost = cost_of(problem, request, passes=passes, workspace=workspace, back_passes=back_passes)
+    elements = float(problem.batch * problem.num_queries * problem.num_keys)
+    products = ("query" in gradient.wanted) + ("key" in gradient.wanted)
+    columns = 0 if gradient.left is None else gradient.left.shape[2]
+    flops = problem.heads * (2 * problem.query.shape[3] * products + 5) + 2 * columns
+    return replace(
+        cost,
+        flops=cost.flops + elements * flops,
+        exps=cost.exps + elements * gradient.has_logs,
     )
 
 

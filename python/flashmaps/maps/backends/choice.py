@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from flashmaps.kernels import backend as triton
+from flashmaps.kernels import backward as triton_backward
 from flashmaps.maps.backends import cpu, cpu_backward, cuda, reference, reference_backward
 from flashmaps.maps.problem import Cost, Gradient, Problem, Request, default_plan
 
@@ -110,9 +111,25 @@ def plan_pass(name: str, problem: Problem, request: Request) -> Cost:
     return found
 
 
+def backward_name(name: str, problem: Problem) -> str:
+    """The backend that goes backwards for this one: CUDA C++ leaves that to Triton.
+
+    And where triton is not installed, to plain torch in chunks on the same device.
+    """
+    if name != "cuda":
+        return name
+    return "triton" if triton.supports(problem) is None else "reference"
+
+
+_BACKWARD: dict[str, ModuleType] = {
+    "cpu": cpu_backward,
+    "triton": triton_backward,
+    "reference": reference_backward,
+}
+
+
 def _backward_module(name: str, problem: Problem) -> ModuleType:
-    """Who goes backwards for a backend."""
-    return cpu_backward if name == "cpu" else reference_backward
+    return _BACKWARD[backward_name(name, problem)]
 
 
 def run_backward(name: str, problem: Problem, gradient: Gradient) -> dict[str, Tensor]:

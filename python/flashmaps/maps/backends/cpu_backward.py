@@ -9,8 +9,14 @@ import torch
 from torch import Tensor
 
 from flashmaps.maps.backends import cpu
-from flashmaps.maps.backends.reference_backward import backward_cost
-from flashmaps.maps.problem import Cost, Gradient, Problem, Request, gradient_shapes
+from flashmaps.maps.problem import (
+    Cost,
+    Gradient,
+    Problem,
+    Request,
+    backward_cost,
+    gradient_shapes,
+)
 
 
 def backward(problem: Problem, gradient: Gradient) -> dict[str, Tensor]:

@@ -107,7 +107,8 @@ class Backend:
         return unavailable_reason() if self.device_type == "cuda" else None
 
     def what_runs(self) -> str:
-        return what_runs() if self.device_type == "cuda" else "CUDA C++ kernels, emulated"
+        runs = what_runs() if self.device_type == "cuda" else "CUDA C++ kernels, emulated"
+        return f"{runs}; gradients by backend 'triton'"
 
     def supports(self, problem: Problem) -> str | None:
         """Why this problem cannot run here, or None."""

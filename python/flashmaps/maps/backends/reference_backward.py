@@ -22,8 +22,7 @@ from flashmaps.maps.problem import (
     Cost,
     Gradient,
     Problem,
-    Request,
-    cost_of,
+    backward_cost,
     empty_gradients,
 )
 
@@ -184,7 +183,7 @@ def _bytes(problem: Problem, gradient: Gradient, maps: int, rows: int) -> int:
     partner = gradient.partner
     making = reference._map_bytes(problem, maps, rows)
     held = scores + tile * (3 if lines else 2) + 3 * maps * rows * heads * s + heads * s
-    logs = 2 * tile + maps * rows * keys if _has_logs(gradient) else 0
+    logs = 2 * tile + maps * rows * keys if gradient.has_logs else 0
     pooled = tile if gradient.pooled is not None else 0
     entries = 3 * 8 * maps * keys if gradient.column_index is not None else 0
     back = 0
@@ -212,10 +211,6 @@ def _bytes(problem: Problem, gradient: Gradient, maps: int, rows: int) -> int:
     )
 
 
-def _has_logs(gradient: Gradient) -> bool:
-    return gradient.row_log is not None or gradient.column_log is not None
-
-
 def _chunk(problem: Problem, gradient: Gradient) -> reference.Chunk:
     """As many rows, then as many maps, as fit the budget; at least one row of one map."""
     budget = gradient.memory_budget
@@ -238,21 +233,3 @@ def plan_backward(problem: Problem, gradient: Gradient) -> Cost:
     )
     scores = problem.batch * problem.heads * problem.num_queries * problem.num_keys
     return replace(cost, traffic=cost.traffic + 10.0 * scores * problem.itemsize)
-
-
-def backward_cost(
-    problem: Problem, gradient: Gradient, *, passes: int, workspace: int, back_passes: int = 1
-) -> Cost:
-    """The arithmetic of a way back that computes the map's scores ``passes`` times."""
-    names = ("return_probability",) if gradient.partner is not None else ("lse",)
-    request = Request(names, partner=gradient.partner)
-    cost = cost_of(problem, request, passes=passes, workspace=workspace, back_passes=back_passes)
-    elements = float(problem.batch * problem.num_queries * problem.num_keys)
-    products = ("query" in gradient.wanted) + ("key" in gradient.wanted)
-    columns = 0 if gradient.left is None else gradient.left.shape[2]
-    flops = problem.heads * (2 * problem.query.shape[3] * products + 5) + 2 * columns
-    return replace(
-        cost,
-        flops=cost.flops + elements * flops,
-        exps=cost.exps + elements * _has_logs(gradient),
-    )
