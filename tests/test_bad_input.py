@@ -183,6 +183,10 @@ COMMANDS = [
     ("{study} --device cuda:99", "device='cuda:99' cannot be used here"),
     ("{study} --model ./nowhere", "model='./nowhere': there is no such folder"),
     ("{study} --out {room}/taken", "holds other files ('a.txt'), which flashmaps has not written"),
+    (
+        "match {photo} {photo} --model {tiny} --size 64 --prompt cat\ud800",
+        "prompt='cat\\ud800' is no Unicode text: '\\ud800' is half a character",
+    ),
     ("world --out x.jpg", "--out 'x.jpg' must end in .png"),
     ("world --out {room}", "must end in .png"),
     ("world --out {room}/no/x.png", "cannot be written: there is no such folder to put it in"),

@@ -110,6 +110,19 @@ def switch(name: str, value: object) -> bool:
     raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
+def unicode_text(name: str, value: object) -> str:
+    """A string that UTF-8 can write: tokenizers and files take no other."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, got {value!r}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name}={value!a} is no Unicode text: {value[error.start]!a} is half a character"
+        ) from None
+    return value
+
+
 def sides(value: Any) -> tuple[int, int] | None:
     """(height, width) in whole numbers, or None for what is no pair of them."""
     if isinstance(value, (str, bytes)):

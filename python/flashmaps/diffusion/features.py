@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashmaps.arguments import switch
+from flashmaps.arguments import switch, unicode_text
 from flashmaps.diffusion.capture import Entry, capture, find_layers
 from flashmaps.diffusion.feature_files import check_entries, grey, read_fields, write_features
 from flashmaps.diffusion.images import Image, fit_size, load_image, resize
@@ -372,12 +372,12 @@ def _whole_numbers(name: str, value: Any, low: int, high: int) -> tuple[int, ...
 def _prompts(prompt: str | Sequence[str], images: int) -> list[str]:
     """One prompt for each image."""
     if isinstance(prompt, str):
-        return [prompt] * images
+        return [unicode_text("prompt", prompt)] * images
     if not isinstance(prompt, (list, tuple)) or not all(isinstance(each, str) for each in prompt):
         raise ValueError(f"prompt={prompt!r} must be a string, or a list of one for each image")
     if len(prompt) != images:
         raise ValueError(f"prompt has {len(prompt)} strings for {images} images")
-    return list(prompt)
+    return [unicode_text("prompt", each) for each in prompt]
 
 
 def _batches(sizes: Sequence[tuple[int, int]], most: int) -> list[list[int]]:

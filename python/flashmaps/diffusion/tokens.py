@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashmaps.arguments import number, whole
+from flashmaps.arguments import number, unicode_text, whole
 from flashmaps.diffusion.capture import capture
 from flashmaps.diffusion.guide import frozen
 from flashmaps.diffusion.images import load_image, resize
@@ -146,9 +146,9 @@ def optimize_tokens(
         raise ValueError(
             f"there are {len(images)} images and {len(targets)} targets: give one target an image"
         )
-    if prompt.count("{}") != 1:
+    if unicode_text("prompt", prompt).count("{}") != 1:
         raise ValueError(f"prompt={prompt!r} must have {{}} once, in the place of the token")
-    text_prompt = prompt.format(token)
+    text_prompt = prompt.replace("{}", unicode_text("token", token))
     wanted = [_target(index, t, sigma) for index, t in enumerate(targets)]
     patterns = (layers,) if isinstance(layers, str) else tuple(layers)
     table = pipe.text_encoder.get_input_embeddings().weight.detach().float()

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flashmaps.arguments import as_whole, number, sides, switch, whole
+from flashmaps.arguments import as_whole, number, sides, switch, unicode_text, whole
 from flashmaps.diffusion.animation import maps_of_frames, write_animation
 from flashmaps.diffusion.entry import Entry
 from flashmaps.diffusion.guidance import UNTOLD
@@ -297,7 +297,7 @@ def word_maps(
     whole("image", image)
     entries = _attending(record, guidance)
     length = _one(entries, "text tokens", lambda entry: _size(entry.keys["text"]))
-    text = unicodedata.normalize("NFC", prompt)
+    text = unicodedata.normalize("NFC", unicode_text("prompt", prompt))
     if tokenizer is not None:
         if not 0 <= whole("text_offset", text_offset) < length:
             raise ValueError(f"text_offset={text_offset}: the model has {length} text tokens")
