@@ -60,3 +60,17 @@ def test_mistakes_exit_with_2_and_write_nothing(tmp_path, arguments, text):
     assert result.exit_code == 2, result.output
     assert text in result.stderr and "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_only_a_sheet_is_replaced(tmp_path):
+    line = ("--count", "1", "--pairs", "0", "--size", "16", "--out", str(tmp_path / "sheet.png"))
+    assert run(*line).exit_code == 0
+    first = (tmp_path / "sheet.png").read_bytes()
+    assert run(*line, "--seed", "1").exit_code == 0
+    assert (tmp_path / "sheet.png").read_bytes() != first
+    Image.new("RGB", (8, 8)).save(tmp_path / "sheet.png")  # a photograph, say
+    for content in ((tmp_path / "sheet.png").read_bytes(), b"precious"):
+        (tmp_path / "sheet.png").write_bytes(content)
+        result = run(*line)
+        assert result.exit_code == 2 and "flashmaps has not written it" in result.stderr
+        assert (tmp_path / "sheet.png").read_bytes() == content

@@ -328,12 +328,12 @@ def world(
     from rich.console import Console
 
     from flashmaps.app.doctor import require
-    from flashmaps.files import whole_file
     from flashmaps.world import CATEGORIES, Options, Split
     from flashmaps.world import pairs as pairs_of
-    from flashmaps.world.sheet import contact_sheet
+    from flashmaps.world.sheet import write_sheet
 
     require("PIL")
+
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out {str(out)!r} must end in .png")
     whole("--pairs", pairs, 0)
@@ -343,8 +343,8 @@ def world(
     scenes = Split(split, size=size, count=count, seed=seed, options=options)
     pairs_or_none = pairs_of(split, pairs, seed=seed, size=size, options=options) if pairs else None
     console = Console()
-    with whole_file(out) as file, console.status("drawing"):
-        contact_sheet(scenes, count, pairs_or_none).save(file, format="PNG")
+    with console.status("drawing"):
+        write_sheet(out, scenes, count, pairs_or_none)
     console.print(plain(f"Written: {printable(out)}"), soft_wrap=True)
 
 

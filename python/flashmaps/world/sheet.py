@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from flashmaps.files import whole_file
 from flashmaps.world.colours import from_hsv
 from flashmaps.world.correspondences import sample_points
 from flashmaps.world.scene import Scene
@@ -25,6 +27,7 @@ _GOLDEN = 0.618034  # multiples of it, modulo 1, keep apart
 _ROWS = ("image", "parts", "coordinates", "objects", "keypoints")
 
 LARGEST = 2**27  # pixels of a sheet
+_WRITER = "Software", "flashmaps"  # a sheet says who drew it
 
 
 def contact_sheet(split: Split, count: int, pairs: Pairs | None = None, columns: int = 8) -> Image:
@@ -73,6 +76,35 @@ def contact_sheet(split: Split, count: int, pairs: Pairs | None = None, columns:
             draw.text((4, top + _LINE + size // 2 - 6), "pairs", fill=_INK)
         _draw_pair(sheet, draw, pairs[n], left, top)
     return sheet
+
+
+def _check_place(path: Path) -> None:
+    """ValueError where a file is in the way that is no sheet: a photograph may be PNG too."""
+    from PIL import Image, UnidentifiedImageError
+
+    if not path.is_file():
+        return
+    try:
+        with Image.open(path) as there:
+            if there.info.get(_WRITER[0]) == _WRITER[1]:
+                return
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
+        pass  # not ours, whatever it is
+    raise ValueError(
+        f"--out {str(path)!r} is there already, and flashmaps has not written it; give another "
+        "name, or delete it"
+    )
+
+
+def write_sheet(path: Path, split: Split, count: int, pairs: Pairs | None = None) -> None:
+    """Write a contact sheet as PNG, whole or not at all, in place of nothing but another one."""
+    from PIL.PngImagePlugin import PngInfo
+
+    said = PngInfo()
+    said.add_text(*_WRITER)
+    _check_place(path)
+    with whole_file(path) as new:
+        contact_sheet(split, count, pairs).save(new, format="PNG", pnginfo=said)
 
 
 def _tiles(scene: Scene) -> Sequence[np.ndarray]:
