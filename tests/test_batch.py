@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import flashmaps as fm
@@ -19,12 +20,16 @@ import torch
 from flashmaps.batches import run as runs
 from flashmaps.batches.choose import choose, nearest
 from flashmaps.batches.collection import Collection
+from flashmaps.batches.measure import assumed
 from flashmaps.batches.parts import part_pairs, tile_side
-from flashmaps.batches.plan import Rates, plan
+from flashmaps.batches.plan import Rates, plan, simulated_reads
+from flashmaps.batches.token_index import nearest_by_tokens, token_vectors
 from flashmaps.diffusion.features import Features, features, load_model
 from flashmaps.matching.match import match_features
+from flashmaps.matching.pair_order import most_reads, tile_order
 from flashmaps.matching.settings import settings_of
 from flashmaps.world import Split
+from test_pairs import random_features
 
 pytest.importorskip("diffusers")
 pytest.importorskip("pyarrow")
@@ -202,7 +207,7 @@ def test_kinds_of_pairs():
 
     def all_of(*args, **options):
         chosen = choose(*args, five, **options)
-        found = chosen.resolved(5, None)
+        found = chosen.resolved(5, [], "kk")
         assert len(found) == chosen.count(5)
         return found
 
@@ -262,6 +267,33 @@ def test_nearest_are_the_largest_cosines(monkeypatch):
     assert len(nearest(unit, 50)) == 20 * 19
 
 
+def test_nearest_by_tokens_are_the_images_that_tokens_find():
+    pytest.importorskip("faiss")
+    sets = [random_features(seed) for seed in range(9)]
+    sets += [replace(one, key=one.key.roll(3, dims=2) + 0.01) for one in sets[:4]]
+    found = nearest_by_tokens(sets, "kk", 2)
+    assert [found[2 * i][1] for i in range(4)] == [9, 10, 11, 12]  # the same tokens, moved
+    assert [found[2 * i][1] for i in range(9, 13)] == [0, 1, 2, 3]
+    cosines = token_vectors(sets[0], "kk") @ token_vectors(sets[9], "kk").T
+    heads = torch.nn.functional.cosine_similarity(
+        sets[0].key[0, :, :, None], sets[9].key[0, :, None], dim=-1
+    )
+    np.testing.assert_allclose(cosines, heads.mean(0), atol=1e-5)
+    through_graph = nearest_by_tokens(sets, "kk", 2, flat=0)
+    assert [pair[0] for pair in through_graph] == [pair[0] for pair in found]
+    assert through_graph == nearest_by_tokens(sets, "kk", 2, flat=0)
+    assert len(set(through_graph[::2]) & set(found[::2])) >= 11  # a graph may miss some
+
+
+def test_search_belongs_to_nearest():
+    five = Collection.of([np.zeros((2, 2, 3))] * 5)
+    assert choose("nearest", five, search="tokens").search == "tokens"
+    with pytest.raises(ValueError, match="search belongs to pairs='nearest'"):
+        choose("all", five, search="tokens")
+    with pytest.raises(ValueError, match="search='x'; wanted 'mean' or 'tokens'"):
+        choose("nearest", five, search="x")
+
+
 # -- plans -----------------------------------------------------------------------------------------
 
 
@@ -293,21 +325,52 @@ def test_reads_are_about_n_times_the_root_of_pairs_an_image(monkeypatch):
     assert part_pairs(10, 2**20) == 1
 
 
+def test_a_collection_of_spair_s_shape_is_planned_at_given_rates(pipe):
+    told = assumed(1800, 70958, model=pipe, size=SIZE, rates=(0.05, 0.002))
+    assert told.passes == 1800 and not told.rates.measured
+    assert told.seconds() == pytest.approx(1800 * 0.05 + 70958 * 0.002)
+    assert "0.05 s, given, not measured on hardware" in str(told)
+    assert 1800 <= told.simulated <= told.reads and "in a simulation" in str(told)
+    for rates, words in (((0, 1), "seconds of a forward pass"), ((1, -1), "seconds of a pair")):
+        with pytest.raises(ValueError, match=words):
+            assumed(10, 20, model=pipe, size=SIZE, rates=rates)
+    with pytest.raises(ValueError, match="rates belong to dry_run=True"):
+        fm.batch([np.zeros((64, 64, 3))] * 2, "all", "out", model=pipe, rates=(1, 1))
+
+
+@pytest.mark.parametrize(("count", "pairs", "side"), [(40, 600, 10), (100, 300, 17), (7, 49, 7)])
+def test_a_simulation_reads_what_matching_reads(count, pairs, side):
+    found = simulated_reads(count, pairs, side, seed=3)
+    drawn = np.random.default_rng(3).integers(count, size=(pairs, 2)).tolist()
+    ordered = [drawn[i] for i in tile_order(drawn, side)]
+    asked = [i for pair in ordered for i in pair]
+    held, reads = set(), 0
+    for place, image in enumerate(asked):
+        reads += image not in held
+        held.add(image)
+        if len(held) > 2 * side:
+            rest = asked[place + 1 :]
+            needed = {i: rest.index(i) if i in rest else len(asked) for i in held - {image}}
+            held.discard(max(needed, key=needed.get))
+    assert found == reads <= most_reads(count, pairs, side)
+
+
 # -- what dies -------------------------------------------------------------------------------------
 
-_RUN = """
+RUN = """
 import sys, torch
 torch.set_num_threads(1)
 import flashmaps as fm
 from flashmaps.world import Split
 import flashmaps.batches.parts as parts
 folder, images, pairs, rows = sys.argv[1], *map(int, sys.argv[2:5])
+how = {} if len(sys.argv) < 6 else {"engine": "ray", "workers": int(sys.argv[5])}
 parts._PART_ROWS = rows
 split = Split("test", size=64, count=images, seed=0)
 generator = torch.Generator().manual_seed(0)
 wanted = torch.randint(images, (pairs, 2), generator=generator).tolist()
 print("begun", flush=True)
-fm.batch([split[i].image for i in range(images)], wanted, folder, size=64)
+fm.batch([split[i].image for i in range(images)], wanted, folder, size=64, **how)
 """
 
 
@@ -324,7 +387,7 @@ def _killed(
     def start() -> subprocess.Popen:
         arguments = [str(folder), *map(str, (images, pairs, part_rows))]
         process = subprocess.Popen(
-            [sys.executable, "-c", _RUN, *arguments], stdout=subprocess.PIPE, text=True,
+            [sys.executable, "-c", RUN, *arguments], stdout=subprocess.PIPE, text=True,
             stderr=subprocess.PIPE,
         )  # fmt: skip
         assert process.stdout is not None and process.stdout.readline() == "begun\n"

@@ -8,9 +8,10 @@ from itertools import combinations
 import pytest
 import torch
 from flashmaps.batches.consistency import consistency
-from flashmaps.batches.fuse import fused_places, fused_rows
+from flashmaps.batches.fuse import HOWS, fused_places, fused_rows
 from flashmaps.maps.grids import centres
-from flashmaps.matching.cross_map import cross_map, place_points
+from flashmaps.matching.confidence import Calibration, Term
+from flashmaps.matching.cross_map import at_points, cross_map, place_points
 from flashmaps.matching.options import MatchOptions
 from test_pairs import random_features
 
@@ -79,23 +80,83 @@ def test_without_paths_a_fused_match_is_the_direct_one(sets):
     options = replace(SOFT, between="query")
     direct = place_points(sets[0], sets[1], points[None], options)[0]
     for between, weight in (([], 0.5), (sets[2:], 0)):
-        found, top = fused_places(sets[0], sets[1], between, points, options, weight=weight)
-        torch.testing.assert_close(found.float(), direct)
-        assert top.shape == (7,)
+        found = fused_places(sets[0], sets[1], between, points, options, weight=weight)
+        torch.testing.assert_close(found.places.float(), direct)
+        assert found.confidence is None
     with pytest.raises(ValueError, match="weight"):
         fused_rows(sets[0], sets[1], sets[2:], points, SOFT, weight=-1)
 
 
-@pytest.mark.slow
-def test_the_study_of_fused_matches_scores_both():
-    pytest.importorskip("diffusers")
-    from flashmaps.evaluation.fused import study
+def test_ways_to_fuse_are_their_formulas(sets):
+    points = torch.rand(6, 2, generator=torch.Generator().manual_seed(1)).double()
+    here = at_points(sets[0], points[None])
+    direct = cross_map(here, sets[1], SOFT).to_dense()[0]
+    first = [cross_map(here, sets[m], SOFT).to_dense()[0] for m in (2, 3)]
+    walked = torch.stack([
+        f @ cross_map(sets[m], sets[1], SOFT).to_dense()[0]
+        for f, m in zip(first, (2, 3), strict=True)
+    ])  # fmt: skip
+    met = torch.stack([
+        f @ cross_map(sets[1], sets[m], SOFT).to_dense()[0].T
+        for f, m in zip(first, (2, 3), strict=True)
+    ])  # fmt: skip
+    met = met / met.sum(-1, keepdim=True)
+    trust = walked.amax(-1, keepdim=True)
+    product = direct * walked.mean(0) ** 2
+    wanted = {
+        "mean": (direct + 2 * walked.mean(0)) / 3,
+        "sharp": (direct + 2 * (trust * walked).sum(0) / trust.sum(0)) / 3,
+        "product": product / product.sum(-1, keepdim=True),
+        "meet": (direct + 2 * met.mean(0)) / 3,
+    }
+    assert set(wanted) == set(HOWS)
+    for how, rows in wanted.items():
+        found = fused_rows(sets[0], sets[1], sets[2:4], points, SOFT, weight=2, how=how)
+        torch.testing.assert_close(found, rows, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="how='median'; wanted mean, sharp, product, meet"):
+        fused_rows(sets[0], sets[1], sets[2:], points, SOFT, how="median")
 
-    found = study(pairs=2, test_pairs=2, points=5)
-    assert set(found["test"]) == {"direct", "fused", "gain", "interval"}
+
+def test_scores_of_a_fused_match_are_of_its_row_and_of_the_way_back(sets):
+    points = torch.rand(6, 2, generator=torch.Generator().manual_seed(1)).double()
+    terms = (Term("max_probability", 1.0, -2.0, 1.0), Term("soft_distance", -1.0, -2.0, 1.0))
+    calibration = Calibration(terms, 0.1, 0.1, "the image")
+    found = fused_places(
+        sets[0], sets[1], sets[2:], points, SOFT, how="meet", fused_calibration=calibration
+    )
+    rows = fused_rows(sets[0], sets[1], sets[2:], points, SOFT, how="meet")
+    back = at_points(sets[1], found.places[None].double())
+    home = cross_map(back, sets[0], SOFT).to_dense()[0]
+    at, here = centres((4, 5)), points.float()
+    wanted = {
+        "max_probability": rows.max(1).values,
+        "entropy": -(rows * rows.log()).sum(1),
+        "spread": (home * (at - here[:, None]).square().sum(-1)).sum(1).sqrt(),
+        "hard_distance": (at[home.argmax(1)] - here).norm(dim=1),
+        "soft_distance": (home @ at - here).norm(dim=1),
+    }
+    assert set(wanted) == set(found.scores)
+    for name, values in wanted.items():
+        torch.testing.assert_close(found.scores[name], values, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.confidence, calibration.probability(wanted))
+
+
+@pytest.mark.slow
+def test_the_study_of_fused_matches_scores_both(tmp_path):
+    pytest.importorskip("diffusers")
+    from flashmaps.evaluation.fused import TRIED, study
+
+    found = study(pairs=6, test_pairs=3, points=5, out=tmp_path / "out")
+    assert {"direct", "fused", "gain", "interval"} == set(found["test"])
     test = found["test"]
     assert test["gain"] == pytest.approx(test["fused"] - test["direct"])
     assert test["interval"][0] <= test["gain"] <= test["interval"][1]
-    chosen = f"{found['chosen']['images']} images, weight {found['chosen']['weight']:g}"
-    others = [value for name, value in found["validation"].items() if not name.startswith("0 ")]
+    assert list(found["validation"]) == [str(way) for way in TRIED]
+    chosen = "{how}, {images} images, weight {weight:g}".format(**found["chosen"])
+    others = [value for name, value in found["validation"].items() if ", 0 " not in name]
     assert found["validation"][chosen] == max(others)
+    assert set(found["confidence"]["fused"]) == {"auroc", "calibration_error", "brier"}
+    made = (tmp_path / "out/validation/features/000000.safetensors").stat().st_mtime_ns
+    again = study(pairs=6, test_pairs=3, points=5, out=tmp_path / "out")
+    assert again["test"] == found["test"]
+    assert (tmp_path / "out/validation/features/000000.safetensors").stat().st_mtime_ns == made

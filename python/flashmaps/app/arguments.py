@@ -50,3 +50,6 @@ Device = Annotated[
     str | None, typer.Option(help="Where the model runs, such as cuda.", show_default="cpu")
 ]
 Out = Annotated[Path, typer.Option(help="Folder to write.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Throw away a run of other settings in the folder.")
+]

@@ -15,11 +15,13 @@ from flashmaps.app.arguments import (
     Layers,
     Model,
     Out,
+    Overwrite,
     Seed,
     Size,
     Timestep,
 )
-from flashmaps.app.terminal import quiet_libraries
+from flashmaps.app.terminal import plain, quiet_libraries
+from flashmaps.escapes import printable
 
 
 def batch(
@@ -41,6 +43,10 @@ def batch(
         ),
     ] = None,
     both_ways: Annotated[bool, typer.Option("--both-ways", help="(j, i) too.")] = False,
+    search: Annotated[
+        str,
+        typer.Option(help="Of nearest: mean, by mean features; or tokens, an index (faiss)."),
+    ] = "mean",
     rows: Annotated[
         str | None,
         typer.Option(
@@ -72,10 +78,21 @@ def batch(
     device: Device = None,
     backend: Backend = "auto",
     memory_budget: Annotated[int, typer.Option(help="MB, beyond the model.")] = 512,
+    engine: Annotated[
+        str, typer.Option(help="local, this process; or ray, workers of a Ray cluster.")
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a Ray cluster: auto, or ray://head:10001.", show_default="this machine"
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Of Ray.", show_default="one for each GPU, or for each CPU, at most 16"),
+    ] = None,
     out: Out = Path("flashmaps-batch"),
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Throw away a run of another question in it.")
-    ] = False,
+    overwrite: Overwrite = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Write nothing: passes, bytes and time.")
     ] = False,
@@ -87,19 +104,26 @@ def batch(
             show_default=False,
         ),
     ] = None,
+    rates: Annotated[
+        tuple[float, float] | None,
+        typer.Option(
+            help="With --dry-run, in place of rates measured here: seconds of a forward pass, and "
+            "of a pair, on the device that you think of.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Match many pairs of a collection of images, into Parquet files.
 
     A run that was interrupted goes on where it was when the same command is given again.
     """
     from rich.console import Console
-    from rich.markup import escape
 
     from flashmaps.app.doctor import require
 
     require("diffusers", "transformers", "PIL", "pyarrow")
     quiet_libraries()
-    from flashmaps.batches.run import assumed
+    from flashmaps.batches.measure import assumed
     from flashmaps.batches.run import batch as run
 
     console = Console()
@@ -109,27 +133,27 @@ def batch(
     how: dict[str, Any] = {
         "model": model, "layers": layers or None, "timestep": timestep or None,
         "seeds": seed or None, "size": size, "same_noise": same_noise, "compare": compare,
-        "dtype": dtype, "device": device, "backend": backend,
+        "dtype": dtype, "device": device, "backend": backend, "rates": rates,
     }  # fmt: skip
     if assume is not None:
         if not dry_run or given is not None:
             raise ValueError("--assume stands in for images, and goes with --dry-run")
-        console.print(escape(str(assumed(*assume, rows=rows or "tokens", **how))))
+        console.print(plain(str(assumed(*assume, rows=rows or "tokens", **how))))
         return
     if given is None:
         raise ValueError("give a folder of images, or several image files")
     found = run(
-        given, pairs, out, number=number, both_ways=both_ways, rows=rows, stage=stage,
-        memory_budget=memory_budget * 10**6, overwrite=overwrite, dry_run=dry_run, progress=True,
+        given, pairs, out, number=number, both_ways=both_ways, search=search, rows=rows,
+        stage=stage, memory_budget=memory_budget * 10**6, overwrite=overwrite,
+        dry_run=dry_run, progress=True, engine=engine, address=address, workers=workers,
         **how,
     )  # fmt: skip
     if not isinstance(found, dict):
-        console.print(escape(str(found)))
+        console.print(plain(str(found)))
         return
     if "pairs" in found:
-        console.print(
-            f"{found['pairs']} pairs of {found['images']} images in {escape(str(out))}: "
-            "pairs.parquet, matches/, images.parquet, batch.json."
-        )
+        what = "pairs.parquet, matches, images.parquet, batch.json."
+        told = f"{found['pairs']} pairs of {found['images']} images in {printable(out)}: {what}"
     else:
-        console.print(f"Features of {found['images']} images in {escape(str(out))}.")
+        told = f"Features of {found['images']} images in {printable(out)}."
+    console.print(plain(told))

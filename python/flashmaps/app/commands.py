@@ -19,6 +19,7 @@ from flashmaps.app.arguments import (
     Layers,
     Model,
     Out,
+    Overwrite,
     Seed,
     Size,
     Timestep,
@@ -198,9 +199,7 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option(help="Folder to write.", show_default="flashmaps-eval-BENCHMARK")
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Throw away a run of other settings in the folder.")
-    ] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Score matches, and what predicts wrong ones, on a benchmark, beside baselines.
 
@@ -277,9 +276,7 @@ def study(
         typer.Option("--keep", help="Write match-settings.json beside the model's weights too."),
     ] = False,
     out: Out = Path("flashmaps-study"),
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Throw away a study of other settings in it.")
-    ] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Find how a model matches best, and calibrate its confidence, on scenes of the world.
 

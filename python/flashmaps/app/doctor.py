@@ -20,6 +20,8 @@ OPTIONAL = (
     ("scikit-learn", "sklearn", "flashmaps eval, the demo, and training the built-in model"),
     ("scipy", "scipy", "flashmaps eval"),
     ("pyarrow", "pyarrow", "flashmaps eval, and Parquet files of many pairs"),
+    ("ray", "ray", "flashmaps batch --engine ray"),
+    ("faiss-cpu", "faiss", "flashmaps batch --pairs nearest --search tokens"),
     ("matplotlib", "matplotlib", "pictures"),
     ("jinja2", "jinja2", "the report of flashmaps demo"),
     ("typer", "typer", "the command line"),

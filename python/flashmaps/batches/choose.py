@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from flashmaps.batches.collection import Collection
+from flashmaps.batches.token_index import nearest_by_tokens
 from flashmaps.diffusion.features import Features
 from flashmaps.matching.options import COMPARE
 from flashmaps.matching.pair_order import all_pairs, check_pairs
 
 KINDS = ("all", "nearest", "chain", "star")
+SEARCHES = ("mean", "tokens")
 _BLOCK = 2048  # images whose similarities are computed at once
 
 
@@ -31,6 +33,7 @@ class Pairs:
         points: for each given pair [n, 2] of (x, y) in pixels of the source; None: all tokens.
         number: of "nearest", how many for each image; of "star", the image in the middle.
         both_ways: of KINDS, (j, i) right after (i, j) too. Nearest pairs are one way each.
+        search: of "nearest": by "mean" features, or by "tokens".
     """
 
     kind: str
@@ -38,6 +41,7 @@ class Pairs:
     points: tuple[np.ndarray, ...] | None = None
     number: int = 0
     both_ways: bool = False
+    search: str = "mean"
 
     def count(self, images: int) -> int:
         """How many."""
@@ -52,16 +56,20 @@ class Pairs:
             case _:
                 return ways * (images - 1)
 
-    def resolved(self, images: int, descriptors: Tensor | None) -> list[tuple[int, int]]:
-        """All of them. ``descriptors``: [n, c], of "nearest"."""
+    def resolved(
+        self, images: int, sets: Sequence[Features], compare: str
+    ) -> list[tuple[int, int]]:
+        """All of them. ``sets``: the features of the images, of which "nearest" is a question."""
         match self.kind:
             case "given":
                 return list(self.given)
             case "all":
                 return all_pairs(images, both_ways=self.both_ways)
             case "nearest":
-                assert descriptors is not None
-                return nearest(descriptors, self.number)
+                if self.search == "tokens":
+                    return nearest_by_tokens(sets, compare, self.number)
+                means = torch.stack([descriptor(each, compare) for each in sets])
+                return nearest(means, self.number)
             case "chain":
                 forward = [(i, i + 1) for i in range(images - 1)]
             case _:
@@ -76,12 +84,14 @@ class Pairs:
         given = digest.hexdigest()[:32] if self.kind == "given" else None
         return {
             "kind": self.kind, "given": given, "number": self.number, "both_ways": self.both_ways,
+            "search": self.search,
         }  # fmt: skip
 
 
 def choose(
-    pairs: Any, collection: Collection, *, number: int | None = None, both_ways: bool = False
-) -> Pairs:
+    pairs: Any, collection: Collection, *, number: int | None = None, both_ways: bool = False,
+    search: str = "mean",
+) -> Pairs:  # fmt: skip
     """What ``fm.batch(pairs=...)`` means.
 
     Args:
@@ -90,10 +100,16 @@ def choose(
             a row for each point; or a sequence of (source, target).
         number: of "nearest": how many for each image, default 5; of "star": the image in the
             middle, default 0.
+        search: of "nearest": "mean", by the cosine of mean features, exact; or "tokens", by an
+            index over tokens, see :func:`flashmaps.batches.token_index.nearest_by_tokens`.
 
     Raises ValueError that names the row that is wrong.
     """
     count = len(collection)
+    if search not in SEARCHES:
+        raise ValueError(f"search={search!r}; wanted {' or '.join(map(repr, SEARCHES))}")
+    if search != "mean" and pairs != "nearest":
+        raise ValueError("search belongs to pairs='nearest'")
     if isinstance(pairs, str) and pairs in KINDS:
         if count < 2:
             raise ValueError(f"pairs={pairs!r} needs at least 2 images, there are {count}")
@@ -102,7 +118,7 @@ def choose(
             raise ValueError(f"number={number}; pairs='nearest' needs at least 1 for each image")
         if pairs == "star" and not 0 <= number < count:
             raise ValueError(f"number={number}; the star's middle is an image of 0 to {count - 1}")
-        return Pairs(pairs, number=number, both_ways=both_ways)
+        return Pairs(pairs, number=number, both_ways=both_ways, search=search)
     if number is not None or both_ways:
         raise ValueError(f"number and both_ways belong to pairs = {', '.join(KINDS)}")
     if isinstance(pairs, (str, Path)):

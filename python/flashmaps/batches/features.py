@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from flashmaps.batches.choose import descriptor
+from flashmaps.batches.ahead import ahead, behind
 from flashmaps.batches.collection import Collection
 from flashmaps.diffusion.feature_files import write_features
 from flashmaps.diffusion.feature_folder import FeatureFolder
@@ -22,10 +20,26 @@ from flashmaps.matching.settings import MatchSettings
 GROUP = 8  # images that are decoded together, ahead of the model, and written together
 _NOISE_APART = 1_000_003  # added to the seeds of the next image when noise is to differ
 
+Group = tuple[int, list[Features]]  # its number, and the features of its images
+
 
 def only_of(settings: MatchSettings) -> tuple[str, ...]:
     """Of query, key and output, what is compared, and so kept."""
     return tuple(dict.fromkeys(COMPARE[settings.compare]))
+
+
+def group_features(
+    pipe: Any, settings: MatchSettings, group: int, images: Sequence[Any]
+) -> list[Features]:
+    """Features of the images of a group: a question of their numbers alone."""
+    options = {**settings.for_features, "outputs": settings.compare == "features"}
+    if settings.same_noise:
+        return features(pipe, list(images), **options)
+    found = []
+    for number, image in enumerate(images, group * GROUP):
+        seeds = [seed + number * _NOISE_APART for seed in settings.seeds]
+        found += features(pipe, [image], **{**options, "seeds": seeds})
+    return found
 
 
 class FeatureStage:
@@ -36,10 +50,9 @@ class FeatureStage:
     """
 
     def __init__(
-        self, run: Run, collection: Collection, pipe: Any, settings: MatchSettings,
-        dtype: torch.dtype | None,
-    ) -> None:  # fmt: skip
-        self.run, self.collection, self.pipe = run, collection, pipe
+        self, run: Run, collection: Collection, settings: MatchSettings, dtype: torch.dtype | None
+    ) -> None:
+        self.run, self.collection = run, collection
         self.settings, self.dtype = settings, dtype
         self.names = [f"features/{number:06d}.safetensors" for number in range(len(collection))]
 
@@ -47,59 +60,48 @@ class FeatureStage:
         """Images whose features are not there as they were written. Reads all that are."""
         return [i for i, name in enumerate(self.names) if not self.run.whole(name)]
 
-    def make(self, missing: Sequence[int], progress: bool) -> None:
-        """The features that are missing, by groups; images are decoded a group ahead."""
+    def groups(self, missing: Iterable[int]) -> list[int]:
+        """The groups of these images."""
+        return sorted({number // GROUP for number in missing})
+
+    def numbers(self, group: int) -> range:
+        """The images of a group."""
+        return range(group * GROUP, min((group + 1) * GROUP, len(self.collection)))
+
+    def computed(self, pipe: Any, groups: Sequence[int]) -> Iterator[Group]:
+        """Groups, here and now; images are decoded a group ahead."""
+        decoded = ([self.collection.load(i) for i in self.numbers(group)] for group in groups)
+        for group, images in zip(groups, ahead(decoded), strict=True):
+            yield group, group_features(pipe, self.settings, group, images)
+
+    def write(self, done: Iterable[Group], left: int, progress: bool) -> None:
+        """Groups in any order. One is written while the next is computed.
+
+        Args:
+            done: groups of missing images; ``left``: how many images are missing.
+        """
         from tqdm.auto import tqdm
 
-        if not missing:
-            return
-        groups = sorted({number // GROUP for number in missing})
         count = len(self.collection)
+        with tqdm(
+            total=count, initial=count - left, desc="features", unit="image", disable=not progress
+        ) as bar:
+            for _, found in behind(done, self._commit):
+                bar.update(len(found))
 
-        def decoded(group: int) -> list[Any]:
-            numbers = range(group * GROUP, min((group + 1) * GROUP, count))
-            return [self.collection.load(number) for number in numbers]
-
-        with (
-            ThreadPoolExecutor(1) as ahead,
-            tqdm(
-                total=count, initial=count - len(missing), desc="features", unit="image",
-                disable=not progress,
-            ) as bar,
-        ):  # fmt: skip
-            waiting = ahead.submit(decoded, groups[0])
-            for place, group in enumerate(groups):
-                images = waiting.result()
-                if place + 1 < len(groups):
-                    waiting = ahead.submit(decoded, groups[place + 1])
-                with self.run.files() as new:
-                    (new / "features").mkdir()
-                    for number, found in enumerate(self._features(group, images), group * GROUP):
-                        write_features(
-                            new / self.names[number], found, image=False, dtype=self.dtype,
-                            only=only_of(self.settings),
-                        )  # fmt: skip
-                bar.update(len(images))
-
-    def _features(self, group: int, images: list[Any]) -> list[Features]:
-        options = {
-            **self.settings.for_features, "outputs": self.settings.compare == "features",
-        }  # fmt: skip
-        if self.settings.same_noise:
-            return features(self.pipe, images, **options)
-        found = []
-        for number, image in enumerate(images, group * GROUP):
-            seeds = [seed + number * _NOISE_APART for seed in self.settings.seeds]
-            found += features(self.pipe, [image], **{**options, "seeds": seeds})
-        return found
+    def _commit(self, done: Group) -> None:
+        group, found = done
+        with self.run.files() as new:
+            (new / "features").mkdir()
+            for number, each in zip(self.numbers(group), found, strict=True):
+                write_features(
+                    new / self.names[number], each, image=False, dtype=self.dtype,
+                    only=only_of(self.settings),
+                )  # fmt: skip
 
     def sets(self) -> FeatureFolder:
         """All of them, in the order of the images."""
         return FeatureFolder(self.run.folder, names=self.names)
-
-    def descriptors(self) -> Tensor:  # [n, c]
-        """Of all images, for those that are nearest."""
-        return torch.stack([descriptor(each, self.settings.compare) for each in self.sets()])
 
     def table(self) -> dict[str, np.ndarray]:
         """A row for each image: its number, name, size in pixels, and grid of tokens."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass
 from typing import Any
 
-from flashmaps.matching.pair_order import most_reads
+import numpy as np
+
+from flashmaps.matching.pair_order import most_reads, tile_order
 
 # Bytes on disk of a row of tokens, of points, and of a pair; measured on scenes of the world.
 ROW_BYTES = {"tokens": 70, "points": 40, "pairs": 0}
@@ -14,10 +17,14 @@ PAIR_BYTES = 80
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds of one forward pass of one image, and of one pair, each on one device."""
+    """Seconds of one forward pass of one image, and of one pair, each on one device.
+
+    ``measured``: here and now; else they were given, of a device that is not here.
+    """
 
     seconds_per_pass: float
     seconds_per_pair: float
+    measured: bool = True
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,7 @@ class BatchPlan:
         passes: forward passes that are left.
         feature_bytes, output_bytes: on disk when all is done.
         reads: images that are read for the pairs, at most; ``read_bytes``: of them.
+        simulated: images that were read in a simulation of as many pairs, drawn at random.
         rates: that were measured; None: no time is told.
     """
 
@@ -41,6 +49,7 @@ class BatchPlan:
     output_bytes: int
     reads: int
     rates: Rates | None = None
+    simulated: int | None = None
 
     @property
     def read_bytes(self) -> int:
@@ -63,6 +72,8 @@ class BatchPlan:
         rates = self.rates
         return {
             **{name: getattr(self, name) for name in names},
+            "simulated_reads": self.simulated,
+            "rates_measured": None if rates is None else rates.measured,
             "seconds_per_pass": None if rates is None else rates.seconds_per_pass,
             "seconds_per_pair": None if rates is None else rates.seconds_per_pair,
             "hours": {n: None if rates is None else self.seconds(n) / 3600 for n in (1, 10)},  # type: ignore[operator]
@@ -77,11 +88,17 @@ class BatchPlan:
             ("matches on disk", f"{self.output_bytes / 1e6:.1f} MB, about"),
             ("images read for pairs", f"{self.reads} at most, {self.read_bytes / 1e6:.1f} MB"),
         ]
+        if self.simulated is not None:
+            size = self.simulated * self.feature_bytes / max(1, self.images) / 1e6
+            rows.append(
+                ("in a simulation", f"{self.simulated}, {size:.1f} MB, pairs drawn at random")
+            )
         if self.rates is not None:
+            told = "measured" if self.rates.measured else "given, not measured on hardware"
             one, ten = (self.seconds(n) or 0.0 for n in (1, 10))
             rows += [
-                ("a forward pass", f"{self.rates.seconds_per_pass:.3g} s, measured"),
-                ("a pair", f"{self.rates.seconds_per_pair:.3g} s, measured"),
+                ("a forward pass", f"{self.rates.seconds_per_pass:.3g} s, {told}"),
+                ("a pair", f"{self.rates.seconds_per_pair:.3g} s, {told}"),
                 ("time", f"{_time(one)} on one such device, {_time(ten)} on ten"),
             ]
         width = max(len(name) for name, _ in rows) + 2
@@ -90,7 +107,7 @@ class BatchPlan:
 
 def plan(
     images: int, pairs: int, *, left: tuple[int, int], tokens: int, points: int | None, rows: str,
-    feature_bytes: int, passes: int, side: int, rates: Rates | None,
+    feature_bytes: int, passes: int, side: int, rates: Rates | None, simulated: int | None = None,
 ) -> BatchPlan:  # fmt: skip
     """The plan of n images and P pairs.
 
@@ -105,7 +122,30 @@ def plan(
         images, pairs, *left, passes=left[0] * passes, feature_bytes=images * feature_bytes,
         output_bytes=pairs * PAIR_BYTES + lines * ROW_BYTES[rows],
         reads=most_reads(images, left[1], side), rates=rates,
+        simulated=simulated,
     )  # fmt: skip
+
+
+def simulated_reads(images: int, pairs: int, side: int, seed: int = 0) -> int:
+    """How many images are read for so many pairs of so many images, drawn at random, in the order
+    of tiles, by who holds 2 ``side`` images and lets go of the one that is needed last."""
+    drawn = np.random.default_rng(seed).integers(images, size=(pairs, 2)).tolist()
+    asked = [image for place in tile_order(drawn, side) for image in drawn[place]]
+    following, last = [0] * len(asked), dict.fromkeys(range(images), len(asked))
+    for place in range(len(asked) - 1, -1, -1):
+        following[place], last[asked[place]] = last[asked[place]], place
+    held: dict[int, int] = {}  # and when it is needed next
+    latest: list[tuple[int, int]] = []  # a heap of (minus that, image), with some that are past
+    reads = 0
+    for place, image in enumerate(asked):
+        reads += image not in held
+        held[image] = following[place]
+        while len(held) > 2 * side:
+            when, other = heapq.heappop(latest)
+            if other != image and held.get(other) == -when:
+                del held[other]
+        heapq.heappush(latest, (-following[place], image))
+    return reads
 
 
 def _time(seconds: float) -> str:

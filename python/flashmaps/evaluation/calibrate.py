@@ -7,6 +7,7 @@ log loss is kept, and fitted to all pairs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -29,11 +30,12 @@ def fit(
     tolerance: float,
     of: str,
     fitted_on: str,
+    names: Sequence[str] = TAKEN,
 ) -> tuple[Calibration | None, dict[str, dict[str, Any]]]:
     """The calibration, and what every candidate scored on pairs that it had not seen.
 
     Args:
-        scores: [n] of each of TAKEN, at every point.
+        scores: [n] of each of ``names``, at every point.
         right: [n] bool, whether the match of the point is right.
         pair: [n], which pair a point is of.
         tolerance, of, fitted_on: see :class:`flashmaps.matching.confidence.Calibration`.
@@ -42,21 +44,21 @@ def fit(
     wrong: there is nothing to learn then.
     """
     inputs = np.stack(
-        [term(name, torch.from_numpy(scores[name]).double()).numpy() for name in TAKEN], axis=1
+        [term(name, torch.from_numpy(scores[name]).double()).numpy() for name in names], axis=1
     )
     if len(np.unique(pair)) < FOLDS or right.all() or not right.any():
         return None, {}
     mean, deviation = inputs.mean(0), np.maximum(inputs.std(0), 1e-6)
     inputs = (inputs - mean) / deviation
-    chosen: dict[str, list[int]] = {name: [place] for place, name in enumerate(TAKEN)}
-    chosen[ALL] = list(range(len(TAKEN)))
+    chosen: dict[str, list[int]] = {name: [place] for place, name in enumerate(names)}
+    chosen[ALL] = list(range(len(names)))
     found = {name: _judge(inputs[:, some], right, pair) for name, some in chosen.items()}
     best = min(found, key=lambda name: found[name]["log_loss"])
     for name, each in found.items():
         each["kept"] = name == best
     model = _logistic(inputs[:, chosen[best]], right)
     terms = tuple(
-        Term(TAKEN[place], float(weight), float(mean[place]), float(deviation[place]))
+        Term(names[place], float(weight), float(mean[place]), float(deviation[place]))
         for place, weight in zip(chosen[best], model.coef_[0], strict=True)
     )
     return Calibration(terms, float(model.intercept_[0]), tolerance, of, fitted_on), found
