@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from flashmaps.kernels import INTERPRETING, unavailable_reason
 from flashmaps.maps.gpu import passes_of
 from flashmaps.maps.problem import Cost, Problem, Request, cost_of, query_mask_reason
+from flashmaps.maps.tape import Tape, Tapes, call_key, tensors_of
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from flashmaps.kernels.settings import Settings
+
 _last = threading.local()
+_tapes = Tapes()
 
 MOST_DIMS = 256
 
@@ -53,29 +60,46 @@ def last_workspace_bytes() -> int:
 
 def plan(problem: Problem, request: Request) -> Cost:
     """What `reduce` takes: its launches, made on "meta" and not run."""
-    from flashmaps.kernels import launches
-    from flashmaps.kernels.settings import settings_here
-
-    device = problem.query.device
-    here = settings_here(torch.device("cuda") if device.type == "meta" else device)
-    found, workspace = launches.dry_run(problem, request, here)
-    passes = passes_of(problem, request, sum(launch.scores for launch in found))
-    return cost_of(problem, request, passes=passes, workspace=workspace)
+    tape = _tape(problem, request)
+    passes = passes_of(problem, request, tape.scores)
+    return cost_of(problem, request, passes=passes, workspace=tape.workspace)
 
 
 def reduce(problem: Problem, request: Request) -> dict[str, Tensor]:
     """Every requested field; see `reference.reduce` for what each one is."""
-    from flashmaps.kernels import launches
-    from flashmaps.kernels.run import run_for
+    return _play(_tape(problem, request), problem, request)
+
+
+def _tape(problem: Problem, request: Request) -> Tape:
+    """What this call does, arranged when the first one like it comes."""
+    device = problem.query.device
+    here = _settings_here(torch.device("cuda") if device.type == "meta" else device)
+
+    def record() -> Tape:
+        from flashmaps.kernels import launches
+
+        return launches.record(problem, request, here)
+
+    return _tapes.get(call_key(problem, request, here), record)
+
+
+def _settings_here(device: torch.device) -> Settings:
     from flashmaps.kernels.settings import settings_here
 
-    run = run_for(request, settings_here(problem.query.device))
-    if problem.query.is_cuda:
-        with torch.cuda.device(problem.query.device):
-            outputs = launches.reduce(problem, request, run)
+    return settings_here(device)
+
+
+def _play(tape: Tape, problem: Problem, request: Request) -> dict[str, Tensor]:
+    from flashmaps.kernels.run import context_of
+
+    device = problem.query.device
+    tensors = tensors_of(problem, request)
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        outputs = tape.play(tensors, device, context_of(device))
     else:
-        outputs = launches.reduce(problem, request, run)
-    _last.workspace = run.workspace
+        with torch.cuda.device(device):
+            outputs = tape.play(tensors, device, context_of(device))
+    _last.workspace = tape.workspace
     return outputs
 
 
@@ -107,15 +131,12 @@ def plan_compose(first: Problem, second: Problem, request: Request) -> Cost:
 
 def compose(first: Problem, second: Problem, request: Request) -> dict[str, Tensor]:
     """Statistics of the rows of A A', whose entries go from the product to the reducers."""
-    from flashmaps.kernels import composing
-    from flashmaps.kernels.run import run_to_compose
-    from flashmaps.kernels.settings import settings_here
+    here = _settings_here(first.query.device)
+    both = replace(request, partner=second)
 
-    run = run_to_compose(request, settings_here(first.query.device))
-    if first.query.is_cuda:
-        with torch.cuda.device(first.query.device):
-            outputs = composing.compose(first, second, request, run)
-    else:
-        outputs = composing.compose(first, second, request, run)
-    _last.workspace = run.workspace
-    return outputs
+    def record() -> Tape:
+        from flashmaps.kernels import composing
+
+        return composing.record(first, second, request, here)
+
+    return _play(_tapes.get(call_key(first, both, here, "compose"), record), first, both)

@@ -6,7 +6,7 @@ tile of R, which goes to the reducers and nowhere else.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flashmaps.kernels.kernel_reduce import reduce_kernel
@@ -16,7 +16,8 @@ from flashmaps.kernels.run import Launch, Run, count_splits, run_to_compose
 from flashmaps.kernels.settings import Settings, Tiling
 from flashmaps.kernels.views import View
 from flashmaps.maps.gpu import PARTS, ROW_STATISTICS, on_meta, part_bytes
-from flashmaps.maps.problem import Problem, Request, empty_outputs
+from flashmaps.maps.problem import Problem, Request
+from flashmaps.maps.tape import Recorder, Tape, without_memory
 from torch import Tensor
 
 _INNER = 32  # numbers between A and A' that are multiplied at once
@@ -100,9 +101,19 @@ def strips_for(
     return strips, max(run.workspace, run.held + strips.workspace)
 
 
+def record(first: Problem, second: Problem, request: Request, settings: Settings) -> Tape:
+    """All that a composition takes; it is recorded as a request whose partner is the second map."""
+    recorder = Recorder()
+    run = run_to_compose(request, settings, recorder)
+    one, asked, inputs = without_memory(first, replace(request, partner=second), recorder)
+    assert asked.partner is not None
+    outputs = compose(one, asked.partner, replace(asked, partner=None), run)
+    return recorder.tape(inputs, outputs, run.workspace, run.scores)
+
+
 def compose(first: Problem, second: Problem, request: Request, run: Run) -> dict[str, Tensor]:
     """Statistics of the rows of R, one map and one strip at a time."""
-    outputs = empty_outputs(first, request)
+    outputs = run.outputs(first, request)
     room = run.roomy
     for index in range(first.batch):
         of_map = slice(index, index + 1)
@@ -129,7 +140,7 @@ def _compose_map(first: Problem, second: Problem, outputs: dict[str, Tensor], ru
         stop = min(start + strips.rows, rows)
         of_strip = first.query_rows(start, stop)
         assert of_strip.lse is not None
-        known = of_strip.lse.contiguous()
+        known = run.contiguous(of_strip.lse)
         copied = 0 if known is of_strip.lse else 4 * known.numel()
         run.hold(copied)
         a = strip[: (stop - start) * inner].view(1, stop - start, inner)
@@ -139,7 +150,7 @@ def _compose_map(first: Problem, second: Problem, outputs: dict[str, Tensor], ru
             high = min(low + strips.columns, ends)
             b = block[: inner * (high - low)].view(1, inner, high - low)
             if start == 0 or strips.blocks > 1:
-                bias = None if second.bias is None else second.bias[:, low:high].contiguous()
+                bias = None if second.bias is None else run.contiguous(second.bias[:, low:high])
                 keys = second._replace(key=second.key[:, :, low:high], bias=bias)
                 launch_reduce(View(keys, None), {"dense": b}, "dense", run)
             left += _launch_composed(a, b, (start, low), second, parts, left, strips.splits, run)

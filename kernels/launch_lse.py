@@ -25,7 +25,7 @@ def with_lse(
         lse = run.empty(*shape, like=problem.query)
         made.append(lse)
         launch_lse(problem, lse, run)
-    return problem._replace(lse=lse.contiguous())
+    return problem._replace(lse=run.contiguous(lse))
 
 
 def launch_lse(problem: Problem, out: Tensor, run: Run) -> None:

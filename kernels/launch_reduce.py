@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from flashmaps.kernels.kernel_reduce import combine_kernel, reduce_kernel
-from flashmaps.kernels.run import COMBINED, COMBINING, Launch, Run, count_splits
+from flashmaps.kernels.run import COMBINED, COMBINING, Launch, Run, add_up, count_splits
 from flashmaps.kernels.views import View, map_arguments, power_of_two, tile_constants, wide
 from flashmaps.maps.gpu import FINISHED, PARTS, part_bytes, part_dtype, part_shape
 from flashmaps.maps.problem import Problem
@@ -48,7 +48,7 @@ def launch_statistics(
     if names:
         launch_combine(outputs, fields, maps * kept, splits, run, of_columns=view.keys_kept)
     if product is not None:
-        torch.sum(outputs["product"], 0, out=product)
+        add_up(outputs["product"], product, run)
     run.release(*outputs.values())
 
 
@@ -185,9 +185,13 @@ def launch_pooled(view: View, cells: Tensor | None, count: int, out: Tensor, run
     parts = -(-count // width)
     sorting = 4 * 8 * cells.numel()  # int64 cells and places, and as much again meanwhile
     run.hold(sorting)
-    sorted_cells, order = cells.sort(stable=True)
-    firsts = torch.arange(parts + 1, device=cells.device) * width
-    bounds = torch.searchsorted(sorted_cells, firsts)
+
+    def arrange(cells: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        sorted_cells, order = cells.sort(stable=True)
+        firsts = torch.arange(parts + 1, device=cells.device) * width
+        return sorted_cells, order, torch.searchsorted(sorted_cells, firsts)
+
+    sorted_cells, order, bounds = run.compute(arrange, cells)
     launch_reduce(
         view,
         {"product": out},
@@ -208,8 +212,13 @@ def line_mass(problem: Problem, run: Run, made: list[Tensor]) -> Tensor | None:
     mass = run.empty(problem.batch, problem.num_queries, lines, like=problem.query)
     made.append(mass)
     run.hold(2 * 8 * problem.num_keys)
-    key = torch.arange(problem.num_keys, device=problem.query.device)
-    line = key // problem.grid_width if problem.normalize == "rows" else key % problem.grid_width
+    count, width, rows = problem.num_keys, problem.grid_width, problem.normalize == "rows"
+
+    def line_of_keys(like: Tensor) -> Tensor:
+        key = torch.arange(count, device=like.device)
+        return key // width if rows else key % width
+
+    line = run.compute(line_of_keys, problem.query)
     plain = problem._replace(normalize="block")
     launch_pooled(View(plain, None), line, lines, mass, run)
     run.hold(-2 * 8 * problem.num_keys)

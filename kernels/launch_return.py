@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from flashmaps.kernels.kernel_return import return_kernel
 from flashmaps.kernels.launch_lse import with_lse
 from flashmaps.kernels.launch_reduce import line_mass
-from flashmaps.kernels.run import Launch, Run, count_splits
+from flashmaps.kernels.run import Launch, Run, add_up, count_splits
 from flashmaps.kernels.views import head_parts, is_rare, stride_unit, strides, tile_constants, wide
 from flashmaps.maps.gpu import LOG2_E
 from flashmaps.maps.problem import Problem
@@ -67,6 +66,6 @@ def launch_return(
     scores = problem.scores + partner.scores
     run.launch(Launch(return_kernel, programs * splits, arguments, tiling, kind, scores=scores))
     if splits > 1:
-        torch.sum(target, 0, out=out)
+        add_up(target, out, run)
         run.release(target)
     run.release(*made)

@@ -45,9 +45,13 @@ def launch_topk(view: View, k: int, outputs: dict[str, Tensor], run: Run) -> Non
         # Splits are in the keys' order and a stable sort keeps it, so ties go to the lowest index.
         # A split of fewer than k keys fills its places with -1: none is among the k largest.
         run.hold(_SORTED_BYTES * largest.numel())
-        every = largest.movedim(0, 2).flatten(2).sort(dim=2, descending=True, stable=True)
-        values.copy_(every.values[..., :k])
-        indices.copy_(where.movedim(0, 2).flatten(2).gather(2, every.indices[..., :k]))
+
+        def put_together(largest: Tensor, where: Tensor, values: Tensor, indices: Tensor) -> None:
+            every = largest.movedim(0, 2).flatten(2).sort(dim=2, descending=True, stable=True)
+            values.copy_(every.values[..., :k])
+            indices.copy_(where.movedim(0, 2).flatten(2).gather(2, every.indices[..., :k]))
+
+        run.compute(put_together, largest, where, values, indices)
         run.hold(-_SORTED_BYTES * largest.numel())
         run.release(largest, where)
     run.release(*made)
@@ -56,6 +60,12 @@ def launch_topk(view: View, k: int, outputs: dict[str, Tensor], run: Run) -> Non
 def _topk_by_sorting(view: View, k: int, values: Tensor, indices: Tensor, run: Run) -> None:
     """Rows of the map, a few at a time, sorted by torch."""
     problem = view.problem
+
+    def put_largest(dense: Tensor, values: Tensor, indices: Tensor) -> None:
+        found = dense.sort(dim=2, descending=True, stable=True)
+        values.copy_(found.values[..., :k])
+        indices.copy_(found.indices[..., :k])
+
     for one in range(problem.batch):
         single = problem.some_maps(slice(one, one + 1))
         mass = None if view.mass is None else view.mass[one : one + 1]
@@ -64,13 +74,12 @@ def _topk_by_sorting(view: View, k: int, values: Tensor, indices: Tensor, run: R
             rows = slice(start, min(start + step, view.num_kept))
             part = single.query_rows(rows.start, rows.stop)
             if part.lse is not None:
-                part = part._replace(lse=part.lse.contiguous())
-            of_rows = View(part, None if mass is None else mass[:, rows].contiguous())
+                part = part._replace(lse=run.contiguous(part.lse))
+            of_rows = View(part, None if mass is None else run.contiguous(mass[:, rows]))
             dense = run.empty(1, rows.stop - rows.start, view.num_streamed, like=view.kept)
             launch_reduce(of_rows, {"dense": dense}, "dense", run)
             run.hold(_SORTED_BYTES * dense.numel())
-            found = dense.sort(dim=2, descending=True, stable=True)
-            values[one : one + 1, rows] = found.values[..., :k]
-            indices[one : one + 1, rows] = found.indices[..., :k]
+            place = (slice(one, one + 1), rows)
+            run.compute(put_largest, dense, values[place], indices[place])
             run.hold(-_SORTED_BYTES * dense.numel())
             run.release(dense)

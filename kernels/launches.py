@@ -21,36 +21,32 @@ from flashmaps.kernels.launch_topk import launch_topk
 from flashmaps.kernels.run import Launch, Run, run_for
 from flashmaps.kernels.settings import Settings
 from flashmaps.kernels.views import View, normalized_lines
-from flashmaps.maps.gpu import COLUMN_STATISTICS, ROW_STATISTICS, on_meta
-from flashmaps.maps.problem import Problem, Request, empty_outputs
+from flashmaps.maps.gpu import COLUMN_STATISTICS, ROW_STATISTICS
+from flashmaps.maps.problem import Problem, Request
+from flashmaps.maps.tape import Recorder, Tape, without_memory
 from torch import Tensor
 
 _PRODUCTS = ("product", "transposed_product", "pooled_keys", "return_probability")
 
 
+def record(problem: Problem, request: Request, settings: Settings) -> Tape:
+    """All that a request takes: nothing runs, and tensors may be on "meta"."""
+    recorder = Recorder()
+    run = run_for(request, settings, recorder)
+    there, asked, inputs = without_memory(problem, request, recorder)
+    outputs = reduce(there, asked, run)
+    return recorder.tape(inputs, outputs, run.workspace, run.scores)
+
+
 def dry_run(problem: Problem, request: Request, settings: Settings) -> tuple[list[Launch], int]:
-    """(launches, workspace in bytes) of a request: nothing runs, and tensors may be on "meta"."""
-    found: list[Launch] = []
-
-    def meta(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to("meta")
-
-    request = replace(
-        request,
-        right=meta(request.right),
-        left=meta(request.left),
-        cells=meta(request.cells),
-        partner=None if request.partner is None else on_meta(request.partner),
-    )
-    run = run_for(request, settings)
-    run.launch = found.append
-    reduce(on_meta(problem), request, run)
-    return found, run.workspace
+    """(launches, workspace in bytes) of a request."""
+    tape = record(problem, request, settings)
+    return tape.launches, tape.workspace
 
 
 def reduce(problem: Problem, request: Request, run: Run) -> dict[str, Tensor]:
     """Every field of ``request.names``; see `reference.reduce` for what each one is."""
-    outputs = empty_outputs(problem, request)
+    outputs = run.outputs(problem, request)
     per_map = problem.num_queries * 4 * (problem.heads + normalized_lines(problem))
     if request.partner is not None:
         partner = request.partner

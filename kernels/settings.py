@@ -45,7 +45,7 @@ class Tiling(NamedTuple):
         return found | ({"maxnreg": self.registers} if self.registers else {})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # known by identity
 class Settings:
     """What one architecture does."""
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,8 +15,9 @@ from typing import Any
 import native
 import pytest
 import torch
-from flashmaps.maps.backends import cuda, cuda_blocks, cuda_launches
-from flashmaps.maps.problem import Problem, Request
+from flashmaps.maps.backends import cuda, cuda_blocks
+from flashmaps.maps.backends.cuda_call import Context
+from flashmaps.maps.tape import Play
 from torch import Tensor
 
 backends = importlib.import_module("flashmaps.maps.backends.choice")  # fm.backends is the function
@@ -40,43 +40,12 @@ class Watched(cuda.Backend):
         super().__init__(module, "cpu", shapes)
         self.launches: list[str] = []
 
-    def _run(self, problem: Problem, request: Request, *, planning: bool) -> cuda_launches.Run:
-        run = super()._run(problem, request, planning=planning)
-        known = [t for t in (*_tensors(problem), *_tensors(request)) if t.device.type == "cpu"]
-        empty, copy, launch, reduce = run.empty, run.copy, run.launch, run.reduce
+    def _context(self, stream: int, index: int) -> Context:
+        return super()._context(stream, index)._replace(watch=self._watch)
 
-        def watched_empty(*shape: int, **options: Any) -> Tensor:
-            known.append(empty(*shape, **options))
-            return known[-1]
-
-        def watched_copy(tensor: Tensor) -> Tensor:
-            known.append(copy(tensor))
-            return known[-1]
-
-        def watched_reduce(of: Problem, what: Request, outputs: dict[str, Tensor] | None) -> None:
-            known.extend((outputs or {}).values())
-            reduce(of, what, outputs)
-
-        def watched_launch(function: Any, arguments: Any, *more: Any) -> None:
-            if not planning:
-                self.launches.append(function.__name__)
-                self.native.set_memory([_reach(tensor) for tensor in known])
-            launch(function, arguments, *more)
-
-        run.empty, run.copy = watched_empty, watched_copy  # type: ignore[method-assign]
-        run.launch, run.reduce = watched_launch, watched_reduce  # type: ignore[method-assign]
-        return run
-
-
-def _tensors(of: Any) -> Iterator[Tensor]:
-    if isinstance(of, Tensor):
-        yield of
-    elif isinstance(of, tuple):
-        for each in of:
-            yield from _tensors(each)
-    elif is_dataclass(of):
-        for field in fields(of):
-            yield from _tensors(getattr(of, field.name))
+    def _watch(self, name: str, call: Play) -> None:
+        self.launches.append(name)
+        self.native.set_memory([_reach(tensor) for tensor in call.tensors if tensor is not None])
 
 
 def _reach(tensor: Tensor) -> tuple[int, int, str]:

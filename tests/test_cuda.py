@@ -16,8 +16,10 @@ from checks import Checked
 from cuda_emulated import Watched, shapes
 from cuda_problems import CASE_NAMES, CASES, OPERATIONS
 from flashmaps.maps.backends import cuda, cuda_blocks
+from flashmaps.maps.backends.cuda_launches import Run
 from flashmaps.maps.problem import Problem as Described
 from flashmaps.maps.problem import Request
+from flashmaps.maps.tape import Recorder, without_memory
 from problems import Problem
 
 module, emulated = cuda_emulated.module, cuda_emulated.emulated  # fixtures
@@ -204,6 +206,13 @@ def test_many_maps_are_taken_in_chunks(emulated: Watched) -> None:
     assert plan.workspace <= 4 * 2**20
 
 
+def arranging(emulated: Watched, problem: Described) -> tuple[Run, Described]:
+    """A call at its beginning, and the problem that it sees."""
+    recorder = Recorder()
+    there, request, _ = without_memory(problem, Request(ROWS), recorder)
+    return Run(emulated, problem.query.device, request.memory_budget, recorder), there
+
+
 @pytest.mark.parametrize(
     ("block", "bytes_wanted"),
     [
@@ -216,9 +225,9 @@ def test_many_maps_are_taken_in_chunks(emulated: Watched) -> None:
 def test_shared_memory_is_what_the_design_says(
     block: tuple[int, int, bool], bytes_wanted: int, emulated: Watched
 ) -> None:
-    run = emulated._run(described(5, 4096, 4096, 64), Request(ROWS), planning=True)
+    run, problem = arranging(emulated, described(5, 4096, 4096, 64))
     arguments = emulated.native.Statistics()
-    arguments.map = run.map(described(5, 4096, 4096, 64), None)
+    arguments.map = run.map(problem, None)
     arguments.tiling = emulated.native.Tiling(*block)
     assert emulated.native.shared_bytes(arguments) == bytes_wanted
 
@@ -241,9 +250,9 @@ def test_kept_tokens_stay_where_they_fit(
     multiprocessors, kilobytes, architecture = CARDS[card]
     limits = emulated.native.Limits(multiprocessors, 1024 * kilobytes, architecture)
     emulated.native.set_limits(limits)
-    run = emulated._run(described(*shape), Request(ROWS), planning=True)
+    run, problem = arranging(emulated, described(*shape))
     arguments = emulated.native.Statistics()
-    arguments.map = run.map(described(*shape), None)
+    arguments.map = run.map(problem, None)
     run.arrange("statistics", arguments, 1)
     tiling = arguments.tiling
     assert (tiling.warp_rows, tiling.warp_columns, tiling.resident) == block

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from flashmaps.maps.backends.cuda_blocks import Shape
-from flashmaps.maps.backends.cuda_call import device_index
+from flashmaps.maps.backends.cuda_call import Context, device_index
 from flashmaps.maps.backends.cuda_launches import Run
 from flashmaps.maps.gpu import passes_of
-from flashmaps.maps.problem import Cost, Problem, Request, cost_of, empty_outputs, query_mask_reason
+from flashmaps.maps.problem import Cost, Problem, Request, cost_of, query_mask_reason
+from flashmaps.maps.tape import Recorder, Tape, Tapes, call_key, tensors_of, without_memory
 
 # Head dimensions with kernels. Others would run, padded, but nobody has looked at what they cost.
 DIMS = (40, 64, 80, 128, 160)
@@ -102,6 +103,7 @@ class Backend:
         self.device_type = device_type
         self.shapes = shapes
         self._last = threading.local()
+        self._tapes = Tapes()  # of each thread: playing writes addresses into them
 
     def unavailable_reason(self) -> str | None:
         return unavailable_reason() if self.device_type == "cuda" else None
@@ -153,32 +155,53 @@ class Backend:
 
     def plan(self, problem: Problem, request: Request) -> Cost:
         """What `reduce` takes: its launches, arranged and not made."""
-        run = self._run(problem, request, planning=True)
-        run.reduce(problem, request, None)
-        passes = passes_of(problem, request, run.scores)
-        return cost_of(problem, request, passes=passes, workspace=run.workspace)
+        tape = self._tape(problem, request)
+        passes = passes_of(problem, request, tape.scores)
+        return cost_of(problem, request, passes=passes, workspace=tape.workspace)
 
     def reduce(self, problem: Problem, request: Request) -> dict[str, Tensor]:
         """Every requested field; see `reference.reduce` for what each one is."""
-        run = self._run(problem, request, planning=False)
-        outputs = empty_outputs(problem, request)
-        if self.device_type == "cuda":
-            with torch.cuda.device(problem.query.device):
-                run.reduce(problem, request, outputs)
+        tape = self._tape(problem, request)
+        device = problem.query.device
+        tensors = tensors_of(problem, request)
+        if self.device_type != "cuda":
+            outputs = tape.play(tensors, device, self._context(0, 0))
         else:
-            run.reduce(problem, request, outputs)
-        self._last.workspace = run.workspace
+            index = device_index(device)
+            if index == torch.cuda.current_device():
+                outputs = tape.play(tensors, device, self._context_of(index))
+            else:
+                with torch.cuda.device(device):
+                    outputs = tape.play(tensors, device, self._context_of(index))
+        self._last.workspace = tape.workspace
         return outputs
+
+    def _context_of(self, index: int) -> Context:
+        return self._context(torch._C._cuda_getCurrentRawStream(index), index)
+
+    def _context(self, stream: int, index: int) -> Context:
+        return Context(self.native.Stream(stream, index))
 
     def last_workspace_bytes(self) -> int:
         """Bytes beyond inputs and outputs that this thread's last call allocated itself."""
         return getattr(self._last, "workspace", 0)
 
-    def _run(self, problem: Problem, request: Request, *, planning: bool) -> Run:
-        reason = refusal(request) or _too_old(self.limits(problem.query.device).architecture)
-        if reason is not None:
-            raise RuntimeError(f"backend 'cuda' cannot run this: {reason}")
-        return Run(self, problem.query.device, request.memory_budget, planning)
+    def _tape(self, problem: Problem, request: Request) -> Tape:
+        """What this call does, arranged when the first one like it comes."""
+        limits = self.limits(problem.query.device)
+        card = (limits.multiprocessors, limits.shared_bytes, limits.architecture)
+
+        def record() -> Tape:
+            reason = refusal(request) or _too_old(limits.architecture)
+            if reason is not None:
+                raise RuntimeError(f"backend 'cuda' cannot run this: {reason}")
+            recorder = Recorder()
+            run = Run(self, problem.query.device, request.memory_budget, recorder)
+            there, asked, inputs = without_memory(problem, request, recorder)
+            outputs = run.reduce(there, asked)
+            return recorder.tape(inputs, outputs, run.workspace, run.scores)
+
+        return self._tapes.get(call_key(problem, request, card), record)
 
 
 here = Backend(_native)

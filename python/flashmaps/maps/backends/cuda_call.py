@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -19,6 +20,11 @@ from flashmaps.maps.backends.cuda_blocks import (
 )
 from flashmaps.maps.gpu import LOG2_E, WORKSPACE, Workspace
 from flashmaps.maps.problem import Problem
+from flashmaps.maps.tape import Play, Recorder
+
+# Tensors without memory have addresses all the same while a call is arranged: number n of the
+# recorder begins at (n + 1) times this, which is more than anything else that is told to a kernel.
+_APART = 2**40
 
 
 def device_index(device: torch.device) -> int:
@@ -38,6 +44,15 @@ def is_aligned(tensor: Tensor) -> bool:
     if tensor.device.type == "meta":
         return tensor.storage_offset() * tensor.element_size() % 16 == 0
     return tensor.data_ptr() % 16 == 0
+
+
+def _contiguous_copy(tensor: Tensor) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _fields(of: Any) -> tuple[str, ...]:
+    """The members of a struct of the module."""
+    return tuple(name for name in dir(of) if isinstance(getattr(of, name), property))
 
 
 class Operand(NamedTuple):
@@ -62,47 +77,65 @@ class Driver(Protocol):
     def limits(self, device: torch.device) -> Any: ...
 
 
-class Call(Workspace):
-    """What a call launches, and what it has allocated.
-
-    Only planned, it makes the same decisions on the same shapes, and neither allocates nor
-    launches.
-    """
+class Launched:
+    """A launch of a tape: addresses are filled in, and it goes."""
 
     def __init__(
-        self, backend: Driver, device: torch.device, budget: int | None, planning: bool
+        self, function: Callable[..., None], arguments: Any, more: tuple[Any, ...],
+        addresses: list[tuple[Any, str, int, int]],
+    ) -> None:  # fmt: skip
+        self.function, self.arguments, self.more = function, arguments, more
+        self.addresses = addresses  # (struct, field, slot, bytes from its start)
+
+    def __call__(self, call: Play) -> None:
+        addresses = call.addresses
+        for struct, name, slot, offset in self.addresses:
+            setattr(struct, name, addresses[slot] + offset)
+        context: Context = call.context
+        if context.watch is not None:
+            context.watch(self.function.__name__, call)
+        self.function(self.arguments, *self.more, context.stream)
+
+
+class Context(NamedTuple):
+    """Of one play of a tape: where its launches go, and who is told before each of them."""
+
+    stream: Any
+    watch: Callable[[str, Play], None] | None = None
+
+
+class Call(Workspace):
+    """Arranges what a call launches and allocates, on tensors without memory."""
+
+    def __init__(
+        self, backend: Driver, device: torch.device, budget: int | None, recorder: Recorder
     ) -> None:
         super().__init__()
         self.native = backend.native
         self.shapes = backend.shapes
         self.limits = backend.limits(device)
         self.budget = budget
-        self.planning = planning
-        self.device = device
-        self.scores = 0  # q k that were computed
+        self.recorder = recorder
+        self.scores = 0  # q k that are computed
         self._copied = 0
-        self.stream: Any = None
-        if not planning:
-            handle, index = 0, 0
-            if backend.device_type == "cuda":
-                index = device_index(device)
-                handle = torch.cuda.current_stream(device).cuda_stream
-            self.stream = self.native.Stream(handle, index)
 
     # Memory.
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Workspace, counted until `release`."""
-        device = torch.device("meta") if self.planning else self.device
-        return self.allocate(shape, dtype, device)
+        return self.recorder.make(self.allocate(shape, dtype, torch.device("meta")))
 
     def copy(self, tensor: Tensor) -> Tensor:
         """A copy that is contiguous and aligned, kept to the end of the call."""
         self.hold(tensor.numel() * tensor.element_size())
         self._copied += tensor.numel() * tensor.element_size()
-        if self.planning:
-            return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-        return tensor.clone(memory_format=torch.contiguous_format)
+        made: Tensor = self.recorder.compute(_contiguous_copy, tensor)
+        return made
+
+    def address(self, tensor: Tensor) -> int:
+        """What stands for a tensor's address until the tape is played."""
+        place = self.recorder.place(tensor)
+        return (place.slot + 1) * _APART + place.bytes
 
     def fits(self, each: int) -> int:
         """How many of something may still be allocated."""
@@ -130,8 +163,8 @@ class Call(Workspace):
         made = self.empty(*tensor.shape[:-1], pitch(count))
         source = tensor if tensor.is_contiguous() else self.copy(tensor)
         arguments = self.native.Prepare()
-        setattr(arguments, "in", source.data_ptr())
-        arguments.out = made.data_ptr()
+        setattr(arguments, "in", self.address(source))
+        arguments.out = self.address(made)
         arguments.rows = tensor.numel() // count
         arguments.count, arguments.pitch = count, pitch(count)
         arguments.factor = factor
@@ -143,7 +176,7 @@ class Call(Workspace):
         found = self.native.Map()
         for name, tokens in (("query", problem.query), ("key", problem.key)):
             native = self.native.Tokens()
-            native.data = tokens.data_ptr()
+            native.data = self.address(tokens)
             native.batches, native.count = tokens.shape[0], tokens.shape[2]
             native.batch_stride, native.head_stride, native.token_stride = tokens.stride()[:3]
             setattr(found, name, native)
@@ -151,21 +184,33 @@ class Call(Workspace):
         found.scale = problem.scale * LOG2_E
         found.weight = 1.0 / problem.heads
         if problem.head_weights is not None:
-            found.weights = problem.head_weights.data_ptr()
+            found.weights = self.address(problem.head_weights)
         if problem.pairs is not None:
-            found.pairs = problem.pairs.data_ptr()
+            found.pairs = self.address(problem.pairs)
         if problem.bias is not None:
-            found.bias, found.bias_pitch = problem.bias.data_ptr(), problem.bias.shape[-1]
+            found.bias, found.bias_pitch = self.address(problem.bias), problem.bias.shape[-1]
         if shift is not None:
-            found.shift, found.shift_pitch = shift.data_ptr(), shift.shape[-1]
+            found.shift, found.shift_pitch = self.address(shift), shift.shape[-1]
         found.keys_kept = keys_kept
         return found
 
     # Launches.
 
     def launch(self, function: Any, arguments: Any, *more: Any) -> None:
-        if not self.planning:
-            function(arguments, *more, self.stream)
+        found = [*self._addresses(arguments)]
+        for *_, slot, _ in found:
+            self.recorder.use(slot)
+        self.recorder.launch(Launched(function, arguments, more, found), function.__name__)
+
+    def _addresses(self, struct: Any) -> Iterator[tuple[Any, str, int, int]]:
+        """Every address in a struct and those within it."""
+        for name in _fields(type(struct)):
+            value = getattr(struct, name)
+            if isinstance(value, int):
+                if value >= _APART:
+                    yield struct, name, value // _APART - 1, value % _APART
+            elif type(value).__module__ == type(struct).__module__ and _fields(type(value)):
+                yield from self._addresses(value)
 
     def launch_pass(self, name: str, arguments: Any, problem: Problem, times: int = 1) -> None:
         self.scores += times * problem.scores

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,6 @@ from flashmaps.maps.gpu import (
     LOG2_E,
     PARTS,
     ROW_STATISTICS,
-    on_meta,
     part_bytes,
     part_dtype,
     part_shape,
@@ -31,12 +31,20 @@ _FINISHED = FINISHED | {"dense": "dense"}
 _WHOLE = ("diagonal", "dense")
 
 
+def _mark(start: int, ones: Tensor, cells: Tensor) -> None:
+    """ones[0, j, c] = 1 where key j is in cell start + c, else 0."""
+    cell = torch.arange(start, start + ones.shape[2], device=cells.device)
+    ones.copy_(cells[:, None] == cell)
+
+
 class Run(Call):
     """A call with the passes that it is made of."""
 
-    def reduce(self, problem: Problem, request: Request, outputs: dict[str, Tensor] | None) -> None:
-        """Fill the outputs; planning, there are none."""
-        made = empty_outputs(on_meta(problem), request) if outputs is None else outputs
+    def reduce(self, problem: Problem, request: Request) -> dict[str, Tensor]:
+        """All passes; the outputs that they fill."""
+        made = empty_outputs(problem, request)
+        for out in made.values():
+            self.recorder.make(out)
         problem = self.ready(problem)
         partner = request.partner if "return_probability" in made else None
         if partner is not None:
@@ -61,6 +69,7 @@ class Run(Call):
                 None if left is None else left._replace(tensor=left.tensor[some]),
                 {name: out[some] for name, out in made.items()},
             )
+        return made
 
     def ready(self, problem: Problem) -> Problem:
         """Tokens aligned, weights and pairs contiguous, the bias in log2 units and pitched."""
@@ -130,20 +139,20 @@ class Run(Call):
         parts = None
         if splits > 1:
             parts = self.empty(splits, count)
-            arguments.parts = parts.data_ptr()
+            arguments.parts = self.address(parts)
         else:
-            arguments.lse = 0 if lse is None else lse.data_ptr()
-            arguments.shift = 0 if shift is None else shift.data_ptr()
+            arguments.lse = 0 if lse is None else self.address(lse)
+            arguments.shift = 0 if shift is None else self.address(shift)
         of = arguments.map
         of.shift = 0  # a term of scores elsewhere, an output here
         self.launch_pass("lse", arguments, problem)
         if parts is not None:
             together = self.native.CombineLse()
-            together.parts, together.splits = parts.data_ptr(), splits
+            together.parts, together.splits = self.address(parts), splits
             together.rows = problem.batch * problem.heads
             together.count, together.pitch = problem.num_queries, pitch(problem.num_queries)
-            together.lse = 0 if lse is None else lse.data_ptr()
-            together.shift = 0 if shift is None else shift.data_ptr()
+            together.lse = 0 if lse is None else self.address(lse)
+            together.shift = 0 if shift is None else self.address(shift)
             self.launch(self.native.combine_lse, together)
             self.release(parts)
 
@@ -186,7 +195,7 @@ class Run(Call):
     def outputs(self, tensors: dict[str, Tensor]) -> Any:
         out = self.native.StatisticsOutputs()
         for name, tensor in tensors.items():
-            setattr(out, name, tensor.data_ptr())
+            setattr(out, name, self.address(tensor))
         return out
 
     def product(
@@ -205,7 +214,7 @@ class Run(Call):
         columns = operand.columns
         width = min(OPERAND_WIDTH, -(-columns // 8) * 8)
         programs = -(-columns // width)
-        arguments.operand = operand.tensor.data_ptr()
+        arguments.operand = self.address(operand.tensor)
         arguments.operand_stride, arguments.operand_pitch = operand.stride, operand.pitch
         arguments.columns, arguments.width = columns, width
         arguments.aligned = (
@@ -220,7 +229,7 @@ class Run(Call):
         if splits > 1:
             parts = self.empty(splits, problem.batch, kept, columns)
         target = out if parts is None else parts
-        arguments.out, arguments.out_pitch = target.data_ptr(), target.stride(-2)
+        arguments.out, arguments.out_pitch = self.address(target), target.stride(-2)
         self.launch_pass("product", arguments, problem, programs)
         self.add_up(parts, out)
 
@@ -228,8 +237,7 @@ class Run(Call):
         """Parts of splits, in their order."""
         if parts is None:
             return
-        if not self.planning:
-            torch.sum(parts, 0, out=out)
+        self.recorder.compute(lambda parts, out: torch.sum(parts, 0, out=out), parts, out)
         self.release(parts)
 
     def pooled(self, problem: Problem, shift: Tensor, request: Request, out: Tensor) -> None:
@@ -239,9 +247,7 @@ class Run(Call):
             columns = min(_CELL_COLUMNS, request.num_cells - start)
             ones = self.empty(1, problem.num_keys, columns)
             self.hold(problem.num_keys * columns + 8 * columns)  # comparing makes bools
-            if not self.planning:
-                cell = torch.arange(start, start + columns, device=self.device)
-                ones.copy_(request.cells[:, None] == cell)
+            self.recorder.compute(functools.partial(_mark, start), ones, request.cells)
             self.hold(-problem.num_keys * columns - 8 * columns)
             operand = Operand(ones, 0, columns)
             self.product(problem, shift, operand, out[..., start:], split=False)
@@ -256,7 +262,7 @@ class Run(Call):
         arguments.back = self.map(partner, back_shift, keys_kept=True)
         splits = self.arrange("round_trip", arguments, 4 * out.numel())
         parts = self.empty(splits, *out.shape) if splits > 1 else None
-        arguments.out = (out if parts is None else parts).data_ptr()
+        arguments.out = self.address(out if parts is None else parts)
         self.scores += partner.scores
         self.launch_pass("round_trip", arguments, problem)
         self.add_up(parts, out)
