@@ -55,6 +55,7 @@ struct Limits {
   int threads = 1;
   std::int64_t memory_budget = 0;  // bytes beyond inputs and outputs; 0 for no limit
   bool only_plan = false;
+  bool matrix_unit = false;  // whether the processor has one (AMX) that may be used
 };
 
 struct Cost {

@@ -8,10 +8,12 @@
 //
 // This file is compiled once for each instruction set, in a namespace of its own.
 #include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/back.h"
 #include "cpu/map.h"
+#include "cpu/matrix_unit.h"
 #include "cpu/memory.h"
 #include "cpu/reducers.h"
 #include "cpu/simd.h"
@@ -34,6 +36,9 @@ constexpr std::int64_t kFewKnownKeys = 192;
 // Strips whose columns wait to be reduced: as many as fit, at least one for each thread.
 constexpr std::int64_t kWindowBytes = std::int64_t(32) << 20;
 
+// Multiplications, or what takes as long, that are worth a thread: some ten microseconds.
+constexpr double kThreadWork = 1 << 19;
+
 // How a call is done: what it takes, and how fast it is. Only `known` changes any bit of the
 // result.
 struct Choice {
@@ -42,6 +47,7 @@ struct Choice {
   std::int64_t window;      // strips whose columns wait to be reduced, unless known
   std::int64_t known_keys;  // keys of a block, if known
   std::int64_t group;       // maps whose log-sum-exp is computed and held at once, if it has to be
+  UnitShape unit = {};      // of the matrix unit, where it makes the scores
 };
 
 // One call: what is wanted, and how it will be done.
@@ -133,16 +139,30 @@ struct Plan {
   }
 };
 
+// The matrix unit, where this build knows it and the numbers are its own.
+struct NoUnit {};
+#if FLASHMAPS_MATRIX_UNIT
+template <class T>
+using UnitOf = std::conditional_t<std::is_same_v<T, float>, Unit, NoUnit>;
+#else
+template <class T>
+using UnitOf = NoUnit;
+#endif
+
 // One thread's buffers and the making of blocks of the mean map.
 template <class T>
 class Worker {
+  static constexpr bool kUnit = !std::is_same_v<UnitOf<T>, NoUnit>;
   static constexpr int R = kRows<T>, L = kLanes<T>;
 
  public:
   explicit Worker(Plan<T>& plan) : plan_(plan) {
     const Problem& p = plan.problem;
     Workspace& w = plan.workspace;
-    query_ = Buffer<T>(w, p.heads * p.dim * R);
+    if constexpr (kUnit) {
+      if (plan.choice.unit.used()) unit_ = Unit(w, plan.choice.unit, p.heads);
+    }
+    if (!plan.choice.unit.used()) query_ = Buffer<T>(w, p.heads * p.dim * R);
     convert_ = Buffer<T>(w, kKeyChunk * std::max(p.dim, plan.operands.partner.dim));
     const std::int64_t strip = plan.wants_map() ? plan.strip_keys() * R : 0;
     if (!plan.in_windows()) mean_ = Buffer<T>(w, strip);
@@ -238,8 +258,15 @@ class Worker {
   void load_strip(const Strip& s) {
     const Problem& p = plan_.problem;
     for (std::int64_t h = 0; h < p.heads; ++h) {
-      pack_lanes<T>(plan_.map.query, plan_.map.query_index(s.map), h, s.i0, s.valid,
-                    plan_.map.scale, query_ + h * p.dim * R);
+      const std::int64_t of = plan_.map.query_index(s.map);
+      if constexpr (kUnit) {
+        if (plan_.choice.unit.used()) {
+          unit_.load(plan_.map.query, of, h, s.i0, s.valid);
+          continue;
+        }
+      }
+      pack_lanes<T>(plan_.map.query, of, h, s.i0, s.valid, plan_.map.scale,
+                    query_ + h * p.dim * R);
     }
     for (int r = 0; r < R; ++r) valid_[r / L][r % L] = r < s.valid ? T(1) : T(0);
   }
@@ -248,6 +275,13 @@ class Worker {
   template <Mode mode>
   void score(const Strip& s, std::int64_t h, std::int64_t j0, std::int64_t j1,
              SoftmaxLanes<T>& lanes, const Target<T>& to) {
+    if constexpr (kUnit) {
+      if (plan_.choice.unit.used()) {
+        unit_.template score<mode>(plan_.map.key, plan_.map.key_index(s.map), h, j0, j1,
+                                   plan_.map.scale, plan_.map.key_bias(s.map), lanes, to);
+        return;
+      }
+    }
     score_keys<T, mode>(query_ + h * plan_.problem.dim * R, plan_.map.key,
                         plan_.map.key_index(s.map), h, j0, j1, plan_.map.key_bias(s.map), lanes, to,
                         convert_);
@@ -369,6 +403,7 @@ class Worker {
   BackTile<T> back_;
   Lanes<T> valid_, last_;  // last_: the coefficient of the head yet to be added
   Buffer<T> query_;        // [H][d][R], scaled
+  UnitOf<T> unit_;         // or as the matrix unit takes them
   Buffer<T> convert_;      // [kKeyChunk][d]
   Buffer<T> mean_, head_;  // [keys of a block][R]
   Buffer<T> line_mass_;    // [lines][R]
@@ -419,7 +454,11 @@ Choice usual(const Problem& p, int threads) {
   threads = 1;
 #endif
   const std::int64_t strips = p.maps * Plan<T>::strips_of(p.queries);
-  const std::int64_t most = std::max<std::int64_t>(1, std::min<std::int64_t>(threads, strips));
+  // A thread that has to be woken for less than this comes too late.
+  const double work = double(p.maps * p.heads) * double(p.queries * p.keys) * double(p.dim + 32);
+  const auto worth = std::int64_t(std::min(work / kThreadWork, 1e6));
+  const std::int64_t most =
+      std::max<std::int64_t>(1, std::min({std::int64_t(threads), strips, worth}));
   // The mean map's strip and, where there are several heads, one head's.
   const std::int64_t strip = p.keys * kRows<T> * std::int64_t(sizeof(T));
   const bool known = Normalize(p.normalize) == Normalize::Block &&
@@ -434,7 +473,8 @@ Choice usual(const Problem& p, int threads) {
 template <class T>
 Choice choose(const Problem& problem, const Operands& operands, const Outputs& outputs,
               const Limits& limits) {
-  const Choice first = usual<T>(problem, limits.threads);
+  Choice first = usual<T>(problem, limits.threads);
+  if (limits.matrix_unit) first.unit = UnitShape::of(problem);
   if (limits.memory_budget <= 0) return first;
   std::vector<Choice> ways;
   const auto blocks_of_every_size = [&](std::int64_t threads) {
@@ -456,6 +496,7 @@ Choice choose(const Problem& problem, const Operands& operands, const Outputs& o
       blocks_of_every_size(threads);
     }
   }
+  for (Choice& way : ways) way.unit = first.unit;
   Choice least = first;
   std::int64_t fewest = std::numeric_limits<std::int64_t>::max();
   for (const Choice& way : ways) {
@@ -479,6 +520,7 @@ void run_lse(Call<T>& call, Range strips) {
 #pragma omp parallel num_threads(int(call.workers.size()))
   {
     const ThreadState state;
+    const UnitState unit(call.plan.choice.unit);
     Worker<T>& worker = call.mine();
 #pragma omp for schedule(dynamic, 1)
     for (std::int64_t n = strips.first; n < strips.last; ++n) worker.only_lse(call.plan.strip(n));
@@ -491,6 +533,7 @@ void run_rows(Call<T>& call, Range strips) {
 #pragma omp parallel num_threads(int(call.workers.size()))
   {
     const ThreadState state;
+    const UnitState unit(call.plan.choice.unit);
     Worker<T>& worker = call.mine();
 #pragma omp for schedule(dynamic, 1)
     for (std::int64_t n = strips.first; n < strips.last; ++n) worker.rows(call.plan.strip(n));
@@ -515,6 +558,7 @@ void run_windows(Call<T>& call, Range strips) {
 #pragma omp parallel num_threads(int(call.workers.size()))
   {
     const ThreadState state;
+    const UnitState unit(call.plan.choice.unit);
     Worker<T>& worker = call.mine();
     for (std::int64_t first = strips.first; first < strips.last; first += window) {
       const std::int64_t last = std::min(first + window, strips.last);
@@ -552,6 +596,7 @@ void run_known_columns(Call<T>& call, Range maps) {
 #pragma omp parallel num_threads(int(call.workers.size()))
   {
     const ThreadState state;
+    const UnitState unit(call.plan.choice.unit);
     const std::int64_t me = thread_index();
     Worker<T>& worker = call.mine();
 #pragma omp for schedule(dynamic, 1)
