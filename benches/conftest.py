@@ -38,6 +38,7 @@ class Session:
 
     def __init__(self) -> None:
         self.cases: list[report.Case] = []
+        self.host: list[report.Host] = []
         self.roofline = Roofline()
         self.extension = extension()
 
@@ -108,8 +109,24 @@ def case(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> Callabl
     return run
 
 
+@pytest.fixture
+def host(request: pytest.FixtureRequest, benchmark: BenchmarkFixture) -> Callable[..., None]:
+    """Times what the host does in a call: the median of many."""
+    session = request.config.stash[_SESSION]
+
+    def run(backend: str, call: str, function: Callable[[], Any]) -> None:
+        benchmark.pedantic(function, rounds=500, warmup_rounds=20)
+        if not benchmark.disabled:
+            median = benchmark.stats.stats.median
+            session.host.append(report.Host(backend, call, median * 1e6))
+
+    return run
+
+
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
     session = config.stash[_SESSION]
+    if session.host:
+        terminalreporter.write_line(report.host_text(session.host))
     if not session.cases:
         return
     report.add_limits(session.cases, session.roofline)
@@ -123,5 +140,5 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pyte
     if session.extension != extension():
         terminalreporter.write_line("\nNot written to results/: flashmaps was rebuilt meanwhile.")
         return
-    files = report.write(session.cases, here, session.roofline)
+    files = report.write(session.cases, session.host, here, session.roofline)
     terminalreporter.write_line("\nWritten to " + " and ".join(map(str, files)))

@@ -83,6 +83,23 @@ class Case:
         return f"{self.operation}, {self.shape}, {self.dtype}"
 
 
+@dataclass
+class Host:
+    """What the host pays for a call."""
+
+    backend: str
+    call: str
+    microseconds: float
+
+
+def host_text(rows: list[Host]) -> str:
+    """Microseconds by backend and call."""
+    lines = ["", "Microseconds of the host for one call, its kernels left out (median of 500):"]
+    return "\n".join(
+        [*lines, *(f"  {r.backend:<8}{r.call:<20}{r.microseconds:8.1f}" for r in rows), ""]
+    )
+
+
 def make_case(
     operation: Operation,
     shape: Shape,
@@ -148,7 +165,7 @@ def text(cases: list[Case], about: str) -> str:
     return "\n".join([*lines, "", LEGEND])
 
 
-def markdown(cases: list[Case], about: str) -> str:
+def markdown(cases: list[Case], host: list[Host], about: str) -> str:
     """The same table for a README."""
     lines = [about, "", "| case | by | " + " | ".join(HEADERS) + " |"]
     lines.append("| --- | --- |" + " ---: |" * len(HEADERS))
@@ -157,7 +174,17 @@ def markdown(cases: list[Case], about: str) -> str:
             cells = _full(row) or [row.refusal, *[""] * (len(HEADERS) - 1)]
             by = f"**{row.by}**" if row.by == OURS else row.by
             lines.append(f"| {'' if n else case.title} | {by} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", _LEGEND.replace("\n", "\n\n"), ""])
+    lines += ["", _LEGEND.replace("\n", "\n\n"), ""]
+    if host:
+        lines += [
+            "Microseconds of the host for one call, its kernels left out (median of 500):",
+            "",
+            "| backend | call | us |",
+            "| --- | --- | ---: |",
+            *(f"| {row.backend} | {row.call} | {row.microseconds:.1f} |" for row in host),
+            "",
+        ]
+    return "\n".join(lines)
 
 
 def about(machine: dict[str, str | int], roofline: Roofline) -> str:
@@ -169,7 +196,9 @@ def about(machine: dict[str, str | int], roofline: Roofline) -> str:
     )
 
 
-def write(cases: list[Case], machine: dict[str, str | int], roofline: Roofline) -> list[Path]:
+def write(
+    cases: list[Case], host: list[Host], machine: dict[str, str | int], roofline: Roofline
+) -> list[Path]:
     """results/<machine>.json and .md, each whole or not at all."""
     FOLDER.mkdir(exist_ok=True)
     stem = FOLDER / slug(machine)
@@ -178,10 +207,11 @@ def write(cases: list[Case], machine: dict[str, str | int], roofline: Roofline) 
         "multiply_add_per_second": {str(d): v for d, v in roofline.flops.items()},
         "exp_per_second": {str(d): v for d, v in roofline.exps.items()},
         "cases": [asdict(case) for case in cases],
+        "host": [asdict(row) for row in host],
     }
     files = [stem.with_name(stem.name + suffix) for suffix in (".json", ".md")]
     write_text(files[0], json.dumps(everything, indent=1, allow_nan=False) + "\n")
-    write_text(files[1], markdown(cases, about(machine, roofline)))
+    write_text(files[1], markdown(cases, host, about(machine, roofline)))
     return files
 
 

@@ -175,8 +175,8 @@ def _launch_composed(
         (*OPTIONAL, "bias", "pairs", "weights", "lse", "line_mass", "operand")
     )
     arguments |= dict.fromkeys(
-        ("kept_batch", "kept_head", "kept_dim", "streamed_batch", "streamed_head", "columns", "k",
-         "operand_map", "operand_token", "operand_column"), 0,
+        ("kept_maps", "streamed_maps", "kept_batch", "kept_head", "kept_dim", "streamed_batch",
+         "streamed_head", "columns", "k", "operand_map", "operand_token", "operand_column"), 0,
     )  # fmt: skip
     arguments |= {
         "kept": a,

@@ -23,6 +23,7 @@ from flashmaps.kernels.tile import (
     dot_products,
     log2,
     normalized,
+    of_pair,
     up_to,
 )
 
@@ -215,11 +216,13 @@ def head_columns(
 @triton.jit
 def inner_kernel(
     query,
+    query_maps,
     query_batch,
     query_head,
     query_token,
     query_dim,
     key,
+    key_maps,
     key_batch,
     key_head,
     key_token,
@@ -260,8 +263,8 @@ def inner_kernel(
     map = tl.cast(pid // blocks // heads, tl.int64)
     of_query, of_key = map, map
     if pairs is not None:
-        of_query = tl.load(pairs + 2 * map)
-        of_key = tl.load(pairs + 2 * map + 1)
+        of_query = of_pair(pairs, map, 0, query_maps)
+        of_key = of_pair(pairs, map, 1, key_maps)
     query += of_query * query_batch + tl.cast(head, tl.int64) * query_head
     query += tl.cast(block * R, tl.int64) * query_token
     key += of_key * key_batch + tl.cast(head, tl.int64) * key_head
@@ -306,11 +309,13 @@ def inner_kernel(
 @triton.jit
 def query_kernel(
     query,
+    query_maps,
     query_batch,
     query_head,
     query_token,
     query_dim,
     key,
+    key_maps,
     key_batch,
     key_head,
     key_token,
@@ -354,8 +359,8 @@ def query_kernel(
     map = tl.cast(pid // parts // blocks // heads, tl.int64)
     of_query, of_key = map, map
     if pairs is not None:
-        of_query = tl.load(pairs + 2 * map)
-        of_key = tl.load(pairs + 2 * map + 1)
+        of_query = of_pair(pairs, map, 0, query_maps)
+        of_key = of_pair(pairs, map, 1, key_maps)
     query += of_query * query_batch + tl.cast(head, tl.int64) * query_head
     query += tl.cast(block * R, tl.int64) * query_token
     key += of_key * key_batch + tl.cast(head, tl.int64) * key_head
@@ -398,11 +403,13 @@ def query_kernel(
 @triton.jit
 def key_kernel(
     query,
+    query_maps,
     query_batch,
     query_head,
     query_token,
     query_dim,
     key,
+    key_maps,
     key_batch,
     key_head,
     key_token,
@@ -449,8 +456,8 @@ def key_kernel(
     map = tl.cast(pid // parts // blocks // heads // splits, tl.int64)
     of_query, of_key = map, map
     if pairs is not None:
-        of_query = tl.load(pairs + 2 * map)
-        of_key = tl.load(pairs + 2 * map + 1)
+        of_query = of_pair(pairs, map, 0, query_maps)
+        of_key = of_pair(pairs, map, 1, key_maps)
     query += of_query * query_batch + tl.cast(head, tl.int64) * query_head
     key += of_key * key_batch + tl.cast(head, tl.int64) * key_head
     key += tl.cast(block * R, tl.int64) * key_token

@@ -4,17 +4,19 @@
 
 import triton
 import triton.language as tl
-from flashmaps.kernels.tile import LN_2, LOG2_E, add_bias, dot_products, up_to
+from flashmaps.kernels.tile import LN_2, LOG2_E, add_bias, dot_products, of_pair, up_to
 
 
 @triton.jit
 def lse_kernel(
     query,
+    query_maps,
     query_batch,
     query_head,
     query_token,
     query_dim,
     key,
+    key_maps,
     key_batch,
     key_head,
     key_token,
@@ -53,8 +55,8 @@ def lse_kernel(
     map = pid // blocks // heads // splits
     of_query, of_key = map, map
     if pairs is not None:
-        of_query = tl.load(pairs + 2 * map)
-        of_key = tl.load(pairs + 2 * map + 1)
+        of_query = of_pair(pairs, map, 0, query_maps)
+        of_key = of_pair(pairs, map, 1, key_maps)
     of_query, of_key = tl.cast(of_query, tl.int64), tl.cast(of_key, tl.int64)
     query += of_query * query_batch + tl.cast(head, tl.int64) * query_head
     key += of_key * key_batch + tl.cast(head, tl.int64) * key_head

@@ -20,18 +20,20 @@ from flashmaps.kernels.reducers import (
     positions,
     take_largest,
 )
-from flashmaps.kernels.tile import LN_2, composed_tile, mean_tile, normalized, up_to
+from flashmaps.kernels.tile import LN_2, composed_tile, mean_tile, normalized, of_pair, up_to
 
 
 @triton.jit
 def reduce_kernel(
     kept,  # the side whose tokens the programs share out, [B, H, N or M, d]
+    kept_maps,
     kept_batch,
     kept_head,
     kept_token,
     kept_dim,
     num_kept,
     streamed,  # the side that is reduced over
+    streamed_maps,
     streamed_batch,
     streamed_head,
     streamed_token,
@@ -115,8 +117,8 @@ def reduce_kernel(
     map = pid // parts // blocks // splits
     of_kept, of_streamed = map, map
     if pairs is not None:
-        of_kept = tl.load(pairs + 2 * map + (1 if KEYS_KEPT else 0))
-        of_streamed = tl.load(pairs + 2 * map + (0 if KEYS_KEPT else 1))
+        of_kept = of_pair(pairs, map, 1 if KEYS_KEPT else 0, kept_maps)
+        of_streamed = of_pair(pairs, map, 0 if KEYS_KEPT else 1, streamed_maps)
     of_kept, of_streamed = tl.cast(of_kept, tl.int64), tl.cast(of_streamed, tl.int64)
     of_map = tl.cast(map, tl.int64)
     if KEYS_KEPT:

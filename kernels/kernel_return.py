@@ -4,18 +4,20 @@
 
 import triton
 import triton.language as tl
-from flashmaps.kernels.tile import mean_tile, normalized, up_to
+from flashmaps.kernels.tile import mean_tile, normalized, of_pair, up_to
 
 
 @triton.jit
 def return_kernel(
     # A_st: queries are sources, keys are targets.
     query,
+    query_maps,
     query_batch,
     query_head,
     query_token,
     query_dim,
     key,
+    key_maps,
     key_batch,
     key_head,
     key_token,
@@ -31,11 +33,13 @@ def return_kernel(
     scale,
     # A_ts: queries are targets, keys are sources.
     back_query,
+    back_query_maps,
     back_query_batch,
     back_query_head,
     back_query_token,
     back_query_dim,
     back_key,
+    back_key_maps,
     back_key_batch,
     back_key_head,
     back_key_token,
@@ -88,11 +92,11 @@ def return_kernel(
     of_map = tl.cast(map, tl.int64)
     of_query, of_key, of_back_query, of_back_key = of_map, of_map, of_map, of_map
     if pairs is not None:
-        of_query = tl.load(pairs + 2 * map)
-        of_key = tl.load(pairs + 2 * map + 1)
+        of_query = of_pair(pairs, map, 0, query_maps)
+        of_key = of_pair(pairs, map, 1, key_maps)
     if back_pairs is not None:
-        of_back_query = tl.load(back_pairs + 2 * map)
-        of_back_key = tl.load(back_pairs + 2 * map + 1)
+        of_back_query = of_pair(back_pairs, map, 0, back_query_maps)
+        of_back_key = of_pair(back_pairs, map, 1, back_key_maps)
     first = block * R
     row = tl.arange(0, R)
     rows_there = first + row < num_sources

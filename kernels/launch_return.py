@@ -8,7 +8,15 @@ from flashmaps.kernels.kernel_return import return_kernel
 from flashmaps.kernels.launch_lse import with_lse
 from flashmaps.kernels.launch_reduce import line_mass
 from flashmaps.kernels.run import Launch, Run, add_up, count_splits
-from flashmaps.kernels.views import head_parts, is_rare, stride_unit, strides, tile_constants, wide
+from flashmaps.kernels.views import (
+    head_parts,
+    is_rare,
+    one_part,
+    stride_unit,
+    strides,
+    tile_constants,
+    wide,
+)
 from flashmaps.maps.gpu import LOG2_E
 from flashmaps.maps.problem import Problem
 from torch import Tensor
@@ -48,7 +56,7 @@ def launch_return(
             f"{prefix}heads": of.heads,
             f"{prefix}scale": of.scale * LOG2_E,
         }
-    width, rest = head_parts(partner.query.shape[3])
+    width, rest = head_parts(partner.query.shape[3], one=one_part(query, run))
     arguments |= {
         "out": target,
         "maps": problem.batch,

@@ -73,6 +73,16 @@ class Settings:
         """
         return self.architecture in ("sm_80", "sm_90")
 
+    @property
+    def one_product(self) -> bool:
+        """Whether a sum may take up one product of matrices only, each time round a loop.
+
+        triton up to 3.8 compiles two of them into one accumulator wrongly for Blackwell
+        (triton-lang/triton#10821). So heads are then padded to one part, and float32 is multiplied
+        as such: parts of bfloat16 would be several products.
+        """
+        return self.architecture == "sm_100"
+
     def keeps_rows(self, keys: int, dim: int) -> bool:
         """Whether a tile takes a whole row of so many keys: no log-sum-exp, one pass."""
         return keys <= (self.whole_row if dim <= 128 else self.whole_row // 2)
@@ -91,13 +101,20 @@ class Settings:
         "high" and "medium" on the matrix units, in three parts of bfloat16 each, about as exact.
         """
         exact = dtype != torch.float32 or self.matmul_precision == "highest"
-        return "ieee" if exact or self.architecture == "interpreter" else "bf16x6"
+        return "ieee" if exact or self._plainly else "bf16x6"
+
+    @property
+    def _plainly(self) -> bool:
+        """Whether products of float32 take no parts of bfloat16."""
+        return self.one_product or self.architecture == "interpreter"
 
     def chunk(self, dtype: torch.dtype) -> int:
         """How many numbers of a head are multiplied at once, at most: as many as registers hold."""
         if self.architecture == "interpreter":
             return 32
-        return 16 if dtype == torch.float32 else 128
+        if dtype == torch.float32:
+            return 16
+        return 256 if self.one_product else 128
 
     def composition_precision(self) -> str:
         """How two maps (float32) are multiplied: the parts of bfloat16 that torch's switch means.
@@ -107,17 +124,19 @@ class Settings:
         """
         if self.architecture == "interpreter":
             return "ieee"
+        if self.one_product and self.matmul_precision != "medium":
+            return "ieee"
         return {"highest": "bf16x6", "high": "bf16x3", "medium": "bf16"}[self.matmul_precision]
 
     def operand_precision(self, dtype: torch.dtype) -> str:
         """How the map (float32) is multiplied with an operand (float32)."""
-        if dtype == torch.float32 or self.architecture == "interpreter":
+        if dtype == torch.float32 or self._plainly:
             return self.precision(torch.float32)
         return "bf16x6"
 
     def pooling_precision(self) -> str:
         """How the map is summed over cells: exactly, whatever torch's switch says."""
-        return "ieee" if self.architecture == "interpreter" else "bf16"
+        return "ieee" if self._plainly else "bf16"
 
 
 @functools.cache

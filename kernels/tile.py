@@ -43,6 +43,16 @@ def xlog2x(x, FAST_LOG: tl.constexpr):
 
 
 @triton.jit
+def of_pair(pairs, map, SIDE: tl.constexpr, count):
+    """Which query (SIDE 0) or key (1) a map is of, held among the ``count`` that there are.
+
+    Under torch.compile nobody has looked at pairs before.
+    """
+    found = tl.load(pairs + 2 * map + SIDE)
+    return tl.minimum(tl.maximum(found, 0), count - 1)
+
+
+@triton.jit
 def up_to(index, count, EVEN: tl.constexpr):
     """Token numbers, those beyond the last replaced by it; EVEN: there are none."""
     if EVEN:

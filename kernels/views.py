@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from flashmaps.kernels.run import Run
 from flashmaps.kernels.settings import Settings, Tiling
 from flashmaps.maps.gpu import LOG2_E
@@ -68,9 +69,14 @@ def power_of_two(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
-def head_parts(dim: int) -> tuple[int, int]:
-    """A head dimension as one power of two, or as two where that is smaller: 80 = 64 + 16."""
+def head_parts(dim: int, *, one: bool = False) -> tuple[int, int]:
+    """A head dimension as one power of two, or as two where that is smaller: 80 = 64 + 16.
+
+    ``one``: as one in any case.
+    """
     whole = max(16, power_of_two(dim))
+    if one:
+        return whole, 0
     first = whole // 2
     rest = max(16, power_of_two(dim - first)) if first >= 16 and dim > first else whole
     return (first, rest) if first + rest < whole else (whole, 0)
@@ -89,6 +95,7 @@ def strides(name: str, tokens: Tensor, unit: int) -> dict[str, int]:
     """Of Q or K, as the kernels' arguments for it."""
     batch, head, token, dim = tokens.stride()
     return {
+        f"{name}_maps": tokens.shape[0],
         f"{name}_batch": batch // unit,
         f"{name}_head": head // unit,
         f"{name}_token": token // unit,
@@ -149,11 +156,19 @@ def map_arguments(view: View) -> dict[str, Any]:
     }
 
 
+def one_part(tokens: Tensor, run: Run) -> bool:
+    """Whether a head has to be multiplied in one product: see `Settings.one_product`.
+
+    Products of float32 are none of the matrix unit's then.
+    """
+    return run.settings.one_product and tokens.dtype != torch.float32
+
+
 def tile_constants(
     tiling: Tiling, tokens: Tensor, kept: int, streamed: int, run: Run
 ) -> dict[str, Any]:
     """What every kernel is compiled for: its tile, and how a head is multiplied."""
-    width, rest = head_parts(tokens.shape[3])
+    width, rest = head_parts(tokens.shape[3], one=one_part(tokens, run))
     return {
         "R": tiling.rows,
         "C": tiling.columns,

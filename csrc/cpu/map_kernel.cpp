@@ -36,8 +36,8 @@ constexpr std::int64_t kFewKnownKeys = 192;
 // Strips whose columns wait to be reduced: as many as fit, at least one for each thread.
 constexpr std::int64_t kWindowBytes = std::int64_t(32) << 20;
 
-// Multiplications, or what takes as long, that are worth a thread: some ten microseconds.
-constexpr double kThreadWork = 1 << 19;
+// Multiplications, or what takes as long, that are worth a thread: a few microseconds of them.
+constexpr double kThreadWork = 1 << 16;
 
 // How a call is done: what it takes, and how fast it is. Only `known` changes any bit of the
 // result.

@@ -270,9 +270,12 @@ void launch(const char* name, void (*kernel)(Arguments), Index3 grid, int thread
   check(cudaSetDevice(stream.device), what);
   if (shared_bytes > 48 * 1024) {
     // More than that must be allowed first. As much as there is, always: another thread may be
-    // about to launch the same kernel with another number.
+    // about to launch the same kernel with another number. What the kernel has of its own counts.
+    cudaFuncAttributes has{};
+    check(cudaFuncGetAttributes(&has, function), what);
+    const int most = ask(stream.device, cudaDevAttrMaxSharedMemoryPerBlockOptin);
     check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               ask(stream.device, cudaDevAttrMaxSharedMemoryPerBlockOptin)),
+                               most - int(has.sharedSizeBytes)),
           what);
   }
   Arguments copy = arguments;

@@ -45,7 +45,7 @@ def reduce_and_pool(
     if together:
         held = pool_step(A, queries, num_query_cells, num_key_cells).held
         fields = A._fields(*wanted, "pooled_keys", memory_budget=left(budget, held), **pooled)
-        out.index_add_(1, query_cells, fields.pop("pooled_keys"))
+        _add_rows(out, query_cells, fields.pop("pooled_keys"), 0, apart=query_to is None)
     else:
         size, rest = pool_portion(A, num_query_cells, num_key_cells, budget)
         if wanted:
@@ -58,10 +58,25 @@ def reduce_and_pool(
             stop = min(start + size, queries)
             part = A.problem.query_rows(start, stop)
             sums = ops.reduce(part, request, A.backend)["pooled_keys"]
-            out.index_add_(1, query_cells[start:stop], sums)
+            _add_rows(out, query_cells[start:stop], sums, start, apart=query_to is None)
             del sums  # before the next ones are made
-    count = torch.bincount(query_cells, minlength=num_query_cells)
+    if query_to is None:
+        return fields, out
+    # Not bincount, which waits for the GPU: a CUDA graph could not hold it.
+    count = torch.zeros(num_query_cells, dtype=torch.int64, device=A.device)
+    count.index_add_(0, query_cells, torch.ones_like(query_cells))
     return fields, out.div_(count[None, :, None])
+
+
+def _add_rows(out: Tensor, cells: Tensor, sums: Tensor, first: int, *, apart: bool) -> None:
+    """out[:, cells[i]] += sums[:, i]. ``apart``: the cells are first, first + 1, ..."""
+    if apart:
+        out[:, first : first + sums.shape[1]] = sums
+    elif sums.is_cuda:
+        # index_add_ would add in whatever order; this sorts, so that a call repeats bit for bit.
+        out.transpose(0, 1).index_put_((cells,), sums.transpose(0, 1), accumulate=True)
+    else:
+        out.index_add_(1, cells, sums)
 
 
 def _labels(name: str, labels: Tensor, device: torch.device) -> tuple[Tensor, int]:
@@ -93,6 +108,8 @@ def pool_step(
     batch, queries, keys = A.shape
     sums = batch * size * num_key_cells * A.problem.itemsize
     held = sums + 8 * (queries + keys + 2 * num_query_cells)
+    if A.device.type == "cuda":
+        held += sums + 4 * 8 * size  # sorted: see `_add_rows`
     cells = torch.empty(keys, dtype=torch.int64, device="meta")
     problem = A.problem.query_rows(0, size)
     return A._step(
