@@ -265,8 +265,7 @@ class Worker {
           continue;
         }
       }
-      pack_lanes<T>(plan_.map.query, of, h, s.i0, s.valid, plan_.map.scale,
-                    query_ + h * p.dim * R);
+      pack_lanes<T>(plan_.map.query, of, h, s.i0, s.valid, plan_.map.scale, query_ + h * p.dim * R);
     }
     for (int r = 0; r < R; ++r) valid_[r / L][r % L] = r < s.valid ? T(1) : T(0);
   }

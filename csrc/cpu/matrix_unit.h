@@ -136,23 +136,23 @@ inline void split_halves(const std::uint16_t* rows, std::int64_t stride, std::in
   }
 }
 
-#define FLASHMAPS_LOAD(tile, from, stride)             \
-  asm volatile("tileloadd (%0,%1,1), %%tmm" #tile      \
-               :                                       \
-               : "r"(from), "r"(std::int64_t(stride))  \
+#define FLASHMAPS_LOAD(tile, from, stride)            \
+  asm volatile("tileloadd (%0,%1,1), %%tmm" #tile     \
+               :                                      \
+               : "r"(from), "r"(std::int64_t(stride)) \
                : "memory")
 #define FLASHMAPS_MULTIPLY(sum, keys, queries) \
   asm volatile("tdpbf16ps %%tmm" #queries ", %%tmm" #keys ", %%tmm" #sum : : : "memory")
-#define FLASHMAPS_STORE(to, stride, tile)              \
-  asm volatile("tilestored %%tmm" #tile ", (%0,%1,1)"  \
-               :                                       \
-               : "r"(to), "r"(std::int64_t(stride))    \
+#define FLASHMAPS_STORE(to, stride, tile)             \
+  asm volatile("tilestored %%tmm" #tile ", (%0,%1,1)" \
+               :                                      \
+               : "r"(to), "r"(std::int64_t(stride))   \
                : "memory")
 
 // to = [16 keys][R queries] of keys `stride` bytes apart; parts of keys are `part` apart.
 [[gnu::noinline]] __attribute__((target("amx-tile,amx-bf16"))) inline void multiply_tiles(
-    const std::uint16_t* keys, std::int64_t stride, std::int64_t part,
-    const std::uint16_t* queries, const UnitShape& shape, float* to) {
+    const std::uint16_t* keys, std::int64_t stride, std::int64_t part, const std::uint16_t* queries,
+    const UnitShape& shape, float* to) {
   static_assert(kWidth == 3 && kRows<float> == 48);
   asm volatile("tilezero %%tmm0; tilezero %%tmm1; tilezero %%tmm2" : : : "memory");
   const std::int64_t of_queries = shape.blocks() * kWidth * kUnitBlock;
