@@ -33,6 +33,8 @@ LAYER = "up_blocks.1.attentions.0.transformer_blocks.0.attn1"
 MATCH = "match {photo} {photo} --model {tiny} --size 64"
 EVAL = "eval world --pairs 1 --points 4 --model {tiny} --size 64"
 STUDY = "study --model {tiny}"
+BATCH = "batch {photo} {room}/other.png --model {tiny} --size 64"
+SEGMENT = "segment {photo} --model {tiny}"
 
 # A command line, and the words.
 COMMANDS = [
@@ -187,14 +189,46 @@ COMMANDS = [
         "match {photo} {photo} --model {tiny} --size 64 --prompt cat\ud800",
         "prompt='cat\\ud800' is no Unicode text: '\\ud800' is half a character",
     ),
+    ("batch", "give a folder of images, or several image files"),
+    ("batch {photo} --model {tiny}", "pairs='all' needs at least 2 images, there are 1"),
+    ("batch {photo} nowhere.png", "there is no image file 'nowhere.png'"),
+    ("{batch} --memory-budget 0", "memory_budget must be a whole number >= 1, got 0"),
+    ("{batch} --memory-budget -5", "memory_budget must be a whole number >= 1, got -5000000"),
+    ("{batch} --pairs x", "wanted all, nearest, chain, star, or a .csv or .parquet file"),
+    ("{batch} --pairs nearest --number 0", "number=0; pairs='nearest' needs at least 1"),
+    ("{batch} --rows x", "rows='x'; wanted tokens, points, pairs"),
+    ("{batch} --stage x", "stage='x'; wanted 'features' or 'pairs'"),
+    ("{batch} --dtype int8", "dtype='int8' is not known; wanted float32, float16, bfloat16"),
+    ("{batch} --device cuda:99", "device='cuda:99' cannot be used here"),
+    ("{batch} --out {room}/taken", "holds other files ('a.txt'), which flashmaps has not written"),
+    ("segment", "Missing argument 'images'"),
+    ("segment nowhere.png", "image 'nowhere.png': there is no file 'nowhere.png'"),
+    ("segment {room}/small.png --model {tiny}", "is 8 x 8 pixels"),
+    ("{segment} --count 0", "count must be a whole number >= 1, got 0"),
+    ("{segment} --count x", "Invalid value for '--count'"),
+    ("{segment} --layers nothing", "matches no attention layer of UNet2DConditionModel"),
+    ("{segment} --timestep 5000", "timestep=5000 is out of range; it takes 0 to 999"),
+    ("{segment} --size 3", "size=3 is too small; this model needs at least 16 pixels"),
+    ("{segment} --backend x", "backend 'x' is unknown"),
+    ("{segment} --out {room}/taken", "holds other files ('a.txt'), which flashmaps has not"),
+    ("cosegment {photo} --model {tiny}", "a collection has two images at least, got 1"),
+    ("cosegment {photo} nowhere.png --model {tiny}", "there is no file 'nowhere.png'"),
+    ("cosegment {photo} {photo} --model {tiny} --count -1", "count must be a whole number >= 1"),
+    ("eval segments --split train", "world is scored on its splits 'test' and 'validation'"),
+    ("eval segments --pairs 0", "count must be a whole number >= 1, got 0"),
+    ("eval segments --image-size 0", "size must be a whole number from 16 to 1024, got 0"),
+    ("eval segments --points 0", "--points: not an option of eval segments"),
+    ("eval segments --layers x", "--layers: not an option of eval segments"),
+    ("eval cosegments --pairs 0", "pairs must be a whole number >= 1, got 0"),
+    ("eval cosegments --pairs -1", "pairs must be a whole number >= 1, got -1"),
     ("world --out x.jpg", "--out 'x.jpg' must end in .png"),
     ("world --out {room}", "must end in .png"),
     ("world --out {room}/no/x.png", "cannot be written: there is no such folder to put it in"),
     ("world --size 0", "size must be a whole number from 16 to 1024, got 0"),
     ("world --size -1", "size must be a whole number from 16 to 1024, got -1"),
     (
-        "world --size 100000",
-        "24 scenes and 12 pairs of 100000 pixels make a sheet of 800106 x 1800268",
+        "world --size 1000",
+        "24 scenes and 12 pairs of 1000 pixels make a sheet of 8106 x 18268",
     ),
     ("world --count 0", "count must be a whole number >= 1, got 0"),
     ("world --count -1", "count must be a whole number >= 1, got -1"),
@@ -239,6 +273,7 @@ def room(tmp_path_factory):
     tiny_pipeline(place / "tokenizer").save_pretrained(place / "tiny")
     pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(place / "photo.png")
+    Image.fromarray(pixels[::-1]).save(place / "other.png")
     Image.new("RGB", (8, 8)).save(place / "small.png")
     (place / "cut.png").write_bytes((place / "photo.png").read_bytes()[:2000])
     (place / "[bold]x[").mkdir()
@@ -261,7 +296,11 @@ def filled(room, line, out):
         "photo": room / "photo.png", "tiny": room / "tiny", "room": room, "long": "n" * 300,
         "digits": "1" + "0" * 400, "red": "\x1b[31mred", "nul": "a\0b",
     }  # fmt: skip
-    line = line.replace("{match}", MATCH).replace("{eval}", EVAL).replace("{study}", STUDY)
+    for short, full in (
+        ("{match}", MATCH), ("{eval}", EVAL), ("{study}", STUDY), ("{batch}", BATCH),
+        ("{segment}", SEGMENT),
+    ):  # fmt: skip
+        line = line.replace(short, full)
     found = [word.format_map(names) for word in shlex.split(line)]
     return found if "--out" in found or found == ["nonsense"] else [*found, "--out", str(out)]
 

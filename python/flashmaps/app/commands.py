@@ -219,7 +219,9 @@ def evaluate(
         evaluate_segments(
             benchmark, out, count=pairs, seed=seed, split=split, image_size=image_size, model=model,
             resamples=resamples, overwrite=overwrite, data=data,
-            others={name: value for name, value in others.items() if value},
+            others={
+                name: value for name, value in others.items() if value or type(value) is int
+            },
         )  # fmt: skip
         return
 

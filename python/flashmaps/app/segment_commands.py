@@ -180,12 +180,13 @@ def evaluate(
     require(*_NEEDED, "skimage", "sklearn", "scipy")
     quiet_libraries()
     folder = Path(f"flashmaps-eval-{benchmark}") if out is None else out
-    side = image_size or SIDE
+    side = SIDE if image_size is None else image_size
     given: dict[str, Any] = {
         "model": model, "resamples": resamples, "overwrite": overwrite, "progress": True,
     }  # fmt: skip
     if benchmark == "segments":
-        results = evaluate_segments(WorldScenes(split, count or 200, seed, side), folder, **given)
+        scenes = WorldScenes(split, 200 if count is None else count, seed, side)
+        results = evaluate_segments(scenes, folder, **given)
     else:
         results = evaluate_cosegments(
             WorldCollections(split, seeds=4, side=side, count=count), folder, **given

@@ -149,7 +149,8 @@ def batch(
         raise ValueError("rates belong to dry_run=True")
     check_name(backend)
     _check_engine(engine, address, workers, model)
-    budget = check_budget(memory_budget) or DEFAULT_MEMORY_BUDGET
+    given = check_budget(memory_budget)
+    budget = DEFAULT_MEMORY_BUDGET if given is None else whole("memory_budget", given, 1)
     collection = Collection.of(images)
     chosen = choose(pairs, collection, number=number, both_ways=both_ways, search=search)
     rows = ("tokens" if chosen.points is None else "points") if rows is None else rows

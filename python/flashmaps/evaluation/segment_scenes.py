@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from flashmaps.arguments import whole
 from flashmaps.evaluation.segment_scores import BACKGROUND
 
 SIDE = 128  # pixels, what the built-in model was trained on
@@ -92,6 +93,8 @@ class WorldCollections:
         if images < 2 or images % 2:
             raise ValueError(f"images={images}: wanted an even number of images, at least 2")
         self._split, self._images, self._side = split, images, side
+        if count is not None:
+            whole("pairs", count, 1)
         names = categories or tuple(sorted(world.CATEGORIES))
         self._places = [(name, seed) for seed in range(seeds) for name in names][:count]
         self.what = (

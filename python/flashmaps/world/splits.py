@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from flashmaps.arguments import whole
 from flashmaps.world.categories import find_category
 from flashmaps.world.plan import Options
-from flashmaps.world.scene import Scene, make_scene
+from flashmaps.world.scene import SIZES, Scene, make_scene
 
 SPLITS = ("train", "validation", "test")
 
@@ -40,7 +40,7 @@ class Split:
         options: Options | None = None,
     ) -> None:
         self.name = _check_split(name)
-        self.size = size
+        self.size = whole("size", size, *SIZES)
         self.count = _COUNTS[name] if count is None else whole("count", count, 1)
         self.seed = whole("seed", seed)
         self.options = options or Options()
@@ -82,7 +82,8 @@ class Pairs:
     ) -> None:
         self.split, self.count = _check_split(split), whole("count", count, 1)
         self.seed = whole("seed", seed)
-        self.size, self.options, self.names, self.same = size, options, names, same
+        self.size = whole("size", size, *SIZES)
+        self.options, self.names, self.same = options, names, same
 
     def __len__(self) -> int:
         return self.count
