@@ -31,15 +31,15 @@ if __name__ == "__main__":  # a program of its own: its neighbours, and tests/
         os.environ["TRITON_INTERPRET"] = "1"
 
 import flashmaps as fm
+import gradient_checks as gradients
 import oracle
-import test_gradients as gradients
 import torch
 from contract import Subject
 from dense_gradients import FLOAT_RESULTS, Dense, assert_gradients
 from flashmaps.maps.backends import cpu
+from gradient_checks import PICKED
 from planned import check_operation, operations_of_a_map, operations_of_two
 from problems import LAYOUTS, contiguous
-from test_gradients import PICKED
 from torch import Tensor
 
 LAYOUT = {"contiguous": contiguous, **{each.__name__: each for each in LAYOUTS}}
