@@ -15,7 +15,7 @@ CSRC := $(shell find csrc -type f 2>/dev/null)
 FORMATTED := $(filter %.cpp %.h %.cu %.cuh,$(CSRC))
 FAILURE_NOTE := python/flashmaps/_native_build_failed.txt
 
-.PHONY: help setup build demo test test-all attack sanitize lint format bench gpu-check wheel clean
+.PHONY: help setup browser build demo test test-all attack sanitize lint format bench gpu-check wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -26,16 +26,23 @@ setup: $(VENV)/.native $(VENV)/.installed  ## create .venv with everything in it
 	  echo "flashmaps works here, but slowly: its C++ extension was not built."; \
 	  cat $(FAILURE_NOTE); echo; } >&2
 
+browser:  ## find chromium, which tests of the explorer need, or install it (Debian, Ubuntu, as root)
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || \
+	  command -v google-chrome >/dev/null || { \
+	  test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } || \
+	  echo "There is no chromium, so tests in a browser are skipped; get it: apt install chromium" >&2
+
 build: setup  ## compile what has changed in csrc/
 	$(BIN)/python setup.py --quiet build_ext --inplace
 
 demo: setup  ## match the two views of a real stereo pair and write a report
 	$(BIN)/flashmaps demo $(ARGS)
 
-test: setup  ## run the tests, all but the slow ones
+test: setup browser  ## run the tests, all but the slow ones
 	$(BIN)/python -m pytest $(ARGS)
 
-test-all: setup  ## run the tests, the slow ones too
+test-all: setup browser  ## run the tests, the slow ones too
 	$(BIN)/python -m pytest -m "" $(ARGS)
 
 attack: setup  ## random cases, bad input and kills for MINUTES=20; what is found is printed

@@ -30,6 +30,7 @@ DOCUMENTS = (
     "docs/models.md",
     "docs/recipes.md",
     "docs/evaluation.md",
+    "docs/explore.md",
     "docs/segments.md",
     "docs/world.md",
     "docs/training.md",

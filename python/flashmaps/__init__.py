@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from flashmaps.diffusion.record import Record
     from flashmaps.diffusion.tokens import LearnedToken, optimize_tokens
     from flashmaps.diffusion.words import WordMaps, word_maps
+    from flashmaps.explorer.widget import explore
     from flashmaps.matching.match import match
     from flashmaps.matching.result import Match
     from flashmaps.segmentation.collection import CoSegments, Part
@@ -76,6 +77,7 @@ _LATER = {
     "batch": "flashmaps.batches.run",
     "capture": "flashmaps.diffusion.capture",
     "cosegment": "flashmaps.segmentation.cosegment",
+    "explore": "flashmaps.explorer.widget",
     "guide": "flashmaps.diffusion.guide",
     "image_prompt_maps": "flashmaps.diffusion.image_prompts",
     "match": "flashmaps.matching.match",
@@ -116,6 +118,7 @@ __all__ = [
     "compose",
     "cosegment",
     "cycles",
+    "explore",
     "group_flows",
     "group_mass",
     "guide",

@@ -25,6 +25,7 @@ from flashmaps.app.arguments import (
     Timestep,
 )
 from flashmaps.app.batch_command import batch
+from flashmaps.app.explore_command import explore
 from flashmaps.app.segment_commands import BENCHMARKS, cosegment, segment
 from flashmaps.app.segment_commands import evaluate as evaluate_segments
 from flashmaps.app.terminal import friendly, plain, print_tables, quiet_libraries
@@ -45,7 +46,7 @@ def make_app() -> typer.Typer:
         pretty_exceptions_enable=False,
         help="Numbers from attention maps that are never built.",
     )
-    for command in (match, batch, segment, cosegment, demo, world, doctor, bench):
+    for command in (match, explore, batch, segment, cosegment, demo, world, doctor, bench):
         app.command()(friendly(command))
     app.command("eval")(friendly(evaluate))
     app.command("study")(friendly(study))

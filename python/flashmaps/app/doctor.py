@@ -26,6 +26,9 @@ OPTIONAL = (
     ("jinja2", "jinja2", "the report of flashmaps demo"),
     ("typer", "typer", "the command line"),
     ("rich", "rich", "tables in the terminal"),
+    ("fastapi", "fastapi", "flashmaps explore"),
+    ("uvicorn", "uvicorn", "flashmaps explore"),
+    ("anywidget", "anywidget", "fm.explore in a notebook"),
     ("psutil", "psutil", "flashmaps bench, and the memory shown here"),
     ("pytest-benchmark", "pytest_benchmark", "flashmaps bench"),
 )

@@ -47,7 +47,7 @@ DEFAULT_TIMESTEP = 1
 # A pair; and as many as an ordinary call with guidance shows the UNet at once, so that whoever can
 # generate with a model can match with it.
 DEFAULT_BATCH = 2
-_OTHER_NOISE = 1_000_003  # added to the seeds of the next image when noise is to differ
+OTHER_NOISE = 1_000_003  # added to the seeds of the next image when noise is to differ
 _SEEDS_END = 2**63 - 1  # the largest that torch takes, and leaves room for
 
 
@@ -272,7 +272,7 @@ def features(
     loaded = [load_image(image, f"image {i}") for i, image in enumerate(images)]
     size, multiple = default_size(pipe) if size is None else size, size_multiple(pipe)
     sizes = [fit_size(image.shape[0], image.shape[1], size, multiple) for image in loaded]
-    shifts = [0 if same_noise else index * _OTHER_NOISE for index in range(len(loaded))]
+    shifts = [0 if same_noise else index * OTHER_NOISE for index in range(len(loaded))]
     drawn = [tuple(seed + shift for seed in seeds) for shift in shifts]
 
     batches = _batches(sizes, batch_size)
