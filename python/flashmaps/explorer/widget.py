@@ -71,7 +71,7 @@ class MatchModel(Model):
         return [each for each in found if each is not None]
 
     @property
-    def pipe(self) -> Any:  # type: ignore[override]
+    def pipe(self) -> Any:
         """Raises ValueError: there is none."""
         raise ValueError("a match has no model; give fm.explore the images and model=")
 
@@ -130,7 +130,7 @@ def module() -> str:
 def _widget() -> type:
     import anywidget
 
-    class Explorer(anywidget.AnyWidget):  # type: ignore[misc]
+    class Explorer(anywidget.AnyWidget):
         """The widget; see :func:`explore`."""
 
         _esm = module()
