@@ -50,7 +50,9 @@ def test_the_model_that_learned_without_labels_says_so_and_did():
     log = [json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()]
     steps = [line for line in log if line["stage"] == "unet"]
     assert steps and not any("aligned" in line for line in steps)
-    assert all("unet" not in line.get("init", "") for line in log if line["stage"] == "run")
+    runs = [line for line in log if line["stage"] == "run"]
+    assert "unet" not in runs[0].get("init", "")  # the later ones go on from it
+    assert all(row["alignment"] == 0 for run in runs for row in run.get("earlier", []))
     card = (folder / "README.md").read_text()
     assert "No label of the world takes part" in card and "supervision" not in card
 
@@ -247,7 +249,7 @@ def last_state(folder: Path) -> list[torch.Tensor]:
 
 
 def logged(folder: Path, stage: str) -> list[dict]:
-    lines = map(json.loads, (folder / "work" / "log.jsonl").read_text().splitlines())
+    lines = map(json.loads, (folder / "work" / "log" / "log.jsonl").read_text().splitlines())
     return [line for line in lines if line["stage"] == stage]
 
 
@@ -338,7 +340,27 @@ def test_labels_are_used_only_where_they_are_asked_for_and_the_card_says_so(
     line = logged(tmp_path, "unet")[-1]
     assert line["aligned"] > 0 and "features" not in line
     card = (tmp_path / "model" / "README.md").read_text()
-    assert "That is supervision" in card and "No label" not in card and "three views" not in card
+    assert "That is supervision" in card and "No label" not in card
+    assert "seen without captions" not in card
+
+
+def test_a_training_deletes_nothing_of_anybody_s(tmp_path, photo_packages):
+    work = tmp_path / "work"
+    for name in ("latents", "log", "unet"):
+        (work / name).mkdir(parents=True)
+        mine = work / name / "mine.txt"
+        mine.write_text("kept")
+        for options in ((), ("--resume",)):
+            with pytest.raises(ValueError, match=f"{name}' holds other files .'mine.txt'."):
+                train(tmp_path, *options)
+        assert mine.read_text() == "kept" and not (tmp_path / "model").exists()
+        mine.unlink()
+    (work / "log.jsonl").write_text("not of this training\n")
+    train(tmp_path, "--vae-steps", "0", "--unet-steps", "1")
+    train(tmp_path, "--vae-steps", "0", "--unet-steps", "1", "--unet-optimizer", "muon")
+    assert (work / "log.jsonl").read_text() == "not of this training\n"
+    assert [line["step"] for line in logged(tmp_path, "unet")] == [1]  # the second's alone
+    assert "Muon (convolutions" in (tmp_path / "model" / "README.md").read_text()
 
 
 def test_weights_of_other_sizes_are_refused_as_a_start(tmp_path):

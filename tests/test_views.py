@@ -17,6 +17,7 @@ from flashmaps.models.mutual import Mutual, MutualAttention, share_attention
 from flashmaps.models.pictures import FIRST, SECOND, VIEW, Pictures
 from flashmaps.models.unet import AGREEING
 from flashmaps.models.views import recoloured, warped
+from flashmaps.world.repaint import repainted
 
 PLANE = np.stack(np.meshgrid(np.arange(64), np.arange(64)), -1)  # its pixels say where they are
 
@@ -65,6 +66,25 @@ def test_colours_change_and_places_do_not(monkeypatch):
             assert np.abs(half - half.mean((0, 1))).max() < 0.03 * 255 * 5
         apart += np.abs(found[:, :14].mean((0, 1)) - found[:, 18:].mean((0, 1))).max() > 20
     assert apart > 18  # two colours stay two but for chance
+
+
+def test_what_the_world_paints_anew_stays_where_it_was():
+    for index in range(3):
+        scene = world.Split("train", size=96, count=3)[index]
+        image = repainted(scene, "a", index)
+        assert image.shape == scene.image.shape and image.dtype == np.uint8
+        assert np.array_equal(image, repainted(scene, "a", index))
+        other = repainted(scene, "b", index)
+        changed = (np.abs(image.astype(int) - other.astype(int)) > 24).any(-1)
+        assert changed[scene.instance >= 0].mean() > 0.3 and changed.mean() > 0.3
+    # Outlines stay: over many paints and grounds colours change most where the object ends.
+    lone = world.Options(objects=(1, 1), occluders=(0, 0), clutter=(0, 0), light=0.0, grain=0.0)
+    scene = world.Split("train", size=96, count=1, options=lone)[0]
+    images = np.stack([repainted(scene, "outline", n) for n in range(24)]).astype(float)
+    inside = scene.instance >= 0
+    steps = np.abs(np.diff(images, axis=2)).max(-1).mean(0)
+    edge = inside[:, 1:] != inside[:, :-1]
+    assert steps[edge].mean() > 2 * steps[~edge].mean()
 
 
 def test_an_example_shows_one_object_twice_and_no_label():
@@ -130,6 +150,16 @@ def test_losses_are_nothing_where_views_agree_and_log_n_where_all_looks_alike():
         torch.testing.assert_close(loss, torch.tensor(math.log(16)))
 
 
+def test_two_views_alone_agree_as_they_do_with_a_third():
+    generator = torch.Generator().manual_seed(0)
+    three, where = torch.randn(6, 16, 8, generator=generator), identity(4, 2)
+    two = three[[0, 1, 4, 5]]
+    all_three, found = disagreement(seen(three, 1.0), where)
+    alone, found_alone = disagreement(seen(two, 1.0), where)
+    assert set(alone) == {"features", "attention"} and found == found_alone
+    assert all(torch.equal(alone[name], all_three[name]) for name in alone)
+
+
 def test_a_walk_may_pass_anywhere_if_it_comes_back():
     first = torch.eye(16)
     moved = first[torch.randperm(16, generator=torch.Generator().manual_seed(0))]
@@ -151,20 +181,25 @@ def test_the_loss_on_attention_is_that_of_the_library_s_map():
     torch.testing.assert_close(_attention(query, key, 2), dense)
 
 
-def test_the_reader_sees_training_and_nothing_else():
+def test_the_reader_sees_what_a_whole_pass_shows_and_ends_it():
     unet = build(TINY).unet
     reader = Reader(unet, AGREEING)
     given = torch.randn(3, 4, 8, 8), torch.tensor([5] * 3), torch.randn(3, 77, 8)
-    unet.train()
-    unet(*given)
-    layers = reader.take(slice(2))
+    whole: dict[str, torch.Tensor] = {}
+    for name in AGREEING:
+        block = unet.get_submodule(name)
+        block.register_forward_hook(lambda _, __, out, name=name: whole.update({name: out}))
+    behind = []
+    unet.conv_out.register_forward_hook(lambda *_: behind.append(1))
+    with torch.no_grad():
+        unet(*given)
+        layers = reader.look(unet, *given)
+        assert behind == [1]  # of the whole pass
+        assert unet(*given).sample.shape == (3, 4, 8, 8)  # and the next one is whole again
     assert [heads for _, heads in layers] == [1, 1]
-    assert [layer.output.shape for layer, _ in layers] == [(2, 16, 8), (2, 64, 8)]
-    assert all(layer.query.shape == layer.key.shape == layer.output.shape for layer, _ in layers)
-    unet.eval()
-    unet(*given)
-    with pytest.raises(KeyError):
-        reader.take(slice(2))
+    for (layer, _), name in zip(layers, AGREEING, strict=True):
+        assert torch.equal(layer.output, whole[name])
+        assert layer.query.shape == layer.key.shape == layer.output.shape
 
 
 def predicted(unet, rows: int = 6) -> torch.Tensor:
@@ -217,7 +252,8 @@ def test_mutual_attention_refuses_what_it_is_not_for():
 def test_rows_of_a_batch():
     assert Rows.of(64, views=0.375, mutual=0.3125) == Rows(8, 10, 20)
     assert Rows.of(64, views=0.0, mutual=0.0) == Rows(0, 0, 64)
-    with pytest.raises(ValueError, match="no room for 1 pictures in three views, 1 pairs"):
+    assert Rows.of(32, views=0.75, mutual=0.125, kinds=2) == Rows(12, 2, 4, 2)
+    with pytest.raises(ValueError, match="no room for 1 pictures in 3 views, 1 pairs"):
         Rows.of(5, views=0.3, mutual=0.3)
 
 
@@ -234,7 +270,7 @@ def test_a_batch_shows_views_of_one_example_with_little_noise_and_the_cleaner_of
         seen = shown.clean[:, 0, 0, 0].long()
         assert torch.equal(seen // 10, shown.example)
         assert torch.equal(seen[:9] % 10, torch.arange(3).repeat_interleave(3))
-        assert torch.equal(shown.example[:9], shown.triples.repeat(3))
+        assert torch.equal(shown.example[:9], shown.viewed.repeat(3))
         assert (shown.t[:9] < CLEAR).all() and (shown.ids[:9] == 0).all()
         noisier, cleaner = shown.t[9:13], shown.t[13:17]
         assert (cleaner <= noisier).all()
@@ -245,10 +281,15 @@ def test_a_batch_shows_views_of_one_example_with_little_noise_and_the_cleaner_of
         assert torch.equal(told[given] // 3, (seen[9:] // 10 * 2 + seen[9:] % 10)[given])
         texts.append(given.float().mean().item())
     assert 0.5 < np.mean(texts) < 1
-    errors = torch.arange(22.0)
-    assert torch.equal(rows.denoised(errors), torch.cat([errors[:6], errors[9:]]))
+    numbers = torch.arange(22)
+    assert numbers[rows.denoised].tolist() == list(range(9, 22))
+    assert numbers[rows.plainly].tolist() == list(range(17, 22))
     with torch.no_grad():
         first = draw(
             rows, latents, tokens, empty, torch.Generator().manual_seed(0), only_first=True
         )
     assert (first.clean[17:, 0, 0, 0].long() % 10 == FIRST).all()
+    two = draw(Rows(3, 0, 2, kinds=2), latents, tokens, empty, torch.Generator().manual_seed(0))
+    pictures = two.clean[:6, 0, 0, 0].long() % 10
+    assert pictures.tolist() == 3 * [FIRST] + 3 * [VIEW]
+    assert torch.equal(two.example[:6], two.viewed.repeat(2))

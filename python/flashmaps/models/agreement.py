@@ -39,10 +39,16 @@ class Seen:
     key: Tensor
 
 
+class _Enough(Exception):
+    """The last layer was seen."""
+
+
 class Reader:
-    """Keeps what the named transformer blocks put out, and their queries and keys, in training."""
+    """What the named transformer blocks of a UNet put out, and their queries and keys."""
 
     def __init__(self, unet: Any, layers: tuple[str, ...]) -> None:
+        self._looking = False
+        self._last = layers[-1], "output"
         self._parts: dict[tuple[str, str], Tensor] = {}
         self._blocks = {name: unet.get_submodule(name) for name in layers}
         for name, block in self._blocks.items():
@@ -54,16 +60,27 @@ class Reader:
                 module.register_forward_hook(partial(self._keep, (name, part)))
 
     def _keep(self, place: tuple[str, str], module: Any, _given: Any, output: Tensor) -> None:
-        if module.training:
+        if self._looking:
             self._parts[place] = output
+            if place == self._last:
+                raise _Enough
 
-    def take(self, rows: slice) -> list[tuple[Seen, int]]:
-        """What each layer showed in these rows, float32, and its number of heads; forgets it."""
+    def look(self, unet: Any, *inputs: Tensor) -> list[tuple[Seen, int]]:
+        """What each layer shows of these inputs, float32, and its number of heads.
+
+        The pass ends with the last layer: what comes behind it, a fifth of a step, says nothing of
+        it.
+        """
+        self._looking = True
+        try:
+            unet(*inputs)
+        except _Enough:
+            pass
+        finally:
+            self._looking = False
         found = []
         for name, block in self._blocks.items():
-            parts = [
-                self._parts.pop((name, part))[rows].float() for part in ("output", "query", "key")
-            ]
+            parts = [self._parts.pop((name, part)).float() for part in ("output", "query", "key")]
             found.append((Seen(*parts), block.attn1.heads))
         return found
 
@@ -114,24 +131,23 @@ def _attention(query: Tensor, key: Tensor, heads: int) -> Tensor:
 
 
 def disagreement(seen: list[tuple[Seen, int]], where: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """The three losses, mean over layers, and the share of views' tokens that are found.
+    """The losses, mean over layers, and the share of views' tokens that are found.
 
     Args:
-        seen: what `Reader.take` gives for a batch of the first pictures, the second ones and the
-            views, one behind the other.
+        seen: what `Reader.look` gives for a batch of the first pictures, the second ones (or none
+            of these) and the views, one behind the other.
         where: of the views.
 
-    Returns "features", "attention" and "walks", [] each; and how often the largest cosine is the
-    token with the largest weight (no gradient).
+    Returns "features", "attention" and, with second pictures, "walks", [] each; and how often the
+    largest cosine is the token with the largest weight (no gradient).
     """
     sums: dict[str, list[Tensor]] = {"features": [], "attention": [], "walks": []}
     hits = []
     with torch.autocast(where.device.type, enabled=False):
         for layer, heads in seen:
-            first, second, view = layer.output.chunk(3)
-            q_first, _, q_view = layer.query.chunk(3)
-            q_second = layer.query.chunk(3)[1]
-            k_first, k_second, k_view = layer.key.chunk(3)
+            first, *second, view = layer.output.split(len(where))
+            q_first, *q_second, q_view = layer.query.split(len(where))
+            k_first, *k_second, k_view = layer.key.split(len(where))
             wanted = targets(where, round(first.shape[1] ** 0.5))
             back = _back(wanted)
             cosines = _cosines(view, first)
@@ -143,14 +159,15 @@ def disagreement(seen: list[tuple[Seen, int]], where: Tensor) -> tuple[dict[str,
                 _cross_entropy(_attention(q_view, k_first, heads).clamp(min=_LEAST).log(), wanted),
                 _cross_entropy(_attention(q_first, k_view, heads).clamp(min=_LEAST).log(), back),
             ]
-            there, again = _cosines(view, second).softmax(-1), _cosines(second, first).softmax(-1)
-            walks = [
-                there @ again,
-                _attention(q_view, k_second, heads) @ _attention(q_second, k_first, heads),
-            ]
-            sums["walks"] += [_cross_entropy(w.clamp(min=_LEAST).log(), wanted) for w in walks]
+            for other, query, key in zip(second, q_second, k_second, strict=True):
+                there, again = _cosines(view, other).softmax(-1), _cosines(other, first).softmax(-1)
+                walks = [
+                    there @ again,
+                    _attention(q_view, key, heads) @ _attention(query, k_first, heads),
+                ]
+                sums["walks"] += [_cross_entropy(w.clamp(min=_LEAST).log(), wanted) for w in walks]
             known = wanted.sum(-1) > 0.5
             right = cosines.argmax(-1) == wanted.argmax(-1)
             hits.append((right & known).sum() / known.sum().clamp(min=1))
-    losses = {name: torch.stack(values).mean() for name, values in sums.items()}
+    losses = {name: torch.stack(values).mean() for name, values in sums.items() if values}
     return losses, torch.stack(hits).mean().detach()

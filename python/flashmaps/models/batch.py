@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .pictures import FIRST, SECOND
+from .pictures import FIRST, SECOND, VIEW
 
 DROPPED = 0.2  # share of captions replaced by "", which guidance needs, and matching without one
 STEPS = 1000  # of the scheduler
@@ -20,51 +20,53 @@ _BLIND = 0.25  # share of the steps in which the noisier picture of a pair sees 
 class Rows:
     """How many of each kind. The rows of a batch are
 
-    ``triples`` first pictures, as many second ones, as many views; the noisier pictures of
-    ``pairs`` pairs, then their cleaner ones; and ``plain`` pictures.
+    ``examples`` first pictures, as many second ones unless ``kinds`` is 2, as many views; the
+    noisier pictures of ``pairs`` pairs, then their cleaner ones; and ``plain`` pictures.
     """
 
-    triples: int
+    examples: int
     pairs: int
     plain: int
+    kinds: int = 3
 
     @classmethod
-    def of(cls, batch: int, *, views: float, mutual: float) -> Rows:
-        """The rows of a batch: these shares of it in three views, and in pairs.
+    def of(cls, batch: int, *, views: float, mutual: float, kinds: int = 3) -> Rows:
+        """The rows of a batch: these shares of it in two or three views, and in pairs.
 
         Raises ValueError where a batch is too small to have one of each.
         """
-        triples = max(1, int(views * batch / 3)) if views > 0 else 0
+        examples = max(1, int(views * batch / kinds)) if views > 0 else 0
         pairs = max(1, int(mutual * batch / 2)) if mutual > 0 else 0
-        plain = batch - 3 * triples - 2 * pairs
+        plain = batch - kinds * examples - 2 * pairs
         if plain < 1:
             raise ValueError(
-                f"a batch of {batch} has no room for {triples} pictures in three views, {pairs} "
+                f"a batch of {batch} has no room for {examples} pictures in {kinds} views, {pairs} "
                 "pairs and a plain picture; give a larger --unet-batch, smaller --views or --mutual"
             )
-        return cls(triples, pairs, plain)
+        return cls(examples, pairs, plain, kinds)
 
     @property
     def views(self) -> slice:
-        """The triples."""
-        return slice(3 * self.triples)
+        """The examples that are seen in views."""
+        return slice(self.kinds * self.examples)
+
+    @property
+    def denoised(self) -> slice:
+        """The pairs and the plain pictures, which teach denoising."""
+        return slice(self.views.stop, None)
 
     @property
     def plainly(self) -> slice:
         """The plain pictures."""
-        return slice(3 * self.triples + 2 * self.pairs, None)
-
-    def denoised(self, errors: Tensor) -> Tensor:
-        """Those that teach denoising: all but the views, whose colours no picture has."""
-        return torch.cat([errors[: 2 * self.triples], errors[3 * self.triples :]])
+        return slice(self.views.stop + 2 * self.pairs, None)
 
 
 @dataclass(frozen=True)
 class Shown:
     """A batch of b rows: whose example, captions' ids [b, 77], timesteps [b], latents and noise.
 
-    ``triples``: the examples of the triples. ``blind``: whether the noisier pictures see only the
-    cleaner ones.
+    ``viewed``: the examples that are seen in views. ``blind``: whether the noisier pictures see
+    only the cleaner ones.
     """
 
     example: Tensor
@@ -72,7 +74,7 @@ class Shown:
     t: Tensor
     clean: Tensor
     noise: Tensor
-    triples: Tensor
+    viewed: Tensor
     blind: bool
 
 
@@ -93,12 +95,13 @@ def draw(
         only_first: plain pictures are the examples' first ones alone, the ones that have labels.
     """
     options: dict[str, Any] = {"generator": generator, "device": latents.device}
-    chosen = torch.randint(len(latents), (rows.triples + rows.pairs + rows.plain,), **options)
-    three, two, one = chosen.split((rows.triples, rows.pairs, rows.plain))
-    example = torch.cat([three.repeat(3), two.repeat(2), one])
+    chosen = torch.randint(len(latents), (rows.examples + rows.pairs + rows.plain,), **options)
+    viewed, two, one = chosen.split((rows.examples, rows.pairs, rows.plain))
+    example = torch.cat([viewed.repeat(rows.kinds), two.repeat(2), one])
     turn = torch.randint(2, (rows.pairs,), **options)  # either picture may be the noisier one
     side = torch.randint(2, (rows.plain,), **options) * (not only_first)
-    kinds = torch.arange(3, device=latents.device).repeat_interleave(rows.triples)
+    shown = (FIRST, SECOND, VIEW) if rows.kinds == 3 else (FIRST, VIEW)
+    kinds = torch.tensor(shown, device=latents.device).repeat_interleave(rows.examples)
     view = torch.cat([kinds, turn, 1 - turn, side])
     count = len(example)
     caption = torch.randint(3, (count,), **options)
@@ -110,14 +113,14 @@ def draw(
     noise = torch.randn(mean.shape, **options)
     noisier = _spread(rows.pairs, options)
     shares = [
-        torch.rand(3 * rows.triples, **options).square() * CLEAR / STEPS,
+        torch.rand(rows.views.stop, **options).square() * CLEAR / STEPS,
         noisier,
         noisier * torch.rand(rows.pairs, **options),
         _spread(rows.plain, options),
     ]
     t = (torch.cat(shares) * STEPS).long().clamp(max=STEPS - 1)
     blind = torch.rand(1, **options).item() < _BLIND
-    return Shown(example, ids, t, clean, noise, three, blind)
+    return Shown(example, ids, t, clean, noise, viewed, blind)
 
 
 def _spread(count: int, options: dict[str, Any]) -> Tensor:

@@ -10,8 +10,9 @@ from typing import Any
 
 from .architecture import Parts
 from .batch import DROPPED
+from .export import LINES, LOGS
 from .photos import SKIMAGE_PHOTOS, SKLEARN_PHOTOS
-from .pictures import REDUCTION, Pictures
+from .pictures import COLOURS_OF_VIEWS, REDUCTION, Pictures
 from .unet import LOSS_WEIGHT
 
 NOTES = "notes.md"  # in the working folder: what whoever trained has to say, for the card
@@ -48,7 +49,7 @@ UNet and text encoder{trainings}:
 {unet}
 
 Seed {seed}; on {hardware}.
-AdamW, warm-up, then a constant learning rate with a cosine fall in the last part, bfloat16
+{optimizer}, warm-up, then a constant learning rate with a cosine fall in the last part, bfloat16
 autocast, exponential moving average of the weights. UNet loss: squared error, times the weight in
 the table.{losses}
 `python -m flashmaps.models.train` trains it anew, with options for each of these numbers; where a
@@ -83,18 +84,26 @@ A share of {:g} of each batch are pairs of pictures of one object, in other pose
 noisier than the other: the decoder's self-attention sees the keys and values of both
 (`flashmaps.models.mutual`)."""
 AGREEMENT = """
-A share of {:g} of each batch is seen without captions in three views: a picture, another picture of
-the same object, and the first one warped and recoloured. Cosines of block outputs, and the
-attention of one view's queries to the other's keys, have to find what the warp says (weight {:g}),
-also by way of the other picture and back (weight {:g}): `flashmaps.models.agreement`."""
+A share of {:g} of each batch is seen without captions in views: a picture, and the same one warped
+and in other colours. Cosines of block outputs, and the attention of one view's queries to the
+other's keys, have to find what the warp says (weight {:g}): `flashmaps.models.agreement`."""
+WALKS = """
+Also by way of a third view, another picture of the same object, and back (weight {:g})."""
 FREE = """
 No label of the world takes part: of its scenes the training knows the pixels, the captions, and
-which two pictures show one object."""
+which two pictures show one object. Other colours are made from the pixels alone, or, where the
+table says "redrawn", by the world drawing the objects of a picture once more where they stand, in
+other paint, before another ground and in another light."""
 ALIGNMENT = """
 To it is added {:g} times the alignment loss of `flashmaps.models.alignment`: linear layers, thrown
 away afterwards, read from two of the decoder's blocks which part of which object each token shows,
 and where on it. That is supervision by the drawn world's truth (its training split): how well this
 model matches scenes of the world is not what diffusion alone teaches."""
+
+_OPTIMIZERS = {
+    "adamw": "AdamW",
+    "muon": "Muon (convolutions and matrices) and AdamW (the rest)",
+}
 
 
 def _losses(rows: list[dict[str, Any]]) -> str:
@@ -102,7 +111,9 @@ def _losses(rows: list[dict[str, Any]]) -> str:
     last = rows[-1]
     found = MUTUAL.format(last["mutual"]) if last["mutual"] > 0 else ""
     if last["agreement"] > 0 or last["walks"] > 0:
-        found += AGREEMENT.format(last["views"], last["agreement"], last["walks"])
+        found += AGREEMENT.format(last["views"], last["agreement"])
+    if last["walks"] > 0:
+        found += WALKS.format(last["walks"])
     told = max(row.get("alignment", 0) for row in rows)
     return found + (ALIGNMENT.format(told) if told > 0 else FREE)
 
@@ -136,10 +147,12 @@ def trainings(work: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
         "pictures seen": _last(unet)["samples"],
         "captions dropped": DROPPED,
         "hours": round(_last(unet)["seconds"] / 3600, 2),
+        "optimizer": args.unet_optimizer,
         "learning rate": args.unet_lr,
         "weight": LOSS_WEIGHT,
         "mutual": args.mutual,
         "views": args.views,
+        "views' colours": COLOURS_OF_VIEWS,
         "agreement": args.agreement,
         "walks": args.walks,
         "alignment": args.alignment,
@@ -187,6 +200,7 @@ def model_card(parts: Parts, work: Path, args: argparse.Namespace) -> str:
         if args.name == "builtin"
         else "`--work` of the training keeps its sheets of samples.",
         losses=_losses(unet),
+        optimizer=_OPTIMIZERS[args.unet_optimizer],
         count=len(SKIMAGE_PHOTOS) + len(SKLEARN_PHOTOS),
     )
 
@@ -212,7 +226,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 def _lines(work: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (work / "log.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (work / LOGS / LINES).read_text().splitlines()]
 
 
 def _last(entries: list[dict[str, Any]]) -> dict[str, Any]:

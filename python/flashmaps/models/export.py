@@ -18,6 +18,8 @@ from .vocabulary import write_vocabulary
 
 HISTORY = "training.json"
 LOG = "training.jsonl"
+LOGS = "log"  # folder in --work: this training's lines, and LOG, those before it
+LINES = "log.jsonl"
 KIND = "model"  # of the folder
 
 

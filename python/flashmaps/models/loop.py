@@ -19,6 +19,9 @@ from tqdm import tqdm
 
 from flashmaps.files import adopt, check_folder, whole_folder
 
+from .export import LINES, LOGS
+from .muon import Muon
+
 Loss = Callable[[int], tuple[Tensor, dict[str, Tensor]]]
 
 _COOLING = 0.3  # last share of a stage, in which the learning rate falls
@@ -62,13 +65,25 @@ class Loop:
         self.accelerator = Accelerator(mixed_precision=args.precision, cpu=args.cpu)
         self.device = self.accelerator.device
         self.folder: Path = args.work / name
-        self.log: Path = args.work / "log.jsonl"
+        self.log: Path = args.work / LOGS / LINES
         for module in modules.values():
             module.to(self.device).train().requires_grad_(True)
         self.parameters = [p for module in modules.values() for p in module.parameters()]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=self.lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
-        )
+        chosen: dict[str, Any] = {
+            "lr": self.lr,
+            "betas": (0.9, 0.99),
+            "weight_decay": weight_decay,
+        }
+        self.optimizer: torch.optim.Optimizer
+        if options.get(f"{name}_optimizer", "adamw") == "muon":
+            named = [
+                (f"{part}.{place}", weight)
+                for part, module in modules.items()
+                for place, weight in module.named_parameters()
+            ]
+            self.optimizer = Muon(named, **chosen)
+        else:
+            self.optimizer = torch.optim.AdamW(self.parameters, fused=True, **chosen)
         self.average = EMAModel(
             self.parameters, decay=options[f"{name}_ema"], use_ema_warmup=True, power=0.75,
             foreach=True,

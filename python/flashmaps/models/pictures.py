@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from flashmaps.world import Options, pairs
+from flashmaps.world.repaint import repainted
 
 from .alignment import labels, unknown
 from .photos import Photos
@@ -16,6 +17,8 @@ from .views import recoloured, warped
 REDUCTION = 4  # pixels a side of what a latent stands for
 # One object with nothing before it: what a caption's word looks like is learnt from these first.
 ALONE = Options(objects=(1, 1), occluders=(0, 0), clutter=(0, 3))
+COLOURS_OF_VIEWS = "redrawn"  # what a card calls that
+_REDRAWN = 0.75  # share of the world's views that the world itself paints otherwise
 FIRST, SECOND, VIEW = range(3)  # the views of an example, by their place
 
 
@@ -90,8 +93,12 @@ class Pictures:
             first, second = pair.a.image, pair.b.image
             captions = pair.a.captions, pair.b.captions
             shown = labels(pair.a, side) if self.labelled else None
-        view, where = warped(first, rng, side)
-        images = np.stack([first, second, recoloured(view, rng)])
+        if not is_photo and rng.random() < _REDRAWN:
+            view, where = warped(repainted(pair.a, "view", self.seed, index), rng, side)
+        else:
+            view, where = warped(first, rng, side)
+            view = recoloured(view, rng)
+        images = np.stack([first, second, view])
         return Example(images, captions, where, shown)
 
     @cached_property

@@ -3,8 +3,10 @@
     python -m flashmaps.models.train --out DIR --work DIR [--preset h100] [--resume]
 
 DIR of --work keeps the drawn pictures, checkpoints, sample sheets and the log of losses
-(log.jsonl); with --resume a call goes on from there. The same command runs on CPU and GPU. A preset
-is a set of defaults: "cpu" for hours on a few cores, "h100" for 25 minutes on one large GPU.
+(log/log.jsonl). With --resume a call goes on from there; without it all but the pictures begins
+anew, and what somebody else has put in its place is a refusal. The same command runs on CPU and
+GPU. A preset is a set of defaults: "cpu" for hours on a few cores, "h100" for 25 minutes on one
+large GPU.
 
 On a CPU a picture of 64 pixels costs a quarter of one of 128, and much of what is learnt from it
 holds at 128:
@@ -26,12 +28,22 @@ from typing import Any
 
 import torch
 
-from flashmaps.files import adopt, check_folder, discard
+from flashmaps.files import adopt, check_folder, discard, whole_folder
 
 from .architecture import TINY, Parts, Sizes, build
 from .bank import open_bank
 from .card import model_card, trainings
-from .export import HISTORY, KIND, LOG, as_pipeline, export, read_log, read_trainings
+from .export import (
+    HISTORY,
+    KIND,
+    LINES,
+    LOG,
+    LOGS,
+    as_pipeline,
+    export,
+    read_log,
+    read_trainings,
+)
 from .loop import Paused
 from .pictures import FIRST, Pictures
 from .sheet import CAPTIONS, write_sheet
@@ -39,6 +51,14 @@ from .unet import train_unet
 from .vae import train_vae
 
 PARTS = ["vae", "unet", "text_encoder"]
+# What a training writes into --work and a new one begins anew, by its kind.
+_WORK = {
+    "vae": "checkpoint",
+    "vae-done": "vae",
+    "unet": "checkpoint",
+    "latents": "latents",
+    LOGS: "log",
+}
 PRESETS: dict[str, dict[str, Any]] = {
     "cpu": {
         "bank": 12_288, "workers": 2, "compile": False, "warmup": 200,
@@ -78,11 +98,14 @@ def main(argv: list[str] | None = None) -> None:
         adopt(args.out, KIND)  # one that was written before folders had markers
     check_folder(args.out, KIND)
     args.work.mkdir(parents=True, exist_ok=True)
-    if not args.resume:
-        for name in ("vae", "vae-done", "unet"):
+    for name, kind in _WORK.items():
+        check_folder(args.work / name, kind)
+        if not args.resume:
             discard(args.work / name)
-        for name in ("latents.pt", "log.jsonl", LOG):
-            (args.work / name).unlink(missing_ok=True)
+    if not (args.work / LOGS).is_dir():
+        with whole_folder(args.work / LOGS, _WORK[LOGS]) as new:
+            for name in (LINES, LOG):
+                (new / name).touch()
     _log_run(args)
     try:
         train(args, started + 60 * args.pause_after)
@@ -126,7 +149,7 @@ def train(args: argparse.Namespace, deadline: float) -> None:
 
     def publish(name: str) -> None:
         # Before the first line of this training's log come those of the weights it started from.
-        log = read_log(args.work) + (args.work / "log.jsonl").read_text()
+        log = read_log(args.work / LOGS) + (args.work / LOGS / LINES).read_text()
         card = model_card(parts, args.work, args)
         export(parts, args.out, card, trainings(args.work, args), log)
         (args.work / "samples").mkdir(exist_ok=True)
@@ -169,8 +192,8 @@ def _log_run(args: argparse.Namespace) -> None:
         line["init"] = ", ".join(args.init_parts)
         if "unet" in args.init_parts:
             line["earlier"] = read_trainings(args.init)
-            (args.work / LOG).write_text(read_log(args.init))
-    with open(args.work / "log.jsonl", "a") as log:
+            (args.work / LOGS / LOG).write_text(read_log(args.init))
+    with open(args.work / LOGS / LINES, "a") as log:
         log.write(json.dumps(line) + "\n")
 
 
@@ -198,6 +221,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         add(f"--{stage}-batch", type=int)
         add(f"--{stage}-lr", type=float)
         add(f"--{stage}-ema", type=float, help="decay of the averaged weights")
+    add("--unet-optimizer", choices=("adamw", "muon"), default="adamw")
     add("--vae-crop", type=int, help="pixels a side that the VAE is shown; a multiple of 16")
     add("--views", type=float, help="share of a batch in three views that have to agree")
     add("--agreement", type=float, help="weight of views' losses on features and attention")

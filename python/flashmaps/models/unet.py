@@ -12,6 +12,8 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.training_utils import compute_snr
 from torch import Tensor
 
+from flashmaps.files import whole_folder
+
 from . import alignment
 from .agreement import Reader, disagreement
 from .alignment import Alignment
@@ -75,7 +77,12 @@ def train_unet(
     if device.type == "cpu":
         _use_plain_attention(parts)
     agreeing = args.agreement > 0 or args.walks > 0
-    rows = Rows.of(loop.batch, views=args.views if agreeing else 0.0, mutual=args.mutual)
+    rows = Rows.of(
+        loop.batch,
+        views=args.views if agreeing else 0.0,
+        mutual=args.mutual,
+        kinds=3 if args.walks > 0 else 2,
+    )
     mutual = Mutual()
     if rows.pairs:
         share_attention(parts.unet, mutual)
@@ -95,31 +102,40 @@ def train_unet(
     share = scheduler.alphas_cumprod.to(device)
     unet = torch.compile(parts.unet, dynamic=False) if args.compile else parts.unet
 
+    def text(ids: Tensor) -> Tensor:
+        texts, place = ids.unique(dim=0, return_inverse=True)  # many rows have no caption
+        found: Tensor = parts.text_encoder(texts)[0][place]
+        return found
+
     def error(model: Any, clean: Tensor, ids: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         noisy = scheduler.add_noise(clean, noise, t)
         wanted = scheduler.get_velocity(clean, noise, t) if velocity else noise
-        found = model(noisy, t, parts.text_encoder(ids)[0]).sample.float()
+        found = model(noisy, t, text(ids)).sample.float()
         return weights[t] * (found - wanted).square().mean(dim=(1, 2, 3))
 
     def loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
         shown = draw(rows, latents, tokens, empty, loop.generator(), only_first=args.alignment > 0)
-        with mutual.among(rows.views.stop, rows.pairs, shown.blind):
-            errors = error(unet, shown.clean, shown.ids, shown.t, shown.noise)
-        total = rows.denoised(errors).mean()
+        given = shown.clean, shown.ids, shown.t, shown.noise
+        with mutual.among(0, rows.pairs, shown.blind):
+            total = error(unet, *(x[rows.denoised] for x in given)).mean()
         numbers = {"noise": total.detach()}
+        plain = [told_of.pop(name)[-rows.plain :] for name in alignment.LAYERS if told_of]
         if reader is not None:
-            losses, found = disagreement(reader.take(rows.views), where[shown.triples])
+            clean, ids, t, noise = (x[rows.views] for x in given)
+            seen = reader.look(parts.unet, scheduler.add_noise(clean, noise, t), t, text(ids))
+            losses, found = disagreement(seen, where[shown.viewed])
             total = total + args.agreement * (losses["features"] + losses["attention"]) / 2
-            total = total + args.walks * losses["walks"]
+            if args.walks > 0:
+                total = total + args.walks * losses["walks"]
             numbers |= {name: number.detach() for name, number in losses.items()}
             numbers["found"] = found
         if labels is not None and args.alignment > 0:
             clear = slice(max(1, rows.plain // 2))  # t is in order; behind lies more noise
-            outputs = [told_of.pop(name)[rows.plainly][clear] for name in alignment.LAYERS]
+            outputs = [output[clear] for output in plain]
             t, example = shown.t[rows.plainly][clear], shown.example[rows.plainly][clear]
-            told = supervisor(outputs, labels[example], share[t])
-            total = total + args.alignment * told
-            numbers["aligned"] = told.detach()
+            aligned = supervisor(outputs, labels[example], share[t])
+            total = total + args.alignment * aligned
+            numbers["aligned"] = aligned.detach()
         return total, numbers
 
     def samples() -> dict[str, float]:
@@ -166,7 +182,7 @@ def _keep(seen: dict[str, Tensor], name: str, module: Any, _given: Any, output: 
 
 def _latents(parts: Parts, bank: Bank, args: argparse.Namespace, device: torch.device) -> Tensor:
     """The bank through the frozen encoder, once: it would else cost a third of each step."""
-    path = args.work / "latents.pt"
+    path = args.work / "latents" / "latents.pt"
     if args.resume and path.is_file():
         found = torch.load(path, map_location=device, mmap=device.type == "cpu")
         if len(found) == len(bank):
@@ -175,7 +191,6 @@ def _latents(parts: Parts, bank: Bank, args: argparse.Namespace, device: torch.d
     chunk = 16 if device.type == "cpu" else 256
     found = encode(parts.vae, bank.pixels(torch.device("cpu")), chunk)
     found = found.unflatten(0, (len(bank), -1))
-    partial = path.with_suffix(".partial")
-    torch.save(found.cpu(), partial)
-    partial.replace(path)
+    with whole_folder(path.parent, "latents") as new:
+        torch.save(found.cpu(), new / path.name)
     return found

@@ -20,7 +20,7 @@ _BENDS = 5  # a side: the grid of random shifts that bends a view
 
 
 def warped(
-    image: np.ndarray, rng: np.random.Generator, cells: int, *, mirror: float = 0.3
+    image: np.ndarray, rng: np.random.Generator, cells: int, *, mirror: float = 0.4
 ) -> tuple[np.ndarray, np.ndarray]:
     """The picture turned, scaled, sheared, shifted and bent, and where it all was.
 
@@ -37,14 +37,14 @@ def warped(
     size = image.shape[0]
     angle = rng.normal(0, 15) if rng.random() < _UPRIGHT else rng.uniform(-180, 180)
     c, s = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-    zoom = math.exp(rng.uniform(math.log(0.75), math.log(1.4)))
+    zoom = math.exp(rng.uniform(math.log(0.65), math.log(1.5)))
     aspect = math.exp(rng.normal(0, 0.12))
     matrix = np.array([[c, -s], [s, c]]) @ np.array([[aspect, rng.normal(0, 0.1)], [0, 1 / aspect]])
     matrix /= zoom
     if rng.random() < mirror:
         matrix[:, 0] *= -1
     shift = rng.normal(0, 0.08, 2)
-    bends = rng.normal(0, 0.04, (1, 2, _BENDS, _BENDS)) * rng.random()
+    bends = rng.normal(0, 0.05, (1, 2, _BENDS, _BENDS)) * rng.random()
     centres = (np.arange(size) + 0.5) / size - 0.5
     x, y = np.meshgrid(centres, centres)
     where = np.einsum("ij,jhw->ihw", matrix, np.stack([x, y])) + shift[:, None, None] + 0.5

@@ -199,7 +199,7 @@ def make_plan(
     kind = dice.pick(options.backgrounds)
     background = sample_background(dice, kind, avoid=made[0].palette.main_name)
     dice = Dice(*key, "clutter")
-    clutter = tuple(_make_flat(dice) for _ in range(dice.whole(*options.clutter)))
+    clutter = tuple(make_flat(dice) for _ in range(dice.whole(*options.clutter)))
     dice = Dice(*key, "occluders")
     occluders = tuple(
         _make_occluder(dice, dice.pick(made).box) for _ in range(dice.whole(*options.occluders))
@@ -213,7 +213,7 @@ def make_plan(
         clutter=clutter,
         things=tuple(things),
         occluders=occluders,
-        light=_make_light(Dice(*key, "light"), options),
+        light=make_light(Dice(*key, "light"), options),
         grain_seed=hashed(*key, "grain"),
         captions=make_captions([each.words for each in made], names, relation, background.words),
     )
@@ -267,7 +267,8 @@ def _make_thing(
     )
 
 
-def _make_flat(dice: Dice) -> Flat:
+def make_flat(dice: Dice) -> Flat:
+    """A small thing that lies behind the objects."""
     shape = dice.pick(_FLATS)
     colour, second = (sample_colour(dice.pick(COLOURS), dice) for _ in range(2))
     side = dice.between(0.06, 0.25)
@@ -300,7 +301,8 @@ def _flat_map(angle: float, width: float, height: float, place: Point) -> PartMa
     return PartMap((50.0, 50.0), (1.0, 0.0), Bend(), (c * w, -s * h, s * w, c * h), place)
 
 
-def _make_light(dice: Dice, options: Options) -> Light:
+def make_light(dice: Dice, options: Options) -> Light:
+    """A light and a style of drawing."""
     tint = tuple(1 + options.light * dice.near(-0.08, 0.08) for _ in range(3))
     return Light(
         direction=turn(dice.between(-160, -20)),
