@@ -9,7 +9,7 @@ import pytest
 import torch
 from flashmaps.maps.chain import Chain
 from flashmaps.maps.lazy import REDUCTIONS
-from workspaces import peak
+from workspaces import output_bytes, peak
 
 GRIDS = ((3, 4), (2, 5), (4, 4), (3, 3), (3, 4))  # rectangular all along, and closed
 
@@ -191,3 +191,71 @@ def test_the_budget_bounds_what_torch_holds(name):
     run()  # what is loaded and kept once
     most, _ = peak(run)
     assert most <= budget
+
+
+OPERATIONS = [
+    ("entropy", "argmax", "column_max"), ("column_sum",), ("expectation",), ("diagonal",),
+    ("to_dense",), ("rows",), ("topk",), ("product",), ("transposed_product",),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("names", OPERATIONS, ids="-".join)
+@pytest.mark.parametrize("budget", [None, 400_000])
+def test_a_plan_bounds_what_is_held_and_keeps_to_the_budget(name, names, budget):
+    maps = maps_along(3, backend=name, dtype=torch.float32, batch=1, grids=((12, 12),) * 4)
+    C = fm.chain(*maps, memory_budget=budget)
+    x = torch.ones(1, 144, 5)
+    run = {
+        "to_dense": lambda: C.to_dense(),
+        "rows": lambda: C.rows(slice(0, 60)),
+        "topk": lambda: C.topk(3),
+        "product": lambda: C @ x,
+        "transposed_product": lambda: C.transposed_product(x),
+    }.get(names[0], lambda: C.reduce(*names))
+    told = C.plan(*names, k=3, columns=5, count=60)
+    run()
+    most, result = peak(run)
+    assert most <= told.workspace
+    assert told.outputs == output_bytes(result)
+    assert told.passes >= 3 and told.flops > 0 and str(told)
+    if budget is not None:
+        assert told.workspace <= budget == told.memory_budget
+        with pytest.raises(ValueError, match="memory_budget"):
+            C.plan(*names, memory_budget=100)
+
+
+GRADIENTS = {
+    "product": (lambda R, x: R @ x, lambda D, x: D @ x),
+    "transposed_product": (lambda R, x: R.transposed_product(x), lambda D, x: D.mT @ x),
+    "rows": (lambda R, x: R.rows(slice(1, 5)), lambda D, x: D[:, 1:5]),
+    "entropy": (lambda R, x: R.reduce("entropy").entropy, lambda D, x: -(D * D.log()).sum(-1)),
+    "max": (lambda R, x: R.reduce("max").max, lambda D, x: D.amax(-1)),
+    "column_sum": (lambda R, x: R.reduce("column_sum").column_sum, lambda D, x: D.sum(1)),
+    "diagonal": (lambda R, x: R.diagonal(), lambda D, x: D.diagonal(dim1=1, dim2=2)),
+    "topk": (lambda R, x: R.topk(2)[0], lambda D, x: D.topk(2).values),
+}
+
+
+@pytest.mark.parametrize("what", GRADIENTS)
+def test_gradients_are_those_of_the_dense_product(what):
+    maps = maps_along(4)
+    leaves = [t.requires_grad_() for A in maps for t in (A.problem.query, A.problem.key)]
+    x = torch.randn(2, 12, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    of_chain, of_dense = GRADIENTS[what]
+    found = of_chain(fm.chain(*maps), x)
+    wanted = of_dense(truth(maps), x)
+    along = torch.randn(
+        wanted.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(6)
+    )
+    for one, other in zip(
+        torch.autograd.grad(found, leaves, along), torch.autograd.grad(wanted, leaves, along),
+        strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(one, other)
+
+
+def test_products_of_a_chain_are_one_graph():
+    maps = maps_along(4)
+    x = torch.randn(2, 12, 3, dtype=maps[0].dtype)
+    compiled = torch.compile(lambda y: fm.chain(*maps) @ y, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), fm.chain(*maps) @ x)

@@ -182,6 +182,37 @@ def trusted(fitted: Asked, tested: Asked, way: Way) -> tuple[Calibration | None,
     }
 
 
+def limits(asked: Asked, images: int, meet: bool) -> dict[str, float]:
+    """What paths know that direct matches do not: shares of all points, by majority of the paths.
+
+    "direct" and "one path" alone; "gained at most": direct is wrong and at least half of the paths
+    are right; "lost at most": direct is right and fewer than half are. Who always knew which of
+    both to follow would gain the former and lose nothing.
+    """
+    settings = asked.settings
+    direct, alone = [], []
+    for number in range(len(asked)):
+        source, target = asked.sides(number)
+        here = at_points(source, asked.points(number)[None])
+
+        def right(rows: Tensor, number: int = number, target: Features = target) -> np.ndarray:
+            there = read(rows[None], target.grid, settings.readout, settings.window)[0]
+            return asked.right(number, there)
+
+        direct.append(right(cross_map(here, target, settings.options).to_dense()[0]))
+        through = asked.nearest(number, images)
+        between = paths(here, target, through, settings.options, meet=meet)
+        alone.append(np.stack([right(rows) for rows in between]))
+    found, one = np.concatenate(direct), np.concatenate(alone, axis=1)
+    half = one.mean(0) >= 0.5
+    return {
+        "direct": float(found.mean()),
+        "one path": float(one.mean()),
+        "gained at most": float((half & ~found).mean()),
+        "lost at most": float((~half & found).mean()),
+    }
+
+
 def study(
     pairs: int = 48, test_pairs: int = 204, points: int = 20, seed: int = 0, model: Any = BUILTIN,
     out: str | Path = "flashmaps-fused", progress: bool = False,
@@ -217,6 +248,7 @@ def study(
                 "gain": float(gain.mean()),
                 "interval": interval.tolist(),
             },
+            "limits": limits(first, best.images, best.how == "meet"),
             "confidence": {"direct": trusted(first, last, DIRECT)[1], "fused": confidence},
             "calibration": None if calibration is None else calibration.to_json(),
         }

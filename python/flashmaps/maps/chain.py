@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,10 +25,11 @@ from flashmaps.maps.lazy import (
     check_square,
     stand_in,
 )
-from flashmaps.maps.problem import Request, empty_outputs
+from flashmaps.maps.planning import Ceilings, Plan, Step, plan, shares
+from flashmaps.maps.problem import Cost, Request, empty_outputs, output_bytes
 from flashmaps.maps.rows import Index, map_rows, row_index, rows_step
 from flashmaps.maps.strips import DEFAULT_MEMORY_BUDGET, result
-from flashmaps.maps.validation import check_k, check_operand
+from flashmaps.maps.validation import check_count, check_k, check_operand
 
 
 def chain(*maps: LazyMap, memory_budget: int | None = None) -> Chain | Composition:
@@ -65,6 +67,10 @@ class Chain(Lazy):
     ``@``, ``transposed_product``, ``column_sum`` and ``expectation`` take no rows of R: they are k
     streamed products, from right to left or from left to right, whose operands between two maps
     are [batch, N_m, C].
+
+    Everything is differentiable; gradients of what needs whole rows of R keep the rows of every
+    strip, [batch, N_1, N_m] of each map in all, which no budget bounds. torch.compile makes one
+    graph of products; whole rows break the graph (``fullgraph=True`` is refused by torch).
 
     Raises:
         TypeError: for what is no map. ValueError: shapes that do not chain, other dtypes or
@@ -120,15 +126,37 @@ class Chain(Lazy):
         if not isinstance(other, Tensor):
             raise TypeError(f"Chain @ wants a tensor, got {type(other).__name__}")
         x = check_operand("x", other, self.shape[0], self.shape[2], self.maps[-1].problem.query)
-        budget = self._left()
-        for A in reversed(self.maps):
-            x = A._fields("product", right=x, memory_budget=budget)["product"]
-        return x
+        return self._walk("product", x)
 
     def transposed_product(self, y: Tensor) -> Tensor:
         """R^T y = A_k^T (... (A_1^T y)): [batch, N_1, C] -> [batch, N_{k+1}, C]."""
         y = check_operand("y", y, self.shape[0], self.shape[1], self.maps[0].problem.query)
-        return self._onwards(y, self.maps, self._left())
+        return self._walk("transposed_product", y)
+
+    def _walk(self, name: str, operand: Tensor, own: int = 0) -> Tensor:
+        """The k products of a tensor, each beside what lies between two maps."""
+        budget = budget_in_force(self.memory_budget)
+        steps = self._walk_steps(name, operand.shape[2], own)
+        for A, given in zip(self._walked(name), shares(steps, budget, name), strict=True):
+            side = "right" if name == "product" else "left"
+            operand = A._fields(name, memory_budget=given, **{side: operand})[name]
+        return operand
+
+    def _walked(self, name: str) -> tuple[LazyMap, ...]:
+        """The maps in the order in which a tensor meets them."""
+        return self.maps[::-1] if name == "product" else self.maps
+
+    def _walk_steps(self, name: str, columns: int, own: int = 0) -> list[Step]:
+        """``own``: bytes of an operand that the operation has made itself."""
+        steps, batch, size = [], self.shape[0], self.maps[0].problem.itemsize
+        for place, A in enumerate(self._walked(name)):
+            ins, outs = A.shape[1:][::-1] if name == "product" else A.shape[1:]
+            before = batch * ins * columns * size if place else 0
+            after = batch * outs * columns * size if place + 1 < len(self.maps) else 0
+            side = "right" if name == "product" else "left"
+            operand: dict[str, Any] = {side: stand_in(A.problem, batch, ins, columns)}
+            steps.append(A._step(name, held=own + before + after, **operand))
+        return steps
 
     @staticmethod
     def _onwards(y: Tensor, maps: tuple[LazyMap, ...], budget: int | None) -> Tensor:
@@ -197,17 +225,105 @@ class Chain(Lazy):
                 entropy[hop, :, start:stop] = row_entropy(x / self.partial_lines(hop + 1))
         return Hops(torch.stack(hard), entropy)
 
+    # -- plans -------------------------------------------------------------------------------------
+
+    def plan(
+        self,
+        *names: str,
+        k: int = 1,
+        columns: int = 1,
+        count: int = 1,
+        memory_budget: int | None = None,
+        ceilings: Ceilings | None = None,
+    ) -> Plan:
+        """What an operation of R will take, before it runs.
+
+        Args:
+            names: what `reduce` would be given; or one of "to_dense", "rows" (``count`` of them),
+                "topk" (with ``k``), "product" and "transposed_product" (x with so many
+                ``columns``).
+            memory_budget: default that of the chain, or else the context's.
+            ceilings: rates of the machine (`flashmaps.Ceilings`), for the expected time.
+        """
+        asked = self.memory_budget if memory_budget is None else memory_budget
+        one = Chain(*self.maps, memory_budget=asked)
+        batch, rows, ends = self.shape
+        size = self.maps[0].problem.itemsize
+        columns, count = check_count("columns", columns), check_count("count", count)
+        match names:
+            case ("product",) | ("transposed_product",):
+                steps = one._walk_steps(names[0], columns)
+                outputs = batch * (rows if names[0] == "product" else ends) * columns * size
+            case ("to_dense",) | ("rows",):
+                count = rows if names == ("to_dense",) else count
+                steps, outputs = [one._strips_step(("dense",), count)], batch * count * ends * size
+            case _:
+                topk = names == ("topk",)
+                fields = (
+                    ("topk_values", "topk_indices")
+                    if topk
+                    else check_reductions(names, self.shape, self.maps[-1].key_grid)
+                )
+                k = check_k(k, ends) if topk else k
+                steps = one._reduce_steps(fields)
+                shape = result(self.maps[0].problem, self.maps[-1].problem)
+                outputs = output_bytes(shape, Request(tuple(fields), k=k))
+        return plan(
+            ", ".join(names),
+            " and ".join(dict.fromkeys(A.backend for A in self.maps)),
+            steps,
+            outputs=outputs,
+            memory_budget=budget_in_force(asked),
+            ceilings=ceilings,
+        )
+
+    def _reduce_steps(self, names: tuple[str, ...]) -> list[Step]:
+        steps: list[Step] = []
+        for name in names:
+            if name == "column_sum":
+                steps += self._walk_steps("transposed_product", 1, self._own(name))
+            elif name == "expectation":
+                steps += self._walk_steps("product", 2, self._own(name))
+        others = tuple(name for name in names if name not in _STREAMED)
+        return [*steps, self._strips_step(others, self.shape[1])] if others else steps
+
+    def _strips_step(self, names: tuple[str, ...], count: int) -> Step:
+        """All strips of ``count`` rows, one after the other."""
+        size, given = self._split(names)
+        size = min(size, count)
+        strips = -(-count // size)
+
+        def cost(_: int | None) -> Cost:
+            first, *others = self.maps
+            steps = [rows_step(first, size, size)]
+            for A in others:
+                left = stand_in(A.problem, A.shape[0], A.shape[1], size)
+                steps.append(A._step("transposed_product", left=left))
+            total = Cost()
+            for step in steps:
+                total = total.then(step.within(given))
+            return replace(total.times(count / size), passes=total.passes * strips)
+
+        return Step(size * self._row_bytes(names), cost)
+
     # -- inside ------------------------------------------------------------------------------------
 
     def _streamed(self, name: str) -> Tensor:
         like = self.maps[0]
         if name == "column_sum":
             ones = torch.ones((*self.shape[:2], 1), dtype=self.dtype, device=like.device)
-            return self.transposed_product(ones)[..., 0]
+            return self._walk("transposed_product", ones, self._own(name))[..., 0]
         grid = self.maps[-1].key_grid
         assert grid is not None  # check_reductions
         at = centres(grid, dtype=self.dtype, device=like.device)
-        return (self @ at.expand(self.shape[0], -1, -1)).div_(self.lines)
+        x = at.expand(self.shape[0], -1, -1)
+        return self._walk("product", x, self._own(name)).div_(self.lines)
+
+    def _own(self, name: str) -> int:
+        """Bytes of the operand that a streamed reduction makes, and of what makes it."""
+        batch, rows, ends = self.shape
+        size = self.maps[0].problem.itemsize
+        return batch * rows * size if name == "column_sum" else 2 * ends * (batch * size + 24)
 
     def _reduced(self, names: tuple[str, ...], k: int) -> dict[str, Tensor]:
         first, last = self.maps[0].problem, self.maps[-1].problem
@@ -241,10 +357,7 @@ class Chain(Lazy):
         """
         asked = budget_in_force(self.memory_budget)
         budget = DEFAULT_MEMORY_BUDGET if asked is None else asked
-        batch, rows, ends = self.shape
-        widest = max(A.shape[2] for A in self.maps)
-        size = self.maps[0].problem.itemsize
-        row = batch * (3 * widest * size + ends * (2 * size + 9) * bool(names))
+        rows, row = self.shape[1], self._row_bytes(names)
         rows = min(rows, max(1, budget // row))
         while True:
             one = max(budget // 4, self._least(rows))
@@ -253,6 +366,13 @@ class Chain(Lazy):
             if rows == 1:
                 raise too_small(budget, row + self._least(1), ", ".join(names))
             rows = (rows + 1) // 2
+
+    def _row_bytes(self, names: tuple[str, ...]) -> int:
+        """Of one row of a strip."""
+        batch, _, ends = self.shape
+        widest = max(A.shape[2] for A in self.maps)
+        size = self.maps[0].problem.itemsize
+        return batch * (3 * widest * size + ends * (2 * size + 9) * bool(names))
 
     def _least(self, rows: int) -> int:
         """What the passes of a strip of so many rows take at the least."""
