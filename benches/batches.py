@@ -1,0 +1,209 @@
+"""Engines of batches beside a hand-written loop; twice the pairs; ten times the images.
+
+    python benches/batches.py speed          # local engine against a loop over lazy maps
+    python benches/batches.py ray            # Ray with two workers against the local engine
+    python benches/batches.py memory         # peak memory by the number of images
+    python benches/batches.py processes      # threads of one process against worker processes
+
+Features are drawn: 1,024 tokens, one head of 64. Each number is a ratio of times that were taken in
+turns in one process, the best of ``--rounds``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from flashmaps.batches.local_engine import Local
+from flashmaps.batches.parts import Parts, part_pairs, rows_bytes, tile_side
+from flashmaps.diffusion.feature_folder import FeatureFolder
+from flashmaps.diffusion.features import Features
+from flashmaps.files import open_run
+from flashmaps.maps.statistics import round_trip
+from flashmaps.matching.cross_map import cross_maps
+from flashmaps.matching.pair_batch import PairBatch, token_columns
+from flashmaps.matching.pair_chunks import compared_bytes
+from flashmaps.matching.pair_order import tile_order
+from flashmaps.matching.settings import MatchSettings
+
+SIDE = 32  # tokens
+SETTINGS = MatchSettings(compare="features", temperature=0.05)
+
+
+def make(folder: Path, images: int) -> FeatureFolder:
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for number in range(images):
+        x = torch.randn(1, 1, SIDE * SIDE, 64, generator=generator)
+        Features(
+            query=x[:, :, :0], key=x[:, :, :0], output=x, scale=0.125,
+            head_weights=torch.ones(1), grid=(SIDE, SIDE), image=np.zeros((16, 16, 3), np.float32),
+            input_size=(256, 256), layers=("a",), timestep=1, seeds=(0,), prompt="",
+        ).save(folder / f"{number:06d}.safetensors", image=False)  # fmt: skip
+    return FeatureFolder(folder)
+
+
+def drawn(images: int, pairs: int) -> list[tuple[int, int]]:
+    found = np.random.default_rng(0).integers(images, size=(pairs, 2)).tolist()
+    return [(s, t) for s, t in found]
+
+
+@contextmanager
+def parts_in(folder: Path, sets: Sequence[Features], pairs: list[tuple[int, int]]):
+    """As `fm.batch` makes them."""
+    each = part_pairs(len(pairs), SIDE * SIDE)
+    side = tile_side(len(sets), len(pairs), compared_bytes(sets[0], "features"))
+    out = Path(tempfile.mkdtemp(dir=folder))
+    with open_run(out / "run", "batch", {}) as run:
+        yield Parts(run, tile_order(pairs, side), each, "tokens")
+    shutil.rmtree(out)
+
+
+def engine_seconds(folder: Path, sets: Sequence[Features], pairs, engine, budget: int) -> float:
+    with parts_in(folder, sets, pairs) as parts:
+        held = 2 * rows_bytes(len(parts.numbers[0]), SIDE * SIDE)
+        start = time.perf_counter()
+        todo = parts.missing()
+        parts.write(engine.pairs(todo, pairs, None, sets, budget - held), len(pairs), False)
+        return time.perf_counter() - start
+
+
+def loop_seconds(folder: Path, sets: Sequence[Features], pairs) -> float:
+    """What somebody writes who has lazy maps: features in memory, a table for each pair."""
+    import pyarrow
+    from pyarrow import parquet
+
+    start = time.perf_counter()
+    held = list(sets)
+    tables = []
+    for number, (s, t) in enumerate(pairs):
+        forward, backward = cross_maps(held[s], held[t], SETTINGS.options)
+        rows = forward.reduce("expectation", "max", "entropy")
+        found = PairBatch(
+            torch.tensor([[s, t]]), torch.tensor([number]), (SIDE, SIDE), (SIDE, SIDE),
+            round_trip(forward, backward), rows.expectation, rows.max, rows.entropy,
+        )  # fmt: skip
+        columns = {k: v.numpy() for k, v in token_columns(found).items()}
+        tables.append(pyarrow.table(columns))
+    parquet.write_table(pyarrow.concat_tables(tables), folder / "loop.parquet")
+    return time.perf_counter() - start
+
+
+def local() -> Local:
+    return Local(None, SETTINGS, "tokens", "auto")
+
+
+def speed(folder: Path, rounds: int) -> dict[str, float]:
+    sets, pairs = make(folder / "f", 24), drawn(24, 256)
+    times: dict[str, list[float]] = {"loop": [], "local": [], "local, twice the pairs": []}
+    for _ in range(rounds):
+        times["loop"].append(loop_seconds(folder, sets, pairs))
+        times["local"].append(engine_seconds(folder, sets, pairs, local(), 2**28))
+        twice = [*pairs, *((t, s) for s, t in pairs)]
+        times["local, twice the pairs"].append(engine_seconds(folder, sets, twice, local(), 2**28))
+    best = {name: min(each) for name, each in times.items()}
+    return {
+        **{f"{name}, pairs a second": len(pairs) / s for name, s in best.items()},
+        "local / loop": best["loop"] / best["local"],
+        "twice the pairs take": best["local, twice the pairs"] / best["local"],
+    }
+
+
+def ray_speed(folder: Path, rounds: int) -> dict[str, float]:
+    from importlib import metadata
+
+    from flashmaps.batches.ray_engine import cluster
+    from flashmaps.batches.ray_worker import Question
+
+    sets, pairs = make(folder / "f", 24), drawn(24, 512)
+    asked = Question(
+        metadata.version("flashmaps"), "builtin", "", None, SETTINGS, "tokens", "auto", len(sets)
+    )
+    times: dict[str, list[float]] = {"local": [], "ray": []}
+    with cluster(asked, address=None, workers=2, store=2**28) as workers:
+        engine_seconds(folder, sets, pairs[:128], workers, 2**28)  # they start, and load torch
+        for _ in range(rounds):
+            times["local"].append(engine_seconds(folder, sets, pairs, local(), 2**28))
+            times["ray"].append(engine_seconds(folder, sets, pairs, workers, 2**28))
+    best = {name: min(each) for name, each in times.items()}
+    return {
+        **{f"{name}, pairs a second": len(pairs) / s for name, s in best.items()},
+        "ray / local": best["local"] / best["ray"],
+    }
+
+
+def memory(folder: Path, rounds: int) -> dict[str, float]:
+    """Growth of the peak of a process that has matched a few pairs before, in MB."""
+    found = {}
+    for images in (64, 640):
+        make(folder / f"f{images}", images)
+        for budget in (64, 128):
+            done = subprocess.run(
+                [sys.executable, __file__, "one", str(folder), str(images), str(budget)],
+                capture_output=True, text=True, check=True,
+            )  # fmt: skip
+            found[f"{images} images, budget {budget} MB"] = float(done.stdout)
+    return found
+
+
+def one(folder: Path, images: int, budget: int) -> None:
+    torch.set_num_threads(1)
+    sets, pairs = FeatureFolder(folder / f"f{images}"), drawn(images, 640)
+    engine_seconds(folder, sets, pairs[:8], local(), 2**26)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    engine_seconds(folder, sets, pairs, local(), budget * 10**6)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)
+
+
+def _share(arguments: tuple[Path, int, int]) -> float:
+    folder, place, count = arguments
+    torch.set_num_threads(1)
+    sets, pairs = FeatureFolder(folder / "f"), drawn(24, 256)
+    engine_seconds(folder, sets, pairs[:8], local(), 2**28)
+    return engine_seconds(folder, sets, pairs[place::count], local(), 2**28)
+
+
+def processes(folder: Path, rounds: int) -> dict[str, float]:
+    make(folder / "f", 24)
+    sets, pairs = FeatureFolder(folder / "f"), drawn(24, 256)
+    times: dict[str, list[float]] = {"1 thread": [], "2 threads": [], "2 processes": []}
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        pool.map(_share, [(folder, i, 2) for i in range(2)])
+        for _ in range(rounds):
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                engine_seconds(folder, sets, pairs[:8], local(), 2**28)
+                times[f"{threads} thread" + "s" * (threads > 1)].append(
+                    engine_seconds(folder, sets, pairs, local(), 2**28)
+                )
+            times["2 processes"].append(max(pool.map(_share, [(folder, i, 2) for i in range(2)])))
+    return {f"{name}, pairs a second": len(pairs) / min(each) for name, each in times.items()}
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["one"]:
+        one(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+        sys.exit()
+    jobs = {"speed": speed, "ray": ray_speed, "memory": memory, "processes": processes}
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=jobs)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps(jobs[given.what](Path(folder), given.rounds), indent=2))
