@@ -241,6 +241,7 @@ class Compiled:
     shared: int  # bytes
     matrix: int  # matrix instructions
     exps: int  # exp2 instructions
+    copies: int  # instructions that copy tiles from global to shared memory
     atomics: int
     instructions: int
 
@@ -322,18 +323,20 @@ def examine(launch: Launch, architecture: str) -> Compiled:
         spills = sum(n for name, n in operations.items() if name.startswith("scratch_"))
         spills += field("vgpr_spill_count")
         exps = sum(n for name, n in operations.items() if name.startswith("v_exp_f32"))
+        copies = sum(n for name, n in operations.items() if name.startswith("global_load_lds"))
         atomics = sum(n for name, n in operations.items() if "_atomic_" in name)
     else:
         usage, operations = _disassembled(compiled.asm["cubin"])
         registers, stack = usage
         spills = sum(n for name, n in operations.items() if name[:3] in ("LDL", "STL"))
         exps = operations["MUFU.EX2"]
+        copies = sum(n for name, n in operations.items() if name.startswith("LDGSTS"))
         # From PTX: Blackwell's machine code takes some to hand out the matrix unit's own memory.
         atomics = len(re.findall(r"^\s*(?:@\S+\s+)?(?:atom|red)\.", compiled.asm["ptx"], re.M))
     matrix = sum(n for name, n in operations.items() if name.startswith(MATRIX[architecture]))
     return Compiled(
         launch.kernel.__name__, tile, architecture, registers, spills, stack,
-        compiled.metadata.shared, matrix, exps, atomics, operations.total(),
+        compiled.metadata.shared, matrix, exps, copies, atomics, operations.total(),
     )  # fmt: skip
 
 
@@ -381,12 +384,15 @@ def _examine_one(case: Case, index: int, architecture: str) -> Compiled:
 
 def table(found: list[tuple[Case, Compiled]]) -> str:
     """Markdown."""
-    lines = ["| case | kernel | tile | registers | spills | shared | matrix | |"]
-    lines.append("| --- | --- | --- | ---: | ---: | ---: | ---: | --- |")
+    lines = [
+        "| case | kernel | tile | registers | spills | shared | matrix | exp2 | copies | all | |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
     for case, each in found:
         lines.append(
             f"| {case} | {each.kernel} | {each.tile} | {each.registers} | {each.spills} | "
-            f"{each.shared} | {each.matrix} | {', '.join(each.problems())} |"
+            f"{each.shared} | {each.matrix} | {each.exps} | {each.copies} | {each.instructions} "
+            f"| {', '.join(each.problems())} |"
         )
     return "\n".join(lines)
 

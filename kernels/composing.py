@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from flashmaps.kernels.kernel_reduce import reduce_kernel
 from flashmaps.kernels.launch_lse import with_lse
 from flashmaps.kernels.launch_reduce import OPTIONAL, empty_parts, launch_combine, launch_reduce
@@ -20,7 +21,8 @@ from flashmaps.maps.problem import Problem, Request
 from flashmaps.maps.tape import Recorder, Tape, without_memory
 from torch import Tensor
 
-_INNER = 32  # numbers between A and A' that are multiplied at once
+# Bytes of the numbers between A and A' that are multiplied at once.
+_INNER_BYTES = 128
 
 
 @dataclass(frozen=True)
@@ -41,16 +43,17 @@ class Strips:
         column, which is the least there is.
         """
         rows, inner, ends = first.num_queries, first.num_keys, second.num_keys
-        tiling = _composed_tiling(second, run)
+        tiling = _composed_tiling(run)
         parts = {part for name in names for part in PARTS[name]}
         each = part_bytes(parts)
         # Copies of what is sliced: a strip's log-sum-exp, a block's bias.
+        size = strip_dtype(run).itemsize
         bias = 0 if second.bias is None else 4 * second.bias.shape[0]
 
         def cut(strip: int, block: int) -> Strips:
             blocks, tiles = -(-ends // block), -(-block // tiling.columns)
             splits = count_splits(run, -(-strip // tiling.rows), tiles, 0)
-            held = 4 * inner * (strip + block) + blocks * splits * strip * each
+            held = size * inner * (strip + block) + blocks * splits * strip * each
             return cls(strip, block, splits, blocks, held + 4 * first.heads * strip + bias * block)
 
         def fits(strip: int, block: int) -> bool:
@@ -76,8 +79,14 @@ class Strips:
         return cut(1, 1)
 
 
-def _composed_tiling(problem: Problem, run: Run) -> Tiling:
-    return run.settings.tiling("composed", problem.query.dtype, problem.query.shape[3])
+def strip_dtype(run: Run) -> torch.dtype:
+    """What strips are kept in: bfloat16 where their numbers are rounded to that anyway."""
+    short = run.settings.composition_precision() == "bf16"
+    return torch.bfloat16 if short else torch.float32
+
+
+def _composed_tiling(run: Run) -> Tiling:
+    return run.settings.tiling("composed", strip_dtype(run), 64)
 
 
 def composes(first: Problem, second: Problem, names: tuple[str, ...]) -> bool:
@@ -133,7 +142,10 @@ def _compose_map(first: Problem, second: Problem, outputs: dict[str, Tensor], ru
     strips = Strips.of(first, second, tuple(outputs), run)
     rows, inner, ends = first.num_queries, first.num_keys, second.num_keys
     like = first.query
-    strip, block = (run.empty(n * inner, like=like) for n in (strips.rows, strips.columns))
+    strip, block = (
+        run.empty(n * inner, dtype=strip_dtype(run), like=like)
+        for n in (strips.rows, strips.columns)
+    )
     names = sorted({part for name in outputs for part in PARTS[name]})
     parts = empty_parts(names, (strips.blocks * strips.splits, 1, strips.rows), like, run)
     for start in range(0, rows, strips.rows):
@@ -165,12 +177,13 @@ def _launch_composed(
     left: int, most: int, run: Run,
 ) -> int:  # fmt: skip
     """The reducers on ``a @ b``, from split number ``left`` of the parts on; how many it takes."""
-    tiling = _composed_tiling(second, run)
+    tiling = _composed_tiling(run)
     rows, inner, columns = a.shape[1], a.shape[2], b.shape[2]
     tiles = -(-columns // tiling.columns)
     splits = min(most, tiles)
     splits = -(-tiles // -(-tiles // splits))
-    whole = (rows % tiling.rows, columns % tiling.columns, inner % _INNER)
+    between = _INNER_BYTES // a.element_size()
+    whole = (rows % tiling.rows, columns % tiling.columns, inner % between)
     arguments: dict[str, Any] = dict.fromkeys(
         (*OPTIONAL, "bias", "pairs", "weights", "lse", "line_mass", "operand")
     )
@@ -199,6 +212,7 @@ def _launch_composed(
         "splits": splits,
         "scale": 1.0,
         **dict.fromkeys(("KEYS_KEPT", "WHOLE", "WIDE", "FLATTEN"), False),
+        "HEADS": 0,
         **dict.fromkeys(("X", "D", "DIM", "CHUNK"), 16),
         "LINES": "",
         "K": 1,
@@ -206,7 +220,7 @@ def _launch_composed(
         "UNIT": 1,
         "PRECISION": "ieee",
         "COMPOSED": True,
-        "INNER": _INNER,
+        "INNER": between,
         "R": tiling.rows,
         "C": tiling.columns,
         "EVEN": not any(whole),

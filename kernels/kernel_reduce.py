@@ -20,7 +20,16 @@ from flashmaps.kernels.reducers import (
     positions,
     take_largest,
 )
-from flashmaps.kernels.tile import LN_2, composed_tile, mean_tile, normalized, of_pair, up_to
+from flashmaps.kernels.tile import (
+    LN_2,
+    composed_tile,
+    mean_tile,
+    normalized,
+    of_pair,
+    resident_tile,
+    resident_tokens,
+    up_to,
+)
 
 
 @triton.jit
@@ -100,6 +109,7 @@ def reduce_kernel(
     OPERAND_PRECISION: tl.constexpr,
     FAST_LOG: tl.constexpr,
     FLATTEN: tl.constexpr,
+    HEADS: tl.constexpr,  # how many there are, where all heads' kept tokens stay on chip; else 0
 ):
     """Everything that is reduced over one side of the map, or written of it: pass two of two.
 
@@ -169,6 +179,11 @@ def reduce_kernel(
     else:
         share = 1.0
 
+    if HEADS > 0:
+        held = resident_tokens(
+            kept, kept_head, rows - first, kept_token, kept_dim, HEADS, D, DIM, WIDE
+        )
+
     for start in tl.range(low, high, C, flatten=FLATTEN):
         there = start + column < high
         place = up_to(start + column, high, EVEN)
@@ -186,6 +201,12 @@ def reduce_kernel(
                 inner, INNER, EVEN, OPERAND_PRECISION,
             )  # fmt: skip
             index += streamed_first
+        elif HEADS > 0:
+            tile = resident_tile(
+                held, rows, from_token, streamed_head, streamed_token, streamed_dim, offset, index,
+                weights, lse, num_queries, scale,
+                HEADS, KEYS_KEPT, D, DIM, WIDE, PRECISION,
+            )  # fmt: skip
         else:
             tile = mean_tile(
                 kept, kept_head, kept_token, kept_dim, rows - first, rows, rows_there,

@@ -6,8 +6,24 @@ from typing import Any
 
 import torch
 from flashmaps.kernels.kernel_reduce import combine_kernel, reduce_kernel
-from flashmaps.kernels.run import COMBINED, COMBINING, Launch, Run, add_up, count_splits
-from flashmaps.kernels.views import View, map_arguments, power_of_two, tile_constants, wide
+from flashmaps.kernels.run import (
+    COMBINED,
+    COMBINING,
+    TOGETHER,
+    Launch,
+    Run,
+    add_up,
+    count_splits,
+)
+from flashmaps.kernels.views import (
+    View,
+    head_parts,
+    map_arguments,
+    one_part,
+    power_of_two,
+    tile_constants,
+    wide,
+)
 from flashmaps.maps.gpu import FINISHED, PARTS, part_bytes, part_dtype, part_shape
 from flashmaps.maps.problem import Problem
 from torch import Tensor
@@ -90,7 +106,9 @@ def count_blocks(view: View, kind: str, run: Run) -> tuple[int, int]:
 def _operand_splits(view: View, kind: str, columns: int, bytes_each: int, run: Run) -> int:
     programs, tiles = count_blocks(view, kind, run)
     parts = -(-columns // _operand_width(columns, run)) if columns else 1
-    return count_splits(run, programs * parts, tiles, bytes_each)
+    # A multiprocessor has room for one program that keeps all heads.
+    together = 1 if resident_heads(view, kind, run) else TOGETHER
+    return count_splits(run, programs * parts, tiles, bytes_each, together)
 
 
 def _operand_width(columns: int, run: Run) -> int:
@@ -125,6 +143,7 @@ def launch_reduce(
     tokens = view.problem.query
     constants = tile_constants(tiling, tokens, view.num_kept, view.num_streamed, run)
     more = more or {}
+    heads = resident_heads(view, kind, run)
     if more.get("order") is not None:
         constants["EVEN"] = False
     arguments: dict[str, Any] = dict.fromkeys(OPTIONAL)
@@ -150,7 +169,8 @@ def launch_reduce(
         else run.settings.pooling_precision(),
         "FAST_LOG": run.settings.fast_log,
         # The compiler cannot flatten the loop within which the k largest are found.
-        "FLATTEN": run.settings.flatten and "largest" not in outputs,
+        "FLATTEN": run.settings.flatten and "largest" not in outputs and heads == 0,
+        "HEADS": heads,
         **constants,
     }
     run.launch(
@@ -163,6 +183,24 @@ def launch_reduce(
             scores=view.problem.scores * (1 if "order" in more else parts),
         )
     )
+
+
+def resident_heads(view: View, kind: str, run: Run) -> int:
+    """How many heads' kept tokens stay on chip while others stream past: all of them, or 0.
+
+    Else a head's are loaded again for every tile, through the second-level cache, which cannot give
+    both sides as fast as the exponentials are done.
+    """
+    heads, tokens = view.problem.heads, view.kept
+    if kind not in ("rows", "columns") or view.kind(kind, run.settings) != "even":
+        return 0
+    width, rest = head_parts(tokens.shape[3], one=one_part(tokens, run))
+    if rest > 0 or width > run.settings.chunk(tokens.dtype):
+        return 0
+    tiling = view.tiling(kind, run.settings)
+    # Each stage of the pipeline has a tile of streamed tokens for every head.
+    taken = heads * (tiling.rows + tiling.stages * tiling.columns) * width * tokens.element_size()
+    return heads if taken <= run.settings.resident_bytes else 0
 
 
 # What `reduce_kernel` takes for a composition only.

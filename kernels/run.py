@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from flashmaps.kernels.settings import Settings, Tiling
-from flashmaps.maps.gpu import WORKSPACE, Workspace
+from flashmaps.maps.gpu import WORKSPACE, Workspace, best_splits
 from flashmaps.maps.problem import Problem, Request, empty_outputs
 from flashmaps.maps.tape import Play, Recorder
 from torch import Tensor
@@ -16,6 +16,9 @@ from triton import knobs
 
 # As `WORKSPACE`, for rows of the map that are sorted: a few hundred at a time keep a GPU busy.
 ROWS_TO_SORT = 64 * 2**20
+
+MOST_SPLITS = 64
+TOGETHER = 2  # programs of eight warps that hide each other's waiting on a multiprocessor
 
 COMBINED = 256  # outputs that one program of the combining kernels has
 COMBINING = Tiling(COMBINED, 1, warps=4, stages=1)
@@ -165,13 +168,14 @@ def add_up(parts: Tensor, out: Tensor, run: Run) -> None:
     run.compute(lambda parts, out: torch.sum(parts, 0, out=out), parts, out)
 
 
-def count_splits(run: Run, programs: int, tiles: int, bytes_each: int) -> int:
+def count_splits(
+    run: Run, programs: int, tiles: int, bytes_each: int, together: int = TOGETHER
+) -> int:
     """How many programs share the streamed tokens of one block, when there are few blocks.
 
     From shapes and settings alone, so that the same call adds up in the same order.
     """
-    wanted = run.settings.programs // max(1, programs)
-    fitting = run.limit // max(1, bytes_each)
-    splits = max(1, min(wanted, tiles, fitting))
+    most = max(1, min(tiles, MOST_SPLITS, run.limit // max(1, bytes_each)))
+    splits = best_splits(programs, tiles, most, run.settings.multiprocessors, together)
     # No empty ones: 10 tiles in 4 splits of 3 would do, 10 tiles in 6 of 2 leave one without.
     return -(-tiles // -(-tiles // splits))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +55,7 @@ class Settings:
     operand_columns: int  # columns of an operand that a program takes at once
     whole_row: int  # see `keeps_rows`
     matmul_precision: str  # torch.get_float32_matmul_precision()
+    multiprocessors: int = 1
 
     @property
     def nvidia(self) -> bool:
@@ -72,6 +73,14 @@ class Settings:
         On Blackwell the compiler unrolls what it flattens, and registers spill.
         """
         return self.architecture in ("sm_80", "sm_90")
+
+    @property
+    def resident_bytes(self) -> int:
+        """What kept tokens of all heads and the tiles streamed past them may take on chip.
+
+        None on Blackwell, whose matrix unit has memory of its own: it has not been looked at.
+        """
+        return {"sm_80": 160, "sm_90": 200, "interpreter": 64}.get(self.architecture, 0) * 1024
 
     @property
     def one_product(self) -> bool:
@@ -144,6 +153,10 @@ def _table() -> dict[str, Any]:
     return json.loads(TABLE.read_text("utf-8"))
 
 
+# Of the largest card of each: an A100, an H100, a B200, an MI300X.
+_MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304, "interpreter": 2}
+
+
 def settings_of(architecture: str, matmul_precision: str = "highest") -> Settings:
     """The settings of an architecture by its name."""
     entry = _table()[architecture]
@@ -154,6 +167,7 @@ def settings_of(architecture: str, matmul_precision: str = "highest") -> Setting
         entry["operand_columns"],
         entry["whole_row"],
         matmul_precision,
+        _MULTIPROCESSORS[architecture],
     )
 
 
@@ -171,7 +185,11 @@ def architecture_of(device: torch.device) -> str:
 
 @functools.cache
 def _settings_here(device: torch.device, matmul_precision: str) -> Settings:
-    return settings_of(architecture_of(device), matmul_precision)
+    found = settings_of(architecture_of(device), matmul_precision)
+    if device.type != "cuda":
+        return found
+    here = torch.cuda.get_device_properties(device).multi_processor_count
+    return replace(found, multiprocessors=here)
 
 
 def settings_here(device: torch.device) -> Settings:

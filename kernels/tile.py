@@ -241,6 +241,69 @@ def mean_tile(
 
 
 @triton.jit
+def resident_tokens(
+    kept, kept_head, kept_offset, kept_token, kept_dim,
+    HEADS: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The kept tokens of all heads, one [R, D] each, to be loaded once instead of for each tile."""
+    held = ()
+    for head in tl.static_range(HEADS):
+        from_head = kept + head * kept_head
+        one = load_tokens(from_head, kept_offset, kept_token, kept_dim, 0, D, DIM, WIDE)
+        held = held + (one,)  # type: ignore[assignment] # noqa: RUF005
+    return held
+
+
+@triton.jit
+def resident_tile(
+    held,  # of `resident_tokens`
+    kept_index,
+    streamed,
+    streamed_head,
+    streamed_token,
+    streamed_dim,
+    streamed_offset,
+    streamed_index,
+    weights,
+    lse,
+    num_queries,
+    scale,
+    HEADS: tl.constexpr,
+    KEYS_KEPT: tl.constexpr,
+    D: tl.constexpr,
+    DIM: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`mean_tile` of whole tiles without a bias, the log-sum-exp known, kept tokens at hand."""
+    tile = tl.zeros((kept_index.shape[0], streamed_index.shape[0]), tl.float32)
+    for head in tl.static_range(HEADS):
+        columns = load_tokens(
+            streamed + head * streamed_head, streamed_offset, streamed_token, streamed_dim,
+            0, D, DIM, WIDE,
+        )  # fmt: skip
+        scores = tl.dot(held[head], tl.trans(columns), input_precision=PRECISION)
+        known = lse + head * num_queries
+        if KEYS_KEPT:
+            of_query = tl.load(known + streamed_index)
+        else:
+            of_query = tl.load(known + kept_index)
+        of_query = tl.where(of_query == float("-inf"), float("inf"), of_query) * LOG2_E
+        if KEYS_KEPT:
+            part = tl.exp2(scores * scale - of_query[None, :])
+        else:
+            part = tl.exp2(scores * scale - of_query[:, None])
+        if weights is not None:
+            tile += tl.load(weights + head) * part
+        else:
+            tile += part
+    if weights is not None:
+        return tile
+    else:
+        return tile * (1.0 / HEADS)
+
+
+@triton.jit
 def composed_tile(
     kept,  # pointer to the first kept row of A, float32
     kept_row,

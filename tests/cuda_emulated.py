@@ -1,58 +1,18 @@
-"""Backend "cuda" on the CPU: its kernels compiled for the host, driven by the backend's own Python.
-
-Kernels may touch the tensors of a call and nothing else; the emulation watches that, and races.
-"""
+"""Backend "cuda" on the CPU, emulated, as fixtures: see cuda_watched.py."""
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
-from typing import Any
 
-import native
 import pytest
-import torch
-from flashmaps.maps.backends import cuda, cuda_blocks
-from flashmaps.maps.backends.cuda_call import Context
-from flashmaps.maps.tape import Play
-from torch import Tensor
+from cuda_watched import Watched, load, random_tokens, shapes
+from flashmaps.maps.backends import cuda
+
+__all__ = ["Watched", "emulated", "load", "module", "random_tokens", "shapes"]
 
 backends = importlib.import_module("flashmaps.maps.backends.choice")  # fm.backends is the function
-
-
-def load(path: Path | None = None) -> ModuleType:
-    """The module, compiled if need be."""
-    path = native.build("_emulated") if path is None else path
-    spec = importlib.util.spec_from_file_location("_emulated", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-class Watched(cuda.Backend):
-    """Kernels may touch inputs, outputs and workspace, each exactly as long as it is."""
-
-    def __init__(self, module: ModuleType, shapes: tuple[Any, ...] = ()) -> None:
-        super().__init__(module, "cpu", shapes)
-        self.launches: list[str] = []
-
-    def _context(self, stream: int, index: int) -> Context:
-        return super()._context(stream, index)._replace(watch=self._watch)
-
-    def _watch(self, name: str, call: Play) -> None:
-        self.launches.append(name)
-        self.native.set_memory([_reach(tensor) for tensor in call.tensors if tensor is not None])
-
-
-def _reach(tensor: Tensor) -> tuple[int, int, str]:
-    """(address, bytes, name) of everything between a tensor's first and last number."""
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    last = sum((size - 1) * stride for size, stride in steps)
-    return tensor.data_ptr(), (last + 1) * tensor.element_size(), str(tuple(tensor.shape))
 
 
 @pytest.fixture(scope="session")
@@ -69,13 +29,3 @@ def emulated(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wa
     yield backend
     module.set_memory([])
     module.set_limits(module.Limits(multiprocessors=4, shared_bytes=163 * 1024, architecture=80))
-
-
-def shapes(*of: tuple[int, int, bool]) -> tuple[Any, ...]:
-    """Blocks in place of the backend's choice: (warps along rows, along columns, resident)."""
-    return tuple(cuda_blocks.Shape(rows, columns, resident, 1) for rows, columns, resident in of)
-
-
-def random_tokens(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return (1.7 * torch.randn(shape, generator=generator)).to(dtype)

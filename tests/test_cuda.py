@@ -15,7 +15,8 @@ import torch
 from checks import Checked
 from cuda_emulated import Watched, shapes
 from cuda_problems import CASE_NAMES, CASES, OPERATIONS
-from flashmaps.maps.backends import cuda, cuda_blocks
+from flashmaps.maps import gpu
+from flashmaps.maps.backends import cuda
 from flashmaps.maps.backends.cuda_launches import Run
 from flashmaps.maps.problem import Problem as Described
 from flashmaps.maps.problem import Request
@@ -106,12 +107,12 @@ def test_splits_of_any_number(multiprocessors: int, emulated: Watched) -> None:
 
 
 def test_splits_fill_the_card_and_leave_no_wave_nearly_empty() -> None:
-    assert cuda_blocks.best_splits(blocks=32, tiles=64, most=64, slots=132) == 4
-    assert cuda_blocks.best_splits(blocks=1, tiles=3, most=3, slots=132) == 3
-    assert cuda_blocks.best_splits(blocks=1000, tiles=64, most=64, slots=132) == 1
-    assert cuda_blocks.best_splits(blocks=133, tiles=64, most=64, slots=132) > 1
+    assert gpu.best_splits(blocks=32, tiles=64, most=64, multiprocessors=132) == 4
+    assert gpu.best_splits(blocks=1, tiles=3, most=3, multiprocessors=132) == 3
+    assert gpu.best_splits(blocks=1000, tiles=64, most=64, multiprocessors=132) == 1
+    assert gpu.best_splits(blocks=133, tiles=64, most=64, multiprocessors=132) > 1
     for blocks, tiles in itertools.product((1, 7, 40, 500), (1, 5, 64)):
-        assert cuda_blocks.best_splits(blocks, tiles, most=min(tiles, 8), slots=264) <= min(
+        assert gpu.best_splits(blocks, tiles, most=min(tiles, 8), multiprocessors=264) <= min(
             tiles, 8
         )
 

@@ -276,7 +276,10 @@ def _checking(problem: str, operation: str, backend: str) -> hands.Job:
 
 
 def main(given: list[str] | None = None) -> int:
-    return Session(arguments(given)).run()
+    options = arguments(given)
+    if options.device == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # of the workers
+    return Session(options).run()
 
 
 if __name__ == "__main__":

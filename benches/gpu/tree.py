@@ -20,6 +20,12 @@ CARRIED = ROOT / "build/carried"
 FOLDERS = (ROOT / "python", ROOT / "benches", ROOT / "benches/gpu", ROOT / "tests")
 
 
+def carried(name: str) -> Path | None:
+    """A compiled module that was carried along for this Python, if there is one."""
+    file = CARRIED / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    return file if file.exists() else None
+
+
 class _Tree(MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -31,9 +37,8 @@ class _Tree(MetaPathFinder):
                 submodule_search_locations=[str(ROOT / "kernels")],
             )
         if name in ("flashmaps._C", "flashmaps._cuda"):
-            suffix = sysconfig.get_config_var("EXT_SUFFIX")
-            file = CARRIED / f"{name.removeprefix('flashmaps.')}{suffix}"
-            if file.exists():
+            file = carried(name.removeprefix("flashmaps."))
+            if file is not None:
                 return importlib.util.spec_from_file_location(name, file)
         return None
 

@@ -68,6 +68,10 @@ class Worker:
 
     def check(self, job: dict[str, Any]) -> dict[str, Any]:
         """{"problem", "operation", "backend"}: one operation on one problem, against float64."""
+        if job["operation"] == "gradients" and self.device == "cpu":  # triton's, for both
+            reason = interpreter_reason()
+            if reason is not None:
+                return {"error": None, "refused": True, "why": reason}
         return _told(
             self._correctness().check(job["problem"], job["operation"], job["backend"], self.device)
         )
@@ -94,6 +98,10 @@ class Worker:
         from card import card
 
         backends = {name: [bool(each), each.reason] for name, each in fm.backends().items()}
+        if self.device == "cpu" and backends["triton"][0]:
+            reason = interpreter_reason()
+            if reason is not None:
+                backends["triton"] = [False, reason]
         return {"card": card(), "backends": backends}
 
     def rates(self, job: dict[str, Any]) -> dict[str, Any]:
@@ -178,12 +186,31 @@ def _told(result: Any) -> dict[str, Any]:
     return {"error": error, "refused": result.refused}
 
 
+def interpreter_reason() -> str | None:
+    """Why triton's interpreter does not work here, or None: some do not with some numpy."""
+    import flashmaps as fm
+    import numpy
+    import triton
+
+    tokens = torch.zeros(1, 1, 4, 8)
+    try:
+        fm.AttentionMap(tokens, tokens, backend="triton").entropy()
+    except Exception as error:
+        said = str(error).strip().splitlines()[-1:]
+        return (
+            f"the interpreter of triton {triton.__version__} does not work with numpy "
+            f"{numpy.__version__}: {type(error).__name__}: {''.join(said)[:200]}"
+        )
+    return None
+
+
 def emulate() -> None:
-    """Backend "cuda" without a card: its sources compiled for the CPU (tests/cuda_emulated.py)."""
-    import cuda_emulated
+    """Backend "cuda" without a card: its sources compiled for the CPU (tests/cuda_watched.py)."""
+    import cuda_watched
     from flashmaps.maps.backends import choice
 
-    emulated = cuda_emulated.Watched(cuda_emulated.load())
+    carried = tree.carried("_emulated")
+    emulated = cuda_watched.Watched(cuda_watched.load(carried))
     choice._BACKENDS["cuda"] = emulated  # type: ignore[assignment]
     from flashmaps.maps.backends import cuda
 

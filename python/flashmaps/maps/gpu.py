@@ -81,6 +81,21 @@ def passes_of(problem: Problem, request: Request, scores: int) -> int:
     return round(scores / problem.scores)
 
 
+def best_splits(blocks: int, tiles: int, most: int, multiprocessors: int, together: int = 1) -> int:
+    """How many blocks share the streamed tokens of one, so that the card has least to do.
+
+    A multiprocessor works at full rate with ``together`` blocks or more, and those that it has
+    share it; a block takes as long as its tiles, and about one more to begin and to end with. From
+    shapes and the card alone, so that the same call adds up in the same order.
+    """
+
+    def time(splits: int) -> int:
+        each = -(-tiles // splits) + 1
+        return max(together, -(-blocks * splits // multiprocessors)) * each
+
+    return min(range(1, most + 1), key=time)
+
+
 @dataclass
 class Workspace:
     """Bytes beyond inputs and outputs that one call has allocated."""

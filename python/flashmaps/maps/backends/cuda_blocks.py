@@ -53,17 +53,3 @@ def blocks_on_sm(limits: Any, name: str, threads: int, shared: int) -> int:
 def at_most(warps: int, wanted: int) -> int:
     """The smallest power of two that is enough, or all warps that there are."""
     return min(warps, 1 << max(0, wanted - 1).bit_length())
-
-
-def best_splits(blocks: int, tiles: int, most: int, slots: int) -> int:
-    """How many blocks share the streamed tokens of one, so that the card has least to do.
-
-    Blocks run in waves of ``slots``; a wave lasts as long as one of them: its tiles, and about one
-    more to begin and to end with. From shapes and the card alone, so that the same call adds up in
-    the same order.
-    """
-
-    def time(splits: int) -> int:
-        return -(-blocks * splits // slots) * (-(-tiles // splits) + 1)
-
-    return min(range(1, most + 1), key=time)

@@ -15,10 +15,9 @@ from flashmaps.maps.backends.cuda_blocks import (
     SHAPES,
     Shape,
     at_most,
-    best_splits,
     blocks_on_sm,
 )
-from flashmaps.maps.gpu import LOG2_E, WORKSPACE, Workspace
+from flashmaps.maps.gpu import LOG2_E, WORKSPACE, Workspace, best_splits
 from flashmaps.maps.problem import Problem
 from flashmaps.maps.tape import Play, Recorder
 
@@ -246,5 +245,5 @@ class Call(Workspace):
         blocks = of.maps * programs * -(-kept.count // (32 * rows))
         tiles = -(-streamed.count // (64 * columns))
         most = min(tiles, MOST_SPLITS, max(1, self.fits(each)))
-        arguments.splits = best_splits(blocks, tiles, most, fitting * self.limits.multiprocessors)
+        arguments.splits = best_splits(blocks, tiles, most, self.limits.multiprocessors, fitting)
         return int(arguments.splits)
