@@ -175,7 +175,8 @@ def count_splits(
 
     From shapes and settings alone, so that the same call adds up in the same order.
     """
-    most = max(1, min(tiles, MOST_SPLITS, run.limit // max(1, bytes_each)))
+    room = max(0, run.limit - run.held)
+    most = max(1, min(tiles, MOST_SPLITS, room // max(1, bytes_each)))
     splits = best_splits(programs, tiles, most, run.settings.multiprocessors, together)
     # No empty ones: 10 tiles in 4 splits of 3 would do, 10 tiles in 6 of 2 leave one without.
     return -(-tiles // -(-tiles // splits))
