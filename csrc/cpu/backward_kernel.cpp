@@ -34,14 +34,66 @@ constexpr std::int64_t kSegments = 8;
 constexpr int kColumnVectors = 4;
 constexpr int kColumnKeys = kManyRegisters ? 6 : 3;
 
-// to[j][lanes] += sum_k a[k][lanes] * b[j * bj + k], rows of `to` at any address, `stride` apart.
-// The last `tail` columns of the vectors are not there.
+// What comes next from the third-level cache: one stretch of memory and then another, asked for a
+// line every other step of a product. Faster, and the product's own loads would wait.
+template <class T>
+struct Ahead {
+  static constexpr std::int64_t kStep = 64 / std::int64_t(sizeof(T)) / 2;
+  const T* next = nullptr;
+  const T* end = nullptr;
+  const T* then = nullptr;
+  const T* last = nullptr;
+
+  void tick() {
+    __builtin_prefetch(next, 0);
+    next += kStep;
+    if (__builtin_expect(next >= end, 0)) {
+      next = then;
+      end = last;
+      then = last;
+    }
+  }
+};
+
+// to[j][lanes] += sum_k a[k][lanes] * b[k * bk + j]: dQ.
 template <class T, int W, int J>
-[[gnu::noinline]] void multiply_rows(const T* a, std::int64_t lda, const T* b, std::int64_t bj,
-                                     std::int64_t K, T scale, T* to, std::int64_t stride,
-                                     std::int64_t columns) {
+[[gnu::noinline]] void multiply_columns(const T* a, std::int64_t lda, const T* b, std::int64_t bk,
+                                        std::int64_t K, T* to, Ahead<T>& ahead) {
   Vec<T> acc[J][W] = {};
-  multiply<T, W, J, true>(a, lda, b, bj, 1, K, acc, [] {});
+  Ahead<T> next = ahead;
+  multiply<T, W, J, false>(a, lda, b, 1, bk, K, acc, [&] { next.tick(); });
+  ahead = next;
+#pragma GCC unroll 8
+  for (int j = 0; j < J; ++j, to += W * kLanes<T>) {
+#pragma GCC unroll 3
+    for (int v = 0; v < W; ++v) {
+      T* here = to + v * kLanes<T>;
+      store<T>(here, load(here) + acc[j][v]);
+    }
+  }
+}
+
+// A strip's dS of some keys of one head, [keys][R], and its queries, [R][width].
+template <class T>
+struct Share {
+  const T* ds;
+  const T* rows;
+};
+
+// to[j][lanes] += scale sum_k rows[k][lanes] ds[j][k] of `count` strips: dK, whose rows are at any
+// address, `stride` apart. Only `columns` of the vectors' lanes are there.
+template <class T, int W, int J>
+[[gnu::noinline]] void multiply_rows(const Share<T>* shares, int count, std::int64_t from,
+                                     std::int64_t x, std::int64_t width, T scale, T* to,
+                                     std::int64_t stride, std::int64_t columns, Ahead<T>& ahead) {
+  constexpr std::int64_t R = kRows<T>;
+  Vec<T> acc[J][W] = {};
+  Ahead<T> next = ahead;
+  for (int n = 0; n < count; ++n) {
+    multiply<T, W, J, true>(shares[n].rows + x, width, shares[n].ds + from * R, R, 1, R, acc,
+                            [&] { next.tick(); });
+  }
+  ahead = next;
   if (columns == W * kLanes<T>) {
     for (int j = 0; j < J; ++j) {
       for (int v = 0; v < W; ++v) {
@@ -170,14 +222,22 @@ class Slot {
     }
   }
 
+  // What `scores` reads.
+  Ahead<T> kept(std::int64_t h, std::int64_t at, std::int64_t count) const {
+    const std::int64_t block = std::min(set_.way.block, set_.problem.keys);
+    const T* e = scores_ + (h * block + at) * R;
+    const T* g = g_ + at * R;
+    return {e, e + count * R, g, g + count * R};
+  }
+
   // dquery_[segment][x][lanes] += sum_j dS[j][lanes] K[j][x], rows of K `ld` apart.
   void add_query(std::int64_t h, std::int64_t segment, const T* ds, const T* keys, std::int64_t ld,
-                 std::int64_t count) const {
+                 std::int64_t count, Ahead<T>& next) const {
     const std::int64_t dim = set_.problem.dim;
     T* to = dquery_ + (segment * set_.problem.heads + h) * dim * R;
     std::int64_t x = 0;
     const auto tile = [&]<int J>() {
-      multiply_into<T, kWidth, J, false>(ds, R, keys + x, 1, ld, count, to + x * R);
+      multiply_columns<T, kWidth, J>(ds, R, keys + x, ld, count, to + x * R, next);
       x += J;
     };
     while (x + kTileKeys <= dim) tile.template operator()<kTileKeys>();
@@ -367,14 +427,14 @@ struct Pass {
   Setting<T> setting;
   std::vector<std::unique_ptr<Slot<T>>> slots;
   std::vector<Buffer<T>> convert;  // [kKeyChunk][d], one a thread
-  std::vector<Buffer<T>> scores;   // dS of a few keys, [kKeyChunk][R], one a thread
+  std::vector<Buffer<T>> scores;   // dS of a few keys and two strips, [2][kKeyChunk][R], a thread
 
   Pass(const Problem& p, const Gradient& g, const Gradients& out, const Way& way, bool only)
       : workspace{0, only}, setting(workspace, p, g, out, way) {
     const std::int64_t dim = std::max(p.dim, g.partner.dim);
     for (std::int64_t n = 0; n < way.threads; ++n) {
       convert.emplace_back(workspace, kKeyChunk * dim);
-      scores.emplace_back(workspace, kKeyChunk * kRows<T>);
+      scores.emplace_back(workspace, 2 * kKeyChunk * kRows<T>);
     }
     const std::int64_t before = workspace.bytes;
     slots.push_back(std::make_unique<Slot<T>>(workspace, setting));
@@ -389,21 +449,24 @@ struct Pass {
   std::int64_t passes() const { return setting.whole ? 1 : 2; }
 };
 
-// dK of `count` keys from p0 on, `to` the first of them: a strip's share.
+// dK of `count` keys, `to` the first of them: the shares of one strip or two.
 template <class T>
-void add_keys(const T* ds, const T* rows, std::int64_t width, std::int64_t count, T scale, T* to,
-              std::int64_t dim) {
-  constexpr int R = kRows<T>, L = kLanes<T>;
+void add_keys(const Share<T>* shares, int strips, std::int64_t width, std::int64_t count, T scale,
+              T* to, std::int64_t dim, const Ahead<T>& more) {
+  Ahead<T> next{to + kColumnKeys * dim, to + count * dim, more.next, more.end};
+  constexpr int L = kLanes<T>;
   std::int64_t j = 0;
   const auto tile = [&]<int J>() {
     std::int64_t x = 0;
     const auto columns = [&]<int W>() {
-      multiply_rows<T, W, J>(rows + x, width, ds + j * R, R, R, scale, to + j * dim + x, dim,
-                             std::min<std::int64_t>(W * L, dim - x));
+      multiply_rows<T, W, J>(shares, strips, j, x, width, scale, to + j * dim + x, dim,
+                             std::min<std::int64_t>(W * L, dim - x), next);
       x += W * L;
     };
     while (x + (kColumnVectors - 1) * L < width) columns.template operator()<kColumnVectors>();
-    while (x < width) columns.template operator()<1>();
+    if (x + 2 * L < width) columns.template operator()<3>();
+    if (x + L < width) columns.template operator()<2>();
+    if (x < width) columns.template operator()<1>();
     j += J;
   };
   while (j + kColumnKeys <= count) tile.template operator()<kColumnKeys>();
@@ -411,7 +474,8 @@ void add_keys(const T* ds, const T* rows, std::int64_t width, std::int64_t count
 }
 
 // Keys s0 .. s1, of one segment, with head h: dQ of each strip of a window, dK and the bias from
-// all of them in order. `j0` is the first key kept.
+// all of them in order, two strips at a time where they are of the same keys: dK, which comes from
+// the third-level cache, is read and written half as often.
 template <class T>
 void take_keys(Pass<T>& pass, std::int64_t count, std::int64_t h, std::int64_t j0, std::int64_t s0,
                std::int64_t s1) {
@@ -420,13 +484,15 @@ void take_keys(Pass<T>& pass, std::int64_t count, std::int64_t h, std::int64_t j
   const Problem& p = set.problem;
   const Tokens<T>& keys = set.map.key;
   const std::size_t me = std::size_t(thread_index());
-  T* ds = pass.scores[me];
   for (std::int64_t c0 = s0; c0 < s1; c0 += kKeyChunk) {
     const std::int64_t c1 = std::min(c0 + kKeyChunk, s1);
     std::int64_t converted = -1;
+    Share<T> shares[2];
+    int held = 0;
     for (std::int64_t n = 0; n < count; ++n) {
       const Slot<T>& slot = *pass.slots[std::size_t(n)];
       const std::int64_t b = set.map.key_index(slot.strip().map);
+      T* ds = pass.scores[me] + held * kKeyChunk * R;
       slot.scores(h, c0 - j0, c1 - c0, ds);
       if (set.out.query != 0 && converted != b) {
         // A copy in order: the product reads a few features of all keys at a time, which no
@@ -437,19 +503,33 @@ void take_keys(Pass<T>& pass, std::int64_t count, std::int64_t h, std::int64_t j
         }
         converted = b;
       }
+      const bool last = n + 1 == count;
       if (set.out.query != 0) {
-        slot.add_query(h, c0 / set.segment, ds, pass.convert[me], p.dim, c1 - c0);
+        // The next strip's scores meanwhile, or the first one's of the next keys.
+        const std::int64_t next = last ? std::min(c1, s1 - 1) : c0;
+        Ahead<T> ahead = pass.slots[std::size_t(last ? 0 : n + 1)]->kept(
+            h, next - j0, std::min(kKeyChunk, s1 - next));
+        slot.add_query(h, c0 / set.segment, ds, pass.convert[me], p.dim, c1 - c0, ahead);
       }
       if (set.out.bias != 0) {
         T* bias = pointer<T>(set.out.bias) + b * p.keys;
         for (std::int64_t j = c0; j < c1; ++j) bias[j] += lane_sum<T>(ds + (j - c0) * R);
       }
-      if (set.out.key != 0) {
-        // Heads that share a key head add to it in turn.
-        const std::int64_t key_head = b * (p.heads / p.key_group) + h / p.key_group;
-        T* out = pointer<T>(set.out.key) + (key_head * p.keys + c0) * p.dim;
-        add_keys<T>(ds, slot.rows(h), set.width, c1 - c0, T(p.scale), out, p.dim);
+      if (set.out.key == 0) continue;
+      shares[held++] = {ds, slot.rows(h)};
+      const bool alone =
+          last || !set.whole || set.map.key_index(pass.slots[std::size_t(n + 1)]->strip().map) != b;
+      if (n % 2 == 0 && !alone) continue;
+      // Heads that share a key head add to it in turn.
+      const std::int64_t key_head = b * (p.heads / p.key_group) + h / p.key_group;
+      T* out = pointer<T>(set.out.key) + (key_head * p.keys + c0) * p.dim;
+      // The next keys meanwhile, which are copied when they are reached.
+      Ahead<T> more;
+      if (last && keys.is_plain()) {
+        more = {keys.at(b, h, c1), keys.at(b, h, std::min(c1 + kKeyChunk, s1))};
       }
+      add_keys<T>(shares, held, set.width, c1 - c0, T(p.scale), out, p.dim, more);
+      held = 0;
     }
   }
 }
@@ -512,17 +592,19 @@ Way choose(const Problem& p, const Gradient& g, const Gradients& out, const Limi
   const std::int64_t few = std::min(p.keys, kFewKeys);
   const std::int64_t budget = limits.memory_budget;
   std::vector<Way> ways;
-  const Way one{threads, threads, p.keys};
-  const std::int64_t more = std::min(strips, 4 * threads);
-  // Two at least: dK is read and written once for each window.
-  const std::int64_t two = std::min(strips, std::max<std::int64_t>(2, threads));
+  // Where all keys are kept windows are even, so that the same strips share additions to dK.
+  const auto even = [&](std::int64_t n) { return std::min(strips, n + n % 2); };
+  const Way one{threads, even(threads), p.keys};
+  const std::int64_t more = even(4 * threads), two = even(threads);
   const std::int64_t window = bytes({threads, more, p.keys}) <= kSmallWindow ? more : two;
   if (normalized || bytes(one) <= kMostBytes) ways.push_back({threads, window, p.keys});
   if (budget > 0) {
-    for (std::int64_t n = threads; n > 0; --n) ways.push_back({n, n, p.keys});
+    for (std::int64_t n = threads; n > 0; --n) ways.push_back({n, even(n), p.keys});
   }
   if (!normalized) {
-    for (std::int64_t n = threads; n > 0; --n) ways.push_back({n, n, few});
+    for (std::int64_t n = threads; n > 0; --n) {
+      ways.push_back({n, few < p.keys ? n : even(n), few});
+    }
   }
   if (budget <= 0) return ways.front();
   Way least = ways.front();

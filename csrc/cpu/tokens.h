@@ -27,6 +27,14 @@ struct Tokens {
     // Rows a multiple of 2 KB apart would fight for a few sets of the cache.
     return same && strides[3] == 1 && (strides[2] * std::int64_t(sizeof(T))) % 2048 != 0;
   }
+  // Rows of T that follow each other without a gap.
+  bool is_plain() const {
+    const bool same = dtype == (sizeof(T) == 4 ? DType::Float32 : DType::Float64);
+    return same && strides[3] == 1 && strides[2] == dim;
+  }
+  const T* at(std::int64_t b, std::int64_t h, std::int64_t row) const {
+    return static_cast<const T*>(data) + offset(b, h) + row * strides[2];
+  }
   std::int64_t offset(std::int64_t b, std::int64_t h) const {
     return b * strides[0] + h / group * strides[1];
   }
