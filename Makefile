@@ -15,7 +15,7 @@ CSRC := $(shell find csrc -type f 2>/dev/null)
 FORMATTED := $(filter %.cpp %.h %.cu %.cuh,$(CSRC))
 FAILURE_NOTE := python/flashmaps/_native_build_failed.txt
 
-.PHONY: help setup browser build demo test test-all attack sanitize lint format bench gpu-check wheel clean
+.PHONY: help setup browser build demo test test-all attack sanitize lint format bench bench-explore docs dist gpu-check wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -66,8 +66,18 @@ format: setup  ## put Python and C++ sources into the project's style
 bench: setup  ## run the benchmarks
 	$(BIN)/python -m pytest benches -m "" $(ARGS)
 
+bench-explore: setup browser  ## time the explorer: pointer to picture, ten visitors for a minute
+	$(BIN)/python benches/explore.py $(ARGS)
+
 gpu-check:  ## on a machine with a GPU: check its kernels, time them; installs nothing
 	bash -c '. benches/gpu/env.sh && exec $(PYTHON) benches/gpu/session.py --keep $(ARGS)'
+
+docs: setup  ## build the documentation site into build/docs; a warning is an error
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "build/docs/index.html"
+
+dist: setup  ## build what a release holds, check it, and try it in clean environments (ARGS=--light)
+	$(BIN)/python tests/dist.py $(ARGS)
 
 wheel: setup  ## build dist/: the sdist, and a wheel from it
 	$(BIN)/python -m build --no-isolation

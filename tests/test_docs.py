@@ -56,7 +56,7 @@ def blocks(document: str, language: str) -> list[str]:
 def examples() -> list[Any]:
     """(document, block, family) of every Python example; the family is that of its `pipe`."""
     found = []
-    for document in ("README.md", "docs/recipes.md"):
+    for document in ("README.md", "docs/recipes.md", "docs/quickstart.md", "docs/explore.md"):
         pattern = r"(?:^<!-- pipe: ([\w-]+) -->\n)?^```python\n(.*?)^```$"
         each = re.findall(pattern, text_of(document), re.M | re.S)
         for number, (family, block) in enumerate(each, 1):

@@ -135,7 +135,8 @@ def test_pointing_shows_where_a_token_looks(visit: Page) -> None:
     assert "nats" in visit.find("r-entropy").inner_text()
     visit.at("target", 0.5, 0.5)
     visit.wait('[data-token^="target:"]')
-    print("pointer to rows, ms:", visit.page.get_attribute(".fm-explorer", "data-latency"))
+    visit.wait("[data-latency]")
+    print("pointer to picture, ms:", visit.page.get_attribute(".fm-explorer", "data-latency"))
 
 
 def test_a_click_pins_and_a_key_unpins(visit: Page) -> None:

@@ -305,3 +305,13 @@ def test_no_argument_opens_two_bundled_pictures() -> None:
     assert [each.name for each in open_pictures([])] == ["one.jpg", "two.jpg"]
     assert len(open_pictures([ONE])) == 2  # a picture with itself
     assert picture("x", ONE).shown.startswith(b"\x89PNG")
+
+
+def test_the_bundled_pictures_can_be_drawn_again(tmp_path: Path) -> None:
+    from flashmaps.diffusion.images import load_image
+    from flashmaps.explorer.pictures import draw
+
+    draw(tmp_path)
+    for kept in (ONE, TWO):
+        # Of two builds of one JPEG encoder a pixel may differ by rounding.
+        assert np.abs(load_image(tmp_path / kept.name) - load_image(kept)).mean() < 1 / 255

@@ -76,6 +76,17 @@ def uploaded(name: str, data: bytes) -> Picture:
     return picture(name or "upload", opened)
 
 
+def draw(folder: Path) -> None:
+    """Draw the two pictures that come with the package: two scenes of the world with a cat."""
+    from PIL import Image as Pil
+
+    from flashmaps import world
+
+    pair = world.pairs("validation", 3, category="cat", seed=3, size=512)[0]
+    for name, scene in zip(BUNDLED_NAMES, (pair.a, pair.b), strict=True):
+        Pil.fromarray(scene.image).save(folder / name, quality=88, optimize=True)
+
+
 def bundled() -> list[Picture]:
     """The two pictures that come with the package."""
     return [replace(picture(name, BUNDLED / name), bundled=True) for name in BUNDLED_NAMES]

@@ -226,7 +226,8 @@ export function mount(root, server) {
       state.row = { ...values, itself: bytes.subarray(0, first), there: bytes.subarray(first, first + second), back: bytes.subarray(first + second) };
       draw();
       told(values, quiet);
-      root.dataset.latency = (performance.now() - began).toFixed(1);
+      // Drawn in the next frame, before this: from the pointer to the picture.
+      requestAnimationFrame(() => { root.dataset.latency = (performance.now() - began).toFixed(1); });
       root.dataset.token = `${side}:${token}`;
       if (at.collect.checked && side === "source" && state.others) {
         const [found, data] = await server.call("others", { look: state.look.look, token }, { signal: control.signal });
