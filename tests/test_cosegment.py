@@ -23,7 +23,7 @@ def planted(kinds: list[list[int]], seed: int = 0) -> list[Features]:
             Features(
                 query=x[None, None],
                 key=x[None, None],
-                scale=1.0,
+                scale=12.0,  # attention stays with what looks alike, as that of a model does
                 head_weights=torch.ones(1),
                 grid=(6, 6),
                 image=image.repeat(3, 2).astype(np.float32),
@@ -93,7 +93,7 @@ def test_flows_and_shares_are_those_of_the_dense_walk(evidence):
     hot = torch.zeros(108, 12, dtype=torch.float64)
     for i, each in enumerate(nodes):
         hot[torch.arange(36) + 36 * i, torch.from_numpy(each) + ends[i]] = 1
-    scaled = torch.cat([torch.cat([b / b.sum() for b in row], 1) for row in blocks])
+    scaled = torch.cat([torch.cat(row, 1) for row in blocks])  # all images have as many tokens
     want = hot.T @ scaled @ hot
     want = (want + want.T) / (2 * want.sum())
     links = Links(sets, names, "auto")
@@ -104,6 +104,33 @@ def test_flows_and_shares_are_those_of_the_dense_walk(evidence):
     want = whole @ hot + whole.T @ hot
     want = want / want.sum(1, keepdim=True)
     torch.testing.assert_close(torch.cat(links.shares(labels)).double(), want, rtol=2e-5, atol=1e-6)
+
+
+def test_nodes_of_many_images_are_joined_within_their_images(monkeypatch):
+    from flashmaps.segmentation import cosegment as module
+
+    monkeypatch.setattr(module, "_NODES", 9)
+    seen = []
+    flows = Links.flows
+    monkeypatch.setattr(
+        Links, "flows", lambda self, nodes, *rest: seen.append(nodes) or flows(self, nodes, *rest)
+    )
+    found = fm.cosegment(planted(KINDS))
+    assert all(int(each.max()) < 3 for each in seen[0])
+    assert found.count == 3  # what was joined is of one kind
+
+
+@pytest.mark.slow
+def test_two_hundred_images_take_bounded_memory():
+    """Beyond the features: (4096 nodes)^2 a few times over, and what each token flows to."""
+    from resident import rise_of
+
+    kinds = [list(np.random.default_rng(i).permutation(6) % 5) for i in range(200)]
+    sets = planted(kinds)
+    found, peak = rise_of(lambda: fm.cosegment(sets, boundaries=False))
+    assert found.count >= 5 and len(found.labels) == 200
+    # flow and its transpose in float64, and what moving nodes keeps: at most eight matrices.
+    assert peak < 8 * 4096**2 * 8 + 200 * 36 * 64 * 8
 
 
 def test_a_collection_is_saved_and_the_same_again(tmp_path):

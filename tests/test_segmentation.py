@@ -227,3 +227,19 @@ def test_bad_arguments_are_refused_before_the_model_runs(seen):
     two = torch.randn(2, 1, 4, 4)
     with pytest.raises(ValueError, match="batch of 2"):
         fm.segment(fm.AttentionMap(two, two))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", [64, 96])
+def test_memory_beyond_the_features_is_small(side):
+    """64 MB at 4096 tokens, and no more for each token at 9216: nothing of N x N."""
+    from flashmaps.segmentation.segment import see
+    from resident import rise_of
+    from skimage.data import astronaut
+
+    features = see("builtin", [astronaut()], size=(4 * side, 4 * side))[0]
+    small = see("builtin", [astronaut()], size=(64, 64))[0]
+    fm.segment(small)  # what is loaded once
+    found, rise = rise_of(lambda: fm.segment(features))
+    assert len(found.tokens) == side**2
+    assert rise < 64e6 * side**2 / 64**2

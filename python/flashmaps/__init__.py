@@ -27,6 +27,8 @@ from flashmaps.maps.groups import (
 )
 from flashmaps.maps.lazy import Reductions
 from flashmaps.maps.planning import Ceilings, Plan
+from flashmaps.maps.refined import refined
+from flashmaps.maps.spectra import eigenpairs, normalized_product
 from flashmaps.maps.statistics import (
     Nims,
     RoundTrip,
@@ -118,6 +120,7 @@ __all__ = [
     "compose",
     "cosegment",
     "cycles",
+    "eigenpairs",
     "explore",
     "group_flows",
     "group_mass",
@@ -130,8 +133,10 @@ __all__ = [
     "memory_budget",
     "nearest_others",
     "nims",
+    "normalized_product",
     "optimize_tokens",
     "plan_round_trip",
+    "refined",
     "register_layout",
     "round_trip",
     "segment",

@@ -140,7 +140,8 @@ def evaluate(
     benchmark: Annotated[
         str,
         typer.Argument(
-            help="world, stereo, warps, spair, pf-pascal, pf-willow, cub; or segments, cosegments."
+            help="world, stereo, warps, spair, pf-pascal, pf-willow, cub; or segments, cosegments, "
+            "segments-warps, segments-stereo."
         ),
     ],
     pairs: Annotated[
@@ -200,6 +201,18 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option(help="Folder to write.", show_default="flashmaps-eval-BENCHMARK")
     ] = None,
+    features: Annotated[
+        Path | None, typer.Option(help="Of segments: folder that keeps features for the next run.")
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="Of segments: label PNGs of another method, to score too.")
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option(help="Of cosegments: images in a collection.", show_default="8")
+    ] = None,
+    ablation: Annotated[
+        bool, typer.Option("--ablation", help="Of cosegments: links weighed otherwise, too.")
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Score matches, and what predicts wrong ones, on a benchmark, beside baselines.
@@ -219,13 +232,22 @@ def evaluate(
         }  # fmt: skip
         evaluate_segments(
             benchmark, out, count=pairs, seed=seed, split=split, image_size=image_size, model=model,
-            resamples=resamples, overwrite=overwrite, data=data,
+            resamples=resamples, overwrite=overwrite, data=data, features=features, labels=labels,
+            images=images, ablation=ablation,
             others={
                 name: value for name, value in others.items() if value or type(value) is int
             },
         )  # fmt: skip
         return
 
+    for name, value in (
+        ("features", features),
+        ("labels", labels),
+        ("images", images),
+        ("ablation", ablation or None),
+    ):
+        if value is not None:
+            raise ValueError(f"--{name}: not an option of eval {benchmark}")
     require(*EVALUATION)
     quiet_libraries()
     folder = Path(f"flashmaps-eval-{benchmark}") if out is None else out

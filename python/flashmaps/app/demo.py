@@ -1,5 +1,7 @@
 """The main job, shown: a real stereo pair and pairs of drawn scenes, matched beside the truth.
 
+And segments of a photograph and of a collection (:mod:`flashmaps.app.demo_segments`).
+
 The stereo pair and its true disparity are those of :mod:`flashmaps.evaluation.stereo`; the scenes
 are of the world's test split.
 """
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from flashmaps import evaluation
 from flashmaps.app import costs
+from flashmaps.app.demo_segments import ShownSegments
 from flashmaps.diffusion.features import BUILTIN, Features, features, load_model
 from flashmaps.diffusion.loading import name_of
 from flashmaps.evaluation.baselines import colours, nearest, unit_rows, untrained
@@ -77,7 +80,7 @@ def run(
     started = time.perf_counter()
     with (
         whole_folder(out, KIND) as folder,  # from the first, so that it is refused before the work
-        tqdm(total=8, disable=not progress, bar_format=_BAR) as bar,
+        tqdm(total=9, disable=not progress, bar_format=_BAR) as bar,
     ):
 
         def step(name: str) -> None:
@@ -115,6 +118,8 @@ def run(
         predictors = _score_predictors(pair, match)
         step("matching drawn scenes")
         scenes = _Scenes(pipe, settings, backend)
+        step("segmenting")
+        segments = ShownSegments(pipe, left, backend)
         step("measuring time and memory")
         cost = {name: costs.measure(left, right, name, backend=backend) for name in costs.METHODS}
         step("drawing and writing the report")
@@ -125,6 +130,7 @@ def run(
             "truth": _describe_truth(pair, known),
             "methods": methods,
             "scenes": scenes.results,
+            "segments": segments.results,
             "maps": {
                 **{READING[name]: _map_statistics(each) for name, each in matches.items()},
                 f"untrained, {READING[settings.compare]}": _map_statistics(fresh),
@@ -134,7 +140,7 @@ def run(
             "seconds": {"model": feature_seconds, "matching": match_seconds},
         }
         results["seconds"]["before_drawing"] = time.perf_counter() - started
-        _write(folder, matches, match, pair, scenes, results)
+        _write(folder, matches, match, pair, scenes, segments, results)
         bar.update()
     return results
 
@@ -336,6 +342,7 @@ def _write(
     match: Match,
     pair: StereoPair,
     scenes: _Scenes,
+    segments: ShownSegments,
     results: dict[str, Any],
 ) -> None:
     from flashmaps.app import report
@@ -348,6 +355,7 @@ def _write(
     methods = results["methods"]
     figures = {
         "scenes": scene_pairs(scenes.pairs, scenes.found, SCENE_TOLERANCE),
+        **segments.figures(),
         "matches": plots.matches(match, truth=pair.truth),
         "shifts": plots.shifts(
             {

@@ -23,6 +23,15 @@ CAPTIONS = {
         "kind, and where they truly lie, which is known since the scenes are drawn. These are the "
         "first pairs of a split that the model has never seen.",
     ),
+    "segments": (
+        "Segments of a photograph",
+        "The left photograph, its objects and their parts. How many there are was not told.",
+    ),
+    "cosegments": (
+        "Co-segments",
+        "Drawn scenes with one thing of the same kind in each, and their labels: one colour is one "
+        "part in all of them, or one kind of surroundings.",
+    ),
     "matches": (
         "Matches",
         "Some points of the left photograph and where they are found in the right one.",

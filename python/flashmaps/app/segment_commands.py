@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +13,7 @@ from flashmaps.app.arguments import Backend, Layers, Model, Out, Seed, Size, Tim
 from flashmaps.app.terminal import print_tables, quiet_libraries
 from flashmaps.escapes import printable
 
-BENCHMARKS = ("segments", "cosegments")
+BENCHMARKS = ("segments", "cosegments", "segments-warps", "segments-stereo")
 _NEEDED = ("diffusers", "transformers", "PIL", "matplotlib")
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 Images = Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")]
@@ -41,43 +41,63 @@ def image_files(given: Sequence[Path]) -> list[Path]:
     return found
 
 
-def segment(
-    images: Images,
-    model: Model = "builtin",
-    layers: Layers = None,
-    timestep: Timestep = None,
-    seed: Seed = None,
-    size: Size = None,
-    count: Count = None,
-    tokens: Plain = False,
-    backend: Backend = "auto",
-    out: Out = Path("flashmaps-segments"),
-) -> None:
-    """Segment images into objects and their parts: labels, pictures, numbers and a page."""
-    from rich.console import Console
+def _command(
+    name: str, out_folder: str, work: Callable[[list[Path], dict[str, Any], Path], str], about: str
+) -> Callable[..., None]:
+    """A command with the options that both have: ``work(files, arguments, out)`` tells the end."""
+
+    def command(
+        images: Images,
+        model: Model = "builtin",
+        layers: Layers = None,
+        timestep: Timestep = None,
+        seed: Seed = None,
+        size: Size = None,
+        count: Count = None,
+        tokens: Plain = False,
+        backend: Backend = "auto",
+        out: Out = Path(out_folder),
+    ) -> None:
+        from rich.console import Console
+
+        from flashmaps.app.doctor import require
+        from flashmaps.files import check_folder
+
+        require(*_NEEDED, "skimage")
+        check_folder(out, f"{name}s")
+        files = image_files(images)
+        quiet_libraries()
+        arguments = {
+            "model": model, "layers": layers or None, "timestep": timestep or None,
+            "seeds": seed or None, "size": size, "count": count, "boundaries": not tokens,
+            "backend": backend,
+        }  # fmt: skip
+        told = work(files, arguments, out)
+        Console().print(
+            printable(f"{told}Written to {out}: index.html, labels, pictures and numbers."),
+            markup=False,
+            highlight=False,
+        )
+
+    command.__name__, command.__doc__ = name, about
+    return command
+
+
+def _segment_each(files: list[Path], arguments: dict[str, Any], out: Path) -> str:
     from tqdm.auto import tqdm
 
-    from flashmaps.app.doctor import require
-    from flashmaps.diffusion.images import load_image
-    from flashmaps.files import check_folder, whole_folder
-
-    require(*_NEEDED, "skimage")
-    check_folder(out, "segments")
-    files = image_files(images)
-    for each in files:  # refused before the work
-        load_image(each, f"image {str(each)!r}")
-    quiet_libraries()
     from flashmaps.diffusion.features import load_model
+    from flashmaps.diffusion.images import load_image
+    from flashmaps.files import whole_folder
     from flashmaps.segmentation.segment import segment as segment_image
 
-    pipe = load_model(model)
+    for each in files:  # refused before the work
+        load_image(each, f"image {str(each)!r}")
+    arguments["model"] = load_model(arguments["model"])
     shown = []
     with whole_folder(out, "segments") as new:
         for number, each in enumerate(tqdm(files, desc="images")):
-            found = segment_image(
-                each, model=pipe, layers=layers or None, timestep=timestep or None,
-                seeds=seed or None, size=size, count=count, boundaries=not tokens, backend=backend,
-            )  # fmt: skip
+            found = segment_image(each, **arguments)
             place = new if len(files) == 1 else new / f"{number:04d}"
             place.mkdir(exist_ok=True)
             found.write(place)
@@ -85,11 +105,26 @@ def segment(
             shown.append((f"{number:04d}", each.name, told))
         if len(files) > 1:
             _write_index(new / "index.html", shown)
-    for _, name, told in shown:
-        Console().print(printable(f"{name}: {told}"), markup=False, highlight=False)
-    Console().print(
-        printable(f"Written to {out}: index.html, labels, pictures and numbers."), markup=False
-    )
+    return "".join(f"{name}: {told}\n" for _, name, told in shown)
+
+
+def _cosegment_all(files: list[Path], arguments: dict[str, Any], out: Path) -> str:
+    from flashmaps.segmentation.cosegment import cosegment as cosegment_images
+
+    found = cosegment_images(files, **arguments, progress=True)
+    found.save(out)
+    common = sum(part.common and not part.background for part in found.parts)
+    return f"{found.count} labels in {len(files)} images, {common} of them parts in common. "
+
+
+segment = _command(
+    "segment", "flashmaps-segments", _segment_each,
+    "Segment images into objects and their parts: labels, pictures, numbers and a page.",
+)  # fmt: skip
+cosegment = _command(
+    "cosegment", "flashmaps-cosegments", _cosegment_all,
+    "Segment a collection: the same label in two images is the same part.",
+)  # fmt: skip
 
 
 def _write_index(path: Path, shown: list[tuple[str, str, str]]) -> None:
@@ -106,45 +141,6 @@ def _write_index(path: Path, shown: list[tuple[str, str, str]]) -> None:
     )
 
 
-def cosegment(
-    images: Images,
-    model: Model = "builtin",
-    layers: Layers = None,
-    timestep: Timestep = None,
-    seed: Seed = None,
-    size: Size = None,
-    count: Count = None,
-    tokens: Plain = False,
-    backend: Backend = "auto",
-    out: Out = Path("flashmaps-cosegments"),
-) -> None:
-    """Segment a collection: the same label in two images is the same part."""
-    from rich.console import Console
-
-    from flashmaps.app.doctor import require
-    from flashmaps.files import check_folder
-
-    require(*_NEEDED, "skimage")
-    check_folder(out, "cosegments")
-    files = image_files(images)
-    quiet_libraries()
-    from flashmaps.segmentation.cosegment import cosegment as cosegment_images
-
-    found = cosegment_images(
-        files, model=model, layers=layers or None, timestep=timestep or None, seeds=seed or None,
-        size=size, count=count, boundaries=not tokens, backend=backend, progress=True,
-    )  # fmt: skip
-    found.save(out)
-    common = sum(part.common and not part.background for part in found.parts)
-    Console().print(
-        printable(
-            f"{found.count} labels in {len(files)} images, {common} of them parts in common. "
-            f"Written to {out}: index.html, labels, pictures and numbers."
-        ),
-        markup=False,
-    )
-
-
 def evaluate(
     benchmark: str,
     out: Path | None,
@@ -157,39 +153,98 @@ def evaluate(
     resamples: int,
     overwrite: bool,
     data: Path | None,
+    features: Path | None,
+    labels: Path | None,
+    images: int | None,
+    ablation: bool,
     others: dict[str, Any],
 ) -> None:
-    """`flashmaps eval segments` and `flashmaps eval cosegments`, on the world.
+    """`flashmaps eval` of segments and cosegments, on the world or a data set, and of two views.
 
     ``others``: options that were given and mean nothing here.
     """
     from rich.console import Console
 
     from flashmaps.app.doctor import require
+    from flashmaps.evaluation import segment_consistency as views
     from flashmaps.evaluation.cosegments import evaluate_cosegments
-    from flashmaps.evaluation.segment_scenes import SIDE, WorldCollections, WorldScenes
     from flashmaps.evaluation.segments import evaluate_segments, tables
 
-    if data is not None:
-        others = {"data": data, **others}
+    of_views = benchmark in ("segments-warps", "segments-stereo")
+    for name, value, meant in (
+        ("data", data, not of_views),
+        ("features", features, not of_views),
+        ("labels", labels, benchmark == "segments"),
+        ("images", images, benchmark == "cosegments"),
+        ("ablation", ablation or None, benchmark == "cosegments"),
+        ("seed", seed or None, benchmark != "cosegments"),  # its collections are those of 0 to 3
+        ("image_size", image_size, not of_views and data is None),
+    ):
+        if value is not None and not meant:
+            others = {name: value, **others}
     if others:
         told = ", ".join(f"--{name.replace('_', '-')}" for name in others)
         raise ValueError(f"{told}: not an option of eval {benchmark}")
-    if split not in ("test", "validation"):
-        raise ValueError(f"split={split!r}; world is scored on its splits 'test' and 'validation'")
     require(*_NEEDED, "skimage", "sklearn", "scipy")
     quiet_libraries()
     folder = Path(f"flashmaps-eval-{benchmark}") if out is None else out
-    side = SIDE if image_size is None else image_size
     given: dict[str, Any] = {
         "model": model, "resamples": resamples, "overwrite": overwrite, "progress": True,
     }  # fmt: skip
-    if benchmark == "segments":
-        scenes = WorldScenes(split, 200 if count is None else count, seed, side)
-        results = evaluate_segments(scenes, folder, **given)
+    show = tables
+    if of_views:
+        show = views.tables
+        results = views.evaluate_consistency(_views(benchmark, count, seed), folder, **given)
+    elif benchmark == "segments":
+        scenes = _scenes(data, split, count, seed, image_size)
+        results = evaluate_segments(scenes, folder, labels=labels, features=features, **given)
     else:
+        collections = _collections(data, split, count, image_size, images)
         results = evaluate_cosegments(
-            WorldCollections(split, seeds=4, side=side, count=count), folder, **given
+            collections, folder, features=features, ablation=ablation, **given
         )
-    print_tables(tables(results))
+    print_tables(show(results))
     Console().print(printable(f"Written to {folder}: results.md, results.json."), markup=False)
+
+
+def _views(benchmark: str, count: int | None, seed: int) -> Any:
+    from flashmaps.evaluation.segment_consistency import ALL
+    from flashmaps.evaluation.stereo import Stereo
+    from flashmaps.evaluation.warps import Warps
+
+    if benchmark == "segments-warps":
+        return Warps(56 if count is None else count, points=ALL, seed=seed)  # each photograph under each kind
+    if count not in (None, 1):
+        raise ValueError(f"pairs={count}: stereo is a single pair")
+    return Stereo(points=ALL, seed=seed)
+
+
+def _world_split(split: str) -> str:
+    if split not in ("test", "validation"):
+        raise ValueError(f"split={split!r}; world is scored on its splits 'test' and 'validation'")
+    return split
+
+
+def _scenes(
+    data: Path | None, split: str, count: int | None, seed: int, image_size: int | None
+) -> Any:
+    from flashmaps.evaluation.label_folders import LabelFolder
+    from flashmaps.evaluation.segment_scenes import SIDE, WorldScenes
+
+    if data is not None:  # their test splits have no labels: the one meant is the usual one
+        return LabelFolder(data, split=None if split == "test" else split, count=count)
+    side = SIDE if image_size is None else image_size
+    return WorldScenes(_world_split(split), 200 if count is None else count, seed, side)
+
+
+def _collections(
+    data: Path | None, split: str, count: int | None, image_size: int | None, images: int | None
+) -> Any:
+    from flashmaps.evaluation.cub_parts import CubCollections
+    from flashmaps.evaluation.segment_scenes import COLLECTION, SIDE, WorldCollections
+
+    many = COLLECTION if images is None else images
+    if data is not None:
+        return CubCollections(data, split=split, images=many, count=count)
+    side = SIDE if image_size is None else image_size
+    return WorldCollections(_world_split(split), many, seeds=4, side=side, count=count)

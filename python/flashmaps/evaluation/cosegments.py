@@ -5,7 +5,7 @@ label that changes its part from image to image is punished. Everything but the 
 background. Rivals on tokens are given the same pixel borders as ours; those that need a number of
 labels are given the true one, parts and background, or twice it.
 
-Weighing links by scores of the round trip is an ablation: each score alone, and all of them.
+Weighing links by scores of the round trip is an ablation: none, each score alone, all of them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ import torch
 
 from flashmaps.diffusion.features import Features
 from flashmaps.evaluation.bootstrap import RESAMPLES
+from flashmaps.evaluation.kept_features import KeptFeatures
+from flashmaps.evaluation.landmarks import landmark_error
+from flashmaps.evaluation.segment_protocol import entry, protocol
 from flashmaps.evaluation.segment_rivals import kmeans_rows, spectral_rows, unit_features
 from flashmaps.evaluation.segment_scenes import Collection
 from flashmaps.evaluation.segment_scores import score
@@ -29,7 +32,6 @@ from flashmaps.evaluation.threads import fit_threads
 from flashmaps.files import check_folder, open_run
 from flashmaps.segmentation.boundaries import patches, pixel_labels
 from flashmaps.segmentation.cosegment import EVIDENCE, cosegment
-from flashmaps.segmentation.segment import see
 
 KIND = "cosegments-evaluation"
 LEVEL = "parts of collections"
@@ -41,16 +43,17 @@ def evaluate_cosegments(
     *,
     model: Any = "builtin",
     rivals: bool = True,
-    ablation: bool = True,
+    ablation: bool = False,
     resamples: int = RESAMPLES,
     seed: int = 0,
+    features: str | Path | None = None,
     overwrite: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Co-segment every collection, score it beside its rivals, and write a folder that grows.
 
-    An interrupted run goes on where it was. ``ablation``: also with the links weighed by scores of
-    the round trip. Returns what results.json holds.
+    An interrupted run goes on where it was. ``ablation``: also with links weighed by other scores
+    of the round trip, and by none. Returns what results.json holds.
     """
     from tqdm.auto import tqdm
 
@@ -65,33 +68,44 @@ def evaluate_cosegments(
         "ablation": ablation,
     }  # fmt: skip
     found: list[Rows] = []
+    entries: list[dict[str, Any]] = []
+    kept = KeptFeatures(pipe, collections.what, features)
     with open_run(out, KIND, asked, overwrite=overwrite) as run, fit_threads(pipe):
         for index in tqdm(range(len(collections)), desc="collections", disable=not progress):
             name = f"parts/{index:06d}.json"
             if not run.whole(name):
-                run.write_json(name, _rows(pipe, collections[index], rivals, ablation))
-            found.append(json.loads((run.folder / name).read_text("utf-8")))
+                one = collections[index]
+                rows = _rows(one, kept.see(index, one.images), rivals, ablation)
+                about = entry(f"{index} {one.category}", one.images, one.truth)
+                run.write_json(name, {"rows": rows, "collection": about})
+            part = json.loads((run.folder / name).read_text("utf-8"))
+            found.append(part["rows"])
+            entries.append(part["collection"])
+        run.write_json("protocol.json", protocol(collections.what, entries))
         results = {**asked, **summarise(found, resamples, seed)}
         write_results(run, results, "Co-segments")
     return results
 
 
-def _rows(pipe: Any, collection: Collection, rivals: bool, ablation: bool) -> Rows:
-    sets = see(pipe, collection.images)
+def _rows(collection: Collection, sets: list[Features], rivals: bool, ablation: bool) -> Rows:
     truth = np.concatenate([each.ravel() for each in collection.truth])
-    ways: dict[str, Any] = {OURS: (), f"{OURS}, borders of tokens": ()}
+    own: dict[str, Any] = {}
+    ways = {OURS: own}
     if ablation:
-        ways |= {f"{OURS}, links weighed by {name.replace('_', ' ')}": name for name in EVIDENCE}
-        ways[f"{OURS}, links weighed by all three"] = EVIDENCE
+        ways[f"{OURS}, borders of tokens"] = {"boundaries": False}
+        ways[f"{OURS}, links not weighed"] = {"evidence": ()}
+        for name in EVIDENCE[1:]:  # the first is what is done anyway
+            ways[f"{OURS}, links weighed by {name.replace('_', ' ')}"] = {"evidence": name}
+        ways[f"{OURS}, links weighed by all three"] = {"evidence": EVIDENCE}
     rows: dict[str, dict[str, dict[str, Any]]] = {}
 
     def add(name: str, labels: list[np.ndarray]) -> None:
         found = score(np.concatenate([each.ravel() for each in labels]), truth)
+        found["landmark"] = landmark_error(labels, collection.keypoints, collection.bases)
         rows[name] = {"-": {k: None if np.isnan(v) else v for k, v in found.items()}}
 
-    for way, evidence in ways.items():
-        made = cosegment(sets, evidence=evidence, boundaries="borders" not in way)
-        add(way, list(made.labels))
+    for way, given in ways.items():
+        add(way, list(cosegment(sets, **given).labels))
     if rivals:
         voters = [patches(each.image) for each in sets]
         for name, tokens in joint_rivals(sets, collection.targets + 1):

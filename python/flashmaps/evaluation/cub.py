@@ -48,10 +48,10 @@ class Cub:
         need_files(folder, [*_LISTS, "images"], self.layout)
         self._folder = folder
         self._paths = {i: rest[0] for i, rest in self._list("images.txt", 2)}
-        self._boxes = {i: _numbers(rest) for i, rest in self._list("bounding_boxes.txt", 5)}
+        self._boxes = {i: numbers(rest) for i, rest in self._list("bounding_boxes.txt", 5)}
         parts: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
         for i, (part, *place) in self._list("parts/part_locs.txt", 5):
-            x, y, visible = _numbers(place)
+            x, y, visible = numbers(place)
             if visible:
                 parts[i][part] = np.array([x, y])
         self._parts = parts
@@ -111,20 +111,25 @@ class Cub:
         return bool(self._parts.get(pair[0], {}).keys() & self._parts.get(pair[1], {}).keys())
 
     def _list(self, name: str, columns: int) -> list[tuple[str, list[str]]]:
-        """(id, other columns) of a list's lines; paths hold no spaces."""
-        found = []
-        for number, line in enumerate((self._folder / name).read_text("utf-8").splitlines(), 1):
-            cells = line.split()
-            if not cells:
-                continue
-            if len(cells) != columns:
-                raise ValueError(
-                    f"data: line {number} of {str(self._folder / name)!r} has {len(cells)} "
-                    f"columns; wanted {columns}"
-                )
-            found.append((cells[0], cells[1:]))
-        return found
+        return read_list(self._folder, name, columns)
 
 
-def _numbers(cells: list[str]) -> list[float]:
+def read_list(folder: Path, name: str, columns: int) -> list[tuple[str, list[str]]]:
+    """(id, other columns) of a list's lines; paths hold no spaces."""
+    found = []
+    for number, line in enumerate((folder / name).read_text("utf-8").splitlines(), 1):
+        cells = line.split()
+        if not cells:
+            continue
+        if len(cells) != columns:
+            raise ValueError(
+                f"data: line {number} of {str(folder / name)!r} has {len(cells)} "
+                f"columns; wanted {columns}"
+            )
+        found.append((cells[0], cells[1:]))
+    return found
+
+
+def numbers(cells: list[str]) -> list[float]:
+    """Cells as numbers."""
     return [float(cell) for cell in cells]

@@ -59,13 +59,15 @@ class Collection:
     """Images of one category, and the part of its object that each pixel shows; else BACKGROUND.
 
     What else is in a scene is background. ``keypoints``: for each image the named points of its
-    object, (x, y) in pixels, NaN where they are not seen.
+    object, (x, y) in pixels, NaN where they are not seen. ``bases``: the longer side of each
+    object's box, in pixels.
     """
 
     category: str
     images: list[np.ndarray]
     truth: list[np.ndarray]
     keypoints: list[np.ndarray]
+    bases: list[float]
 
     @property
     def targets(self) -> int:
@@ -132,4 +134,10 @@ class WorldCollections:
                         ]
                     )
                 )
-        return Collection(category, images, truth, points)
+        return Collection(category, images, truth, points, [_longer_side(each) for each in truth])
+
+
+def _longer_side(truth: np.ndarray) -> float:
+    """Of the box around all that is no background, in pixels."""
+    rows, columns = np.nonzero(truth >= 0)
+    return float(max(np.ptp(rows), np.ptp(columns)) + 1) if len(rows) else float(max(truth.shape))

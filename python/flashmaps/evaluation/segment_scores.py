@@ -83,10 +83,12 @@ def mutual_information(table: np.ndarray) -> float:
 
 
 SCORES = {
+    "class_iou": "mIoU of classes",  # of data sets of classes alone; see `class_iou`
     "iou": "Hungarian IoU",
     "ari": "ARI",
     "mbo": "mBO",
     "nmi": "NMI",
+    "landmark": "landmark error",  # of collections alone; see `landmarks`
     "count": "segments",
 }
 
@@ -103,15 +105,37 @@ def score(labels: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     }
 
 
-def most_in_common(sum_table: np.ndarray, values: np.ndarray) -> float:
-    """Hungarian mIoU as data sets of classes have it: true and false positives summed over images.
+def class_counts(table: np.ndarray, values: np.ndarray) -> dict[int, tuple[int, int, int]]:
+    """Of one image of a data set of classes: pixels right, named so, and truly so, by class.
 
-    ``sum_table``: contingency tables added up over a data set, [labels, classes]. Labels without a
-    class are background.
+    Segments are named by the class of the image that they are matched to one to one (Hungarian, by
+    IoU); those without a partner are background, and wrong where the image has none.
     """
     from scipy.optimize import linear_sum_assignment
 
     targets = np.flatnonzero(values != BACKGROUND)
-    iou = iou_table(sum_table)[:, targets]
-    rows, columns = linear_sum_assignment(-iou)
-    return float(iou[rows, columns].sum() / len(targets)) if len(targets) else float("nan")
+    rows, columns = linear_sum_assignment(-iou_table(table)[:, targets])
+    named = dict(zip(targets[columns].tolist(), rows.tolist(), strict=True))
+    out = {}
+    for column in targets.tolist():
+        right, so = 0, 0
+        if column in named:
+            right, so = int(table[named[column], column]), int(table[named[column]].sum())
+        out[int(values[column])] = (right, so, int(table[:, column].sum()))
+    rest = np.setdiff1d(np.arange(table.shape[0]), rows)
+    for column in np.flatnonzero(values == BACKGROUND).tolist():
+        out[BACKGROUND] = (
+            int(table[rest, column].sum()), int(table[rest].sum()), int(table[:, column].sum()),
+        )  # fmt: skip
+    return out
+
+
+def class_iou(right: np.ndarray, named: np.ndarray, true: np.ndarray) -> np.ndarray:
+    """Mean over classes of right / (named + true - right), sums over images: [..., classes] each.
+
+    Classes that no image shows are left out.
+    """
+    union = named + true - right
+    with np.errstate(invalid="ignore", divide="ignore"):
+        each = np.where(true > 0, right / np.maximum(union, 1), np.nan)
+        return np.asarray(np.nanmean(each, axis=-1))

@@ -15,10 +15,10 @@ from flashmaps.diffusion.images import Image, resize
 from flashmaps.maps.grids import Grid
 
 # Chosen on the world's validation split among scales 20, 50 and 100, and SLIC's patches
-# (`flashmaps eval segments --split validation`). At 512 pixels a side a patch of equal contrast
+# (`flashmaps eval segments --split validation`). In a larger picture a patch of equal contrast
 # is as large a share of the picture: the scale goes with the pixels of a side.
 _SCALE, _SIGMA, _SMALLEST, _SIDE = 50, 0.5, 10, 128
-_LONGEST = 512  # pixels a side that patches are looked for at; finer borders are those patches'
+_LONGEST = 384  # pixels a side that patches are looked for at: 40 MB; finer borders are theirs
 
 
 def patches(image: Image) -> np.ndarray:

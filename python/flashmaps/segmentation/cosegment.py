@@ -6,13 +6,16 @@
     co.match(0, 1)        # points of the parts that both show
 
 One walk goes over the tokens of all n images: from a token of image s it chooses the image to go
-to, each as likely as the other, and then a token of it by A_st, features on features. First each
-image falls into its own parts (:mod:`flashmaps.segmentation.segment`). The flows between all of
-them are one small graph, clustered by the map equation. Then every token goes to the label that it
-flows to most, over all images. Nothing is forced: an image has the labels that its tokens flow to.
+to, each as likely as the other, and then a token of it by A_st, features on features. A link counts
+less where its target is overloaded: what shows a part that another image lacks heaps up there on
+what is least unlike it (the mapping density of the note's round trip). First each image falls into
+parts of its own objects (:mod:`flashmaps.segmentation.segment`), what lies around things whole. The
+flows between all of them are one small graph, clustered by the map equation. Then every token goes
+to the label that it flows to most, over all images, twice. Nothing is forced: an image has the
+labels that its tokens flow to.
 
-Memory is that of the features, of one map at a time, and of (parts of all images)^2 numbers; time
-grows with n^2.
+Memory is that of the features, of one map at a time, and of (parts of all images)^2 numbers, which
+are joined within their images where there are more than 4096; time grows with n^2.
 """
 
 from __future__ import annotations
@@ -29,16 +32,20 @@ from flashmaps.diffusion.features import BUILTIN, Features
 from flashmaps.maps.attention_map import AttentionMap
 from flashmaps.maps.backends.choice import check_name
 from flashmaps.maps.groups import group_flows, one_hot
-from flashmaps.maps.statistics import round_trip
+from flashmaps.maps.statistics import mapping_density, round_trip
 from flashmaps.matching.cross_map import cross_map
 from flashmaps.segmentation.boundaries import patches, pixel_labels
 from flashmaps.segmentation.collection import CoSegments, Part
 from flashmaps.segmentation.map_equation import compact, merge_to, shortest
-from flashmaps.segmentation.segment import PART_TEMPERATURE, part_map, see
-from flashmaps.segmentation.walk import find_atoms, symmetric, walk_segments
+from flashmaps.segmentation.nesting import nested
+from flashmaps.segmentation.segment import LINK_TEMPERATURE, image_objects, part_map, see
+from flashmaps.segmentation.walk import atom_flows, symmetric, walk_segments
+
+_SWEEPS = 2  # of all tokens to the labels that they flow to
+_NODES = 4096  # of all images; their flows are a square matrix
 
 # Scores of a round trip that can weigh the links between images; see `evidence`.
-EVIDENCE = ("return_probability", "inverse_entropy", "density")
+EVIDENCE = ("density", "return_probability", "inverse_entropy")
 
 
 def cosegment(
@@ -50,7 +57,7 @@ def cosegment(
     seeds: int | Sequence[int] | None = None,
     size: int | tuple[int, int] | None = None,
     count: int | None = None,
-    evidence: str | Sequence[str] = (),
+    evidence: str | Sequence[str] = "density",
     boundaries: bool = True,
     backend: str = "auto",
     seed: int = 0,
@@ -64,9 +71,10 @@ def cosegment(
         model, layers, timestep, seeds, size: as for :func:`flashmaps.match`; what is left out is
             the model's own.
         count: how many labels in all, for who knows; default: as many as make the code shortest.
-        evidence: scores of the round trip s -> t -> s that weigh the links between images, none,
-            one or several of "return_probability", "inverse_entropy" and "density". Takes another
-            pass over every pair of maps. ``flashmaps eval cosegments`` shows what each is worth.
+        evidence: scores of the round trip s -> t -> s that weigh the links between images, none
+            (``()``), one or several of "density", "return_probability" and "inverse_entropy", see
+            :func:`link_weights`. Density takes one more pass over every map, the others two.
+            ``flashmaps eval cosegments`` shows what each is worth.
         boundaries: find borders at pixels in the images, as :func:`flashmaps.segment` does.
         backend: what computes the maps; see :func:`flashmaps.maps.backends.choice`.
         seed: of the order of moves.
@@ -102,7 +110,7 @@ def cosegment(
 def link(of: Features, to: Features, *, backend: str = "auto") -> AttentionMap:
     """A_st of the collection's walk: features on features, or keys on keys."""
     compare = "kk" if of.output is None or to.output is None else "features"
-    return cross_map(of, to, compare=compare, temperature=PART_TEMPERATURE, backend=backend)
+    return cross_map(of, to, compare=compare, temperature=LINK_TEMPERATURE, backend=backend)
 
 
 def link_weights(
@@ -118,6 +126,10 @@ def link_weights(
     """
     if not names:
         return None
+    if tuple(names) == ("density",):  # one map is enough
+        A = link(of, to, backend=backend)
+        ones = torch.ones(A.shape[1], dtype=A.dtype, device=A.device)
+        return ones, 1 / mapping_density(A)[0].to(ones).clamp_min(1)
     trip = round_trip(link(of, to, backend=backend), link(to, of, backend=backend))
     here = torch.ones_like(trip.return_probability[0])
     there = torch.ones_like(trip.inverse_entropy[0])
@@ -134,8 +146,8 @@ def link_weights(
 class Links:
     """Maps between all images of a collection, one at a time, weighed by evidence.
 
-    Each block counts the same in all, whatever the evidence makes of its links: the walk chooses
-    the image first.
+    The walk chooses the image first, so that blocks count alike, but for what evidence takes from
+    their links.
     """
 
     def __init__(self, sets: Sequence[Features], evidence: Sequence[str], backend: str) -> None:
@@ -163,7 +175,7 @@ class Links:
                 out = (A @ (x * there[None, :, None]))[0] * here[:, None]
                 block = torch.zeros(int(ends[s + 1] - ends[s]), out.shape[1], dtype=out.dtype)
                 block.index_add_(0, labels[s], out.cpu())
-            block = block / block.sum().clamp_min(1e-12)
+            block = block / len(labels[s])  # 1 in all, less what evidence takes
             flow[ends[s] : ends[s + 1], ends[t] : ends[t + 1]] = block.cpu().numpy()
         return symmetric(torch.from_numpy(flow))
 
@@ -201,8 +213,10 @@ def _cosegment(
 ) -> CoSegments:
     nodes = []
     for each in sets:
-        A = part_map(each, backend=backend)
-        nodes.append(walk_segments(A, find_atoms(A), seed=seed).tokens)
+        _, atoms, objects = image_objects(each, backend=backend, seed=seed)
+        fine = walk_segments(part_map(each, LINK_TEMPERATURE, backend=backend), atoms, seed=seed)
+        own = nested(objects.tokens, fine.tokens, each.grid)
+        nodes.append(_at_most(max(2, _NODES // len(sets)), own, each, backend))
     ends = np.cumsum([0, *(int(each.max()) + 1 for each in nodes)])
     if count is not None and count > ends[-1]:
         raise ValueError(f"count={count}: the images have {ends[-1]} segments to name, not more")
@@ -213,11 +227,21 @@ def _cosegment(
         start = groups if groups.max() + 1 >= count else np.arange(len(flow))
         groups = merge_to(flow, start, count)
     tokens = [groups[ends[i] : ends[i + 1]][each] for i, each in enumerate(nodes)]
-    shares = links.shares(tokens, progress)
-    swept = [each.argmax(1).numpy() for each in shares]
-    if count is None or len(np.unique(np.concatenate(swept))) == count:
+    for _ in range(_SWEEPS):
+        shares = links.shares(tokens, progress)
+        swept = [each.argmax(1).numpy() for each in shares]
+        if count is not None and len(np.unique(np.concatenate(swept))) < count:
+            break
         tokens = swept
     return _result(sets, tokens, shares, boundaries)
+
+
+def _at_most(count: int, nodes: np.ndarray, found: Features, backend: str) -> np.ndarray:
+    """Nodes of one image joined, those whose border costs least, until there are so many."""
+    if int(nodes.max()) < count:
+        return nodes
+    flow = atom_flows(part_map(found, LINK_TEMPERATURE, backend=backend), nodes)
+    return merge_to(flow, np.arange(len(flow)), count)[nodes]
 
 
 def _result(

@@ -8,9 +8,10 @@
 Two walks over the tokens are told in the fewest bits (:mod:`flashmaps.segmentation.map_equation`).
 Parts are where the walk stays that goes by how alike features are: what belongs to one part looks
 alike. Objects are where the walk stays that goes by attention, queries on keys, at the temperature
-the model was trained with, and one step in five by likeness: it starts from the parts, joins those
-between which it goes back and forth, and then moves single tokens. How many
-there are follows in both cases.
+the model was trained with, and one step in five by likeness: it starts from segments of likeness,
+joins those between which it goes back and forth, and then moves single tokens. How many there are
+follows in both cases. Parts are cut at the borders of objects, and are connected; what lies around
+things is one part (:mod:`flashmaps.segmentation.nesting`).
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from flashmaps.matching.cross_map import cross_map
 from flashmaps.matching.options import MatchOptions
 from flashmaps.matching.settings import settings_of
 from flashmaps.segmentation.boundaries import borders, patches, pixel_labels
-from flashmaps.segmentation.map_equation import compact, merge_to, shortest
+from flashmaps.segmentation.map_equation import codelength, compact, merge_to, shortest
+from flashmaps.segmentation.nesting import connected, nested, without_single
 from flashmaps.segmentation.result import Level, Segments
 from flashmaps.segmentation.walk import (
     Segmentation,
@@ -44,9 +46,12 @@ from flashmaps.segmentation.walk import (
     walk_words,
 )
 
-# Of the softmax over cosines of features, for parts: one number for all images, chosen on the
-# world's validation split. Objects have the model's own temperature, 1.
-PART_TEMPERATURE = 0.1
+# Of the softmax over cosines of features: for what objects are made of, for their parts, and for
+# links between images. Each is one number for all images and models, chosen on the world's
+# validation split. Attention has the model's own temperature, 1.
+LIKENESS_TEMPERATURE = 0.1
+PART_TEMPERATURE = 0.09
+LINK_TEMPERATURE = 0.05
 # Of the objects' walk, how many steps go by likeness, as the parts' walk does: without them a map
 # that is a little more diffuse joins small objects with what is behind them. Chosen there too.
 LIKE_STEPS = 0.2
@@ -128,31 +133,33 @@ def see(
     return features(pipe, list(images), **settings.for_features, outputs=True, progress=progress)
 
 
-def part_map(found: Features, *, backend: str = "auto") -> AttentionMap:
-    """The walk of parts: by features, or by keys where their outputs were not kept."""
+def part_map(
+    found: Features, temperature: float = PART_TEMPERATURE, *, backend: str = "auto"
+) -> AttentionMap:
+    """The walk by likeness: of features, or of keys where their outputs were not kept."""
     compare = "kk" if found.output is None else "features"
-    return cross_map(found, found, compare=compare, temperature=PART_TEMPERATURE, backend=backend)
+    return cross_map(found, found, compare=compare, temperature=temperature, backend=backend)
 
 
 def object_segments(
     A: AttentionMap,  # [1, N, N]
-    parts: Segmentation,
+    rough: Segmentation,
     *,
     count: int | None = None,
     seed: int = 0,
 ) -> Segmentation:
-    """Objects by the walk of ``A``, made of parts at first; then single tokens move.
+    """Objects by the walk of ``A``, made of segments by likeness at first; then tokens move.
 
-    Begun from parts, rather than from atoms, the walk cannot cut through what looks alike: what
+    Begun from them, rather than from atoms, the walk cannot cut through what looks alike: what
     attention alone makes of a plain background is many pieces.
     """
     words = walk_words(A)
-    flow = atom_flows(A, parts.tokens)
+    flow = atom_flows(A, rough.tokens)
     groups = shortest(flow, np.random.default_rng(seed))
     if count is not None:
         start = groups if groups.max() + 1 >= count else np.arange(len(flow))
         groups = merge_to(flow, start, count)
-    tokens, length = sweep(A, compact(groups[parts.tokens]), words, keep=count is not None)
+    tokens, length = sweep(A, compact(groups[rough.tokens]), words, keep=count is not None)
     return Segmentation(tokens, length, -words)
 
 
@@ -170,15 +177,35 @@ def _levels(
         A = cross_map(found, found, compare=compare, temperature=temperature, backend=backend)
         likeness = part_map(found, backend=backend) if compare == "qk" else A
         return [(compare, A, walk_segments(A, find_atoms(likeness), count=count, seed=seed))]
-    likeness = part_map(found, backend=backend)
+    A, atoms, objects = image_objects(
+        found, temperature=temperature, count=count, backend=backend, seed=seed
+    )
+    fine = part_map(found, backend=backend)
+    parts = nested(objects.tokens, walk_segments(fine, atoms, seed=seed).tokens, found.grid)
+    pieces = connected(parts, objects.tokens, found.grid)
+    pieces = without_single(pieces, objects.tokens, soft_assignment(fine, pieces))
+    words = walk_words(fine)
+    length = codelength(atom_flows(fine, pieces), words)
+    return [("objects", A, objects), ("parts", fine, Segmentation(pieces, length, -words))]
+
+
+def image_objects(
+    found: Features,
+    *,
+    temperature: float | None = None,
+    count: int | None = None,
+    backend: str = "auto",
+    seed: int = 0,
+) -> tuple[AttentionMap, np.ndarray, Segmentation]:
+    """The walk of objects, the atoms of the image [N], and its objects."""
+    likeness = part_map(found, LIKENESS_TEMPERATURE, backend=backend)
     atoms = find_atoms(likeness)
-    parts = walk_segments(likeness, atoms, seed=seed)
-    if count is not None and parts.count < count:
-        parts = walk_segments(likeness, atoms, count=count, seed=seed)
+    rough = walk_segments(likeness, atoms, seed=seed)
+    if count is not None and rough.count < count:
+        rough = walk_segments(likeness, atoms, count=count, seed=seed)
     attention = cross_map(found, found, compare="qk", temperature=temperature, backend=backend)
     A = AttentionMap.average([attention, likeness], [1 - LIKE_STEPS, LIKE_STEPS])
-    objects = object_segments(A, parts, count=count, seed=seed)
-    return [("objects", A, objects), ("parts", likeness, parts)]
+    return A, atoms, object_segments(A, rough, count=count, seed=seed)
 
 
 def _of_map(A: AttentionMap, count: int | None, seed: int) -> Segments:

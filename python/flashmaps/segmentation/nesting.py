@@ -1,0 +1,59 @@
+"""Parts within objects: what lies around things stays whole, and a part is one connected piece."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+from flashmaps.maps.grids import Grid
+from flashmaps.segmentation.map_equation import compact
+
+
+def surroundings(tokens: np.ndarray, grid: Grid) -> np.ndarray:
+    """Of each segment, whether it lies around things rather than being one: [count] bool.
+
+    It does if it holds more of the picture's frame, its outermost tokens, than of the picture.
+    """
+    count = int(tokens.max()) + 1
+    frame = np.ones(grid, dtype=bool)
+    frame[1:-1, 1:-1] = False
+    on = np.bincount(tokens[frame.ravel()], minlength=count) / frame.sum()
+    return np.asarray(on > np.bincount(tokens, minlength=count) / len(tokens))
+
+
+def nested(objects: np.ndarray, fine: np.ndarray, grid: Grid) -> np.ndarray:
+    """Segments of ``fine`` cut at the borders of objects; what lies around things whole: [N].
+
+    Gradients of sky and ground have no parts that anybody would name, and would make up most of
+    the segments.
+    """
+    whole = surroundings(objects, grid)[objects]
+    inside = objects * (int(fine.max()) + 2) + np.where(whole, 0, fine + 1)
+    return compact(inside)
+
+
+def connected(parts: np.ndarray, objects: np.ndarray, grid: Grid) -> np.ndarray:
+    """Connected pieces of each part, but of what lies around things: [N], single tokens too."""
+    from skimage.measure import label
+
+    pieces = label(parts.reshape(grid) + 1, connectivity=1).ravel()
+    whole = surroundings(objects, grid)[objects]
+    return compact(np.where(whole, parts, int(parts.max()) + pieces))
+
+
+def without_single(pieces: np.ndarray, objects: np.ndarray, share: Tensor) -> np.ndarray:
+    """Pieces of one token go to the piece of their object that they flow to most, if there is one.
+
+    ``share``: [N, pieces], of each token's flow.
+    """
+    size = np.bincount(pieces)
+    owner = np.zeros(len(size), dtype=np.int64)
+    owner[pieces] = objects
+    single = np.flatnonzero(size[pieces] == 1)
+    flow = share.numpy()[single].copy()
+    flow[(owner[None, :] != objects[single, None]) | (size[None, :] == 1)] = -1.0
+    best = flow.argmax(1)
+    there = flow[np.arange(len(single)), best] >= 0
+    out = pieces.copy()
+    out[single[there]] = best[there]
+    return compact(out)
