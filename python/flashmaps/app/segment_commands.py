@@ -213,7 +213,9 @@ def _views(benchmark: str, count: int | None, seed: int) -> Any:
     from flashmaps.evaluation.warps import Warps
 
     if benchmark == "segments-warps":
-        return Warps(56 if count is None else count, points=ALL, seed=seed)  # each photograph under each kind
+        return Warps(
+            56 if count is None else count, points=ALL, seed=seed
+        )  # each photograph under each kind
     if count not in (None, 1):
         raise ValueError(f"pairs={count}: stereo is a single pair")
     return Stereo(points=ALL, seed=seed)
