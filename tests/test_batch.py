@@ -178,6 +178,35 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_was_finished(
     assert files(out) == files(whole[0])
 
 
+@pytest.mark.parametrize("code", ["EACCES", "EROFS", "EIO"])
+def test_a_place_that_is_lost_on_the_way_is_one_sentence_too(
+    whole, images, pipe, small_parts, tmp_path, monkeypatch, code
+):
+    """After the journal has it and before it lies in its place: the next run finishes that."""
+    import errno
+
+    from flashmaps.files import runs as of_files
+
+    out, move, count = tmp_path / "out", of_files._move, []
+
+    def lost(*arguments):
+        count.append(arguments)
+        if len(count) == 5:
+            raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+        move(*arguments)
+
+    monkeypatch.setattr(of_files, "_move", lost)
+    words = {"EACCES": "permission is denied", "EROFS": "read-only", "EIO": "disk reports an error"}
+    with pytest.raises(OSError, match=f"cannot be written: .*{words[code]}"):
+        fm.batch(images, "all", out, model=pipe, size=SIZE)
+    monkeypatch.setattr(of_files, "_move", move)
+    half = out / "features/000001.safetensors"
+    half.write_bytes(half.read_bytes()[: half.stat().st_size // 2])  # and one is there in part
+    fm.batch(images, "all", out, model=pipe, size=SIZE)
+    assert files(out) == files(whole[0])
+    assert not list(out.glob(".flashmaps-*"))
+
+
 def test_points_are_carried_as_matches_carry_them(images, pipe, tmp_path):
     table = tmp_path / "points.csv"
     rows = [(0, 1, 3, 4), (2, 5, 10.5, 20), (0, 1, 30, 40)]

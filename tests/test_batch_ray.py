@@ -137,6 +137,29 @@ def test_two_thousand_pairs_and_ten_kills_of_workers_and_drivers(tmp_path):
     check(folder, tmp_path / "whole", 2000)
 
 
+@pytest.mark.slow
+def test_what_a_worker_refuses_is_the_error_of_one_machine(tmp_path):
+    """Files of images, points, and a point that lies outside: the sentence comes back whole."""
+    from PIL import Image
+
+    split = Split("test", size=64, count=3, seed=0)
+    for number in range(3):
+        Image.fromarray(split[number].image).save(tmp_path / f"{number}.png")
+    inside = {"source": [0, 1], "target": [1, 2], "x": [3, 10.5], "y": [4, 20]}
+    how = {"size": 64, "engine": "ray", "workers": 2}
+    found = [str(tmp_path / f"{number}.png") for number in range(3)]
+    fm.batch(found, inside, tmp_path / "local", size=64)
+    fm.batch(found, inside, tmp_path / "ray", **how)
+    assert files(tmp_path / "ray") == files(tmp_path / "local")
+    with pytest.raises(ValueError, match=r"point \(70, 4\) lies outside image 0 of 64 x 64"):
+        fm.batch(found, {**inside, "x": [70, 1]}, tmp_path / "out", **how)
+    (tmp_path / "1.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="is not an image that Pillow can read"):
+        fm.batch(found, inside, tmp_path / "broken", **how)
+    kept = len(list((tmp_path / "out/features").iterdir()))
+    assert kept == 3  # what was finished
+
+
 # -- without a cluster -----------------------------------------------------------------------------
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from flashmaps.matching.options import COMPARE
 from flashmaps.matching.settings import MatchSettings
 
 GROUP = 8  # images that are decoded together, ahead of the model, and written together
-_NOISE_APART = 1_000_003  # added to the seeds of the next image when noise is to differ
+NOISE_APART = 1_000_003  # added to the seeds of the next image when noise is to differ
 
 Group = tuple[int, list[Features]]  # its number, and the features of its images
 
@@ -35,10 +35,25 @@ def group_features(
     options = {**settings.for_features, "outputs": settings.compare == "features"}
     if settings.same_noise:
         return features(pipe, list(images), **options)
+    return with_own_noise(pipe, images, range(group * GROUP, (group + 1) * GROUP), options)
+
+
+def with_own_noise(
+    pipe: Any, images: Sequence[Any], numbers: Sequence[int], options: Mapping[str, Any],
+    prompts: Sequence[str] | None = None,
+) -> list[Features]:  # fmt: skip
+    """Features of images whose noise depends on a number of each alone, not on its company.
+
+    Args:
+        options: of :func:`flashmaps.diffusion.features.features`.
+    """
+    options = {name: value for name, value in options.items() if name != "same_noise"}
+    base = options.pop("seeds", (0,))
     found = []
-    for number, image in enumerate(images, group * GROUP):
-        seeds = [seed + number * _NOISE_APART for seed in settings.seeds]
-        found += features(pipe, [image], **{**options, "seeds": seeds})
+    for place, (image, number) in enumerate(zip(images, numbers, strict=False)):
+        seeds = [seed + number * NOISE_APART for seed in base]
+        prompt = "" if prompts is None else prompts[place]
+        found += features(pipe, [image], seeds=seeds, prompt=prompt, **options)
     return found
 
 

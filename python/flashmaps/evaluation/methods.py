@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flashmaps.batches.features import with_own_noise
 from flashmaps.diffusion.features import Features, features
 from flashmaps.diffusion.images import Image
 from flashmaps.evaluation import points as carried
@@ -26,7 +27,6 @@ from flashmaps.matching.settings import MatchSettings, fingerprint
 __all__ = ["Methods", "Outcome", "fingerprint", "judged_by", "method_names"]
 
 KEPT_BYTES = 2**30  # of features and descriptors of images that may come again
-_NOISE_APART = 1_000_003
 
 DEFAULT = "fm.match"  # with the model's own settings, where they are more than a hard match
 # Methods that look at no image.
@@ -223,14 +223,10 @@ class Methods:
             return features(
                 pipe, list(images.values()), prompt=prompts, outputs=True, **self.options
             )
-        seeds = self.options.get("seeds", (0,))
-        found = []
-        for (name, prompt), image in images.items():
-            # By its name, so that neither order nor chunks change what an image gets.
-            apart = _NOISE_APART * (1 + zlib.crc32(name.encode()))
-            options = {**self.options, "seeds": [seed + apart for seed in seeds]}
-            found += features(pipe, [image], prompt=prompt, outputs=True, **options)
-        return found
+        # By its name, so that neither order nor chunks change what an image gets.
+        numbers = [1 + zlib.crc32(name.encode()) for name, _ in images]
+        options = {**self.options, "outputs": True}
+        return with_own_noise(pipe, list(images.values()), numbers, options, prompts)
 
     def _key(self, pair: Pair, side: str) -> tuple[str, str]:
         return getattr(pair, side), self.prompt.replace("{category}", pair.category)

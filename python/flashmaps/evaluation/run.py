@@ -9,7 +9,7 @@ it was; parts that are damaged are made again.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from flashmaps.arguments import whole
+from flashmaps.batches.ahead import ahead, behind
 from flashmaps.diffusion.features import BUILTIN, check_features, load_model
 from flashmaps.diffusion.loading import name_of
 from flashmaps.evaluation import markdown
@@ -213,15 +214,27 @@ def _compute(
     parts = {first: f"parts/{first:06d}.parquet" for first in range(0, count, CHUNK)}
     missing = [first for first, part in parts.items() if not run.whole(part)]
     todo = sum(min(CHUNK, count - first) for first in missing)
-    with tqdm(total=count, initial=count - todo, desc="pairs", disable=not progress) as bar:
+
+    def drawn() -> Iterator[list[tuple[int, Pair]]]:
         for first in missing:
-            chunk = [(i, benchmark.pair(i)) for i in range(first, min(first + CHUNK, count))]
-            rows = []
-            for (number, pair), (_, outcome) in zip(chunk, methods.run(chunk), strict=True):
-                rows.append(point_rows(number, pair, outcome, names))
-                bar.update()
-            with run.file(parts[first]) as new:
-                write_table(new, join(rows))
+            yield [(i, benchmark.pair(i)) for i in range(first, min(first + CHUNK, count))]
+
+    def computed() -> Iterator[tuple[int, int, Table]]:
+        for chunk in ahead(drawn()):
+            rows = [
+                point_rows(number, pair, outcome, names)
+                for (number, pair), (_, outcome) in zip(chunk, methods.run(chunk), strict=True)
+            ]
+            yield chunk[0][0], len(chunk), join(rows)
+
+    def commit(done: tuple[int, int, Table]) -> None:
+        with run.file(parts[done[0]]) as new:
+            write_table(new, done[2])
+
+    # As batches do: a chunk is read while one is computed and another is written.
+    with tqdm(total=count, initial=count - todo, desc="pairs", disable=not progress) as bar:
+        for _, pairs, _ in behind(computed(), commit):
+            bar.update(pairs)
     every = [read_table(run.folder / part) for part in parts.values()]
     with run.files(instead_of=parts.values()) as new:
         write_table(new / WHOLE, join(every))

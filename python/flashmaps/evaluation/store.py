@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashmaps.batches.features import NOISE_APART
 from flashmaps.diffusion.capture import capture
 from flashmaps.diffusion.features import Features, block_of, block_outputs, features
 from flashmaps.diffusion.images import Image
@@ -25,8 +26,7 @@ from flashmaps.matching.settings import MatchSettings
 
 BATCH = 8  # images that the model sees together
 _KEPT = 24  # tensors that stay in memory: those of the layers that are being compared
-# Seeds of the second image of a pair when noise is to differ, as `features` has them.
-APART = 1_000_003
+APART = NOISE_APART  # seeds of the second image of a pair when noise is to differ
 WHAT = ("query", "key", "output")
 
 
