@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -132,16 +132,34 @@ def ray_speed(folder: Path, rounds: int) -> dict[str, float]:
         metadata.version("flashmaps"), "builtin", "", None, SETTINGS, "tokens", "auto", len(sets)
     )
     times: dict[str, list[float]] = {"local": [], "ray": []}
+    spent: dict[str, list[float]] = {"local": [], "ray": []}
     with cluster(asked, address=None, workers=2, store=2**28) as workers:
-        engine_seconds(folder, sets, pairs[:128], workers, 2**28)  # they start, and load torch
+        engine_seconds(folder, sets, pairs[:256], workers, 2**28)  # they start, and load torch
         for _ in range(rounds):
-            times["local"].append(engine_seconds(folder, sets, pairs, local(), 2**28))
-            times["ray"].append(engine_seconds(folder, sets, pairs, workers, 2**28))
+            for name, engine in (("local", local()), ("ray", workers)):
+                before = processor_seconds()
+                times[name].append(engine_seconds(folder, sets, pairs, engine, 2**28))
+                spent[name].append(processor_seconds() - before)
     best = {name: min(each) for name, each in times.items()}
     return {
         **{f"{name}, pairs a second": len(pairs) / s for name, s in best.items()},
+        **{f"{name}, processor ms a pair": 1e3 * min(s) / len(pairs) for name, s in spent.items()},
         "ray / local": best["local"] / best["ray"],
+        "ray / local, by processor time": min(spent["local"]) / min(spent["ray"]),
     }
+
+
+def processor_seconds() -> float:
+    """Of this process and of all that it has started: Ray's own among them."""
+    import psutil
+
+    total = 0.0
+    here = psutil.Process()
+    for each in (here, *here.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            used = each.cpu_times()
+            total += used.user + used.system
+    return total
 
 
 def memory(folder: Path, rounds: int) -> dict[str, float]:
