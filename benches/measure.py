@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 import flashmaps.maps.backends.cpu
+import flashmaps.maps.backends.cpu_backward
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from rivals import COMPILED, KEOPS, OURS, SDPA, Contestant
@@ -37,18 +38,22 @@ def peak_workspace(run: Callable[[], Any]) -> tuple[int, Any]:
 @contextmanager
 def _cpp() -> Iterator[list[int]]:
     most = [0]
-    reduce = flashmaps.maps.backends.cpu.reduce
+    modules = (flashmaps.maps.backends.cpu, flashmaps.maps.backends.cpu_backward)
+    originals = (modules[0].reduce, modules[1].backward)
 
-    def watched(*args: Any) -> Any:
-        result = reduce(*args)
-        most[0] = max(most[0], flashmaps.maps.backends.cpu.last_workspace_bytes())
-        return result
+    def watching(run: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*args: Any) -> Any:
+            result = run(*args)
+            most[0] = max(most[0], flashmaps.maps.backends.cpu.last_workspace_bytes())
+            return result
 
-    flashmaps.maps.backends.cpu.reduce = watched
+        return watched
+
+    modules[0].reduce, modules[1].backward = map(watching, originals)
     try:
         yield most
     finally:
-        flashmaps.maps.backends.cpu.reduce = reduce
+        modules[0].reduce, modules[1].backward = originals
 
 
 def _flat(result: Any) -> Iterator[torch.Tensor]:

@@ -49,9 +49,12 @@ class Operation:
     columns: int = 0  # C, of the operand
     operand: str = ""  # "right" or "left"
     more_flops: Callable[[Shape], float] = lambda shape: 0.0  # beyond Q K^T
+    gradient: bool = False  # Q and K want gradients, which are the outputs
 
     def inputs(self, shape: Shape, dtype: torch.dtype = torch.float32) -> Inputs:
         pairs = tuple(qk(shape, dtype, seed) for seed in range(self.maps))
+        if self.gradient:
+            pairs = tuple((q.requires_grad_(), k.requires_grad_()) for q, k in pairs)
         made = Inputs(shape, pairs)
         if self.operand:
             rows = shape.keys if self.operand == "right" else shape.queries
@@ -187,6 +190,37 @@ COMPOSED = Operation(
     more_flops=lambda shape: 2.0 * shape.queries**2 * shape.keys,
 )
 
+
+def _slopes(inputs: Inputs, entropy: Tensor, expectation: Tensor) -> Outputs:
+    """Of the mean entropy and the mean square of the expectation, with respect to Q and K."""
+    loss = entropy.mean() + expectation.square().mean()
+    found: Outputs = torch.autograd.grad(loss, inputs.pairs[0])
+    return found
+
+
+def _gradient(inputs: Inputs, a: fm.AttentionMap) -> Outputs:
+    with torch.enable_grad():
+        query, key = inputs.pairs[0]
+        again = fm.AttentionMap(query, key, key_grid=a.key_grid, backend=a.backend)
+        found = again.reduce("entropy", "expectation")
+        return _slopes(inputs, found.entropy, found.expectation)
+
+
+def _gradient_dense(inputs: Inputs, dense: Tensor) -> Outputs:
+    """``dense`` has a graph."""
+    at = centres(inputs.shape.grid, dtype=dense.dtype, device=dense.device)
+    return _slopes(inputs, _entropy(dense), dense @ at)
+
+
+GRADIENT = Operation(
+    "entropy+expectation and back",
+    _gradient,
+    _gradient_dense,
+    # dQ and dK: one product each.
+    more_flops=lambda shape: 4.0 * shape.scores * shape.dim,
+    gradient=True,
+)
+
 OPERATIONS = [
     FUSED,
     Operation("lse", lambda i, a: (a.lse,), None),
@@ -221,4 +255,5 @@ OPERATIONS = [
         maps=2,
     ),
     COMPOSED,
+    GRADIENT,
 ]

@@ -38,9 +38,10 @@ def contestants(operation: Operation, inputs: Inputs, *, compiled: bool) -> list
     one = shape.queries * shape.keys * itemsize
     # Scores and probabilities of every head beside the mean maps there are; three of these for one
     # head at a time; and for "entropy+argmax of A_st A_ts" the product and its logarithm.
-    eager_bytes = (2 * shape.heads + 2 * operation.maps) * one
+    # Going back, gradients of the scores and of the probabilities beside them.
+    eager_bytes = (2 * shape.heads + 2 * operation.maps) * one * (2 if operation.gradient else 1)
     found.append(_if_fits(EAGER, lambda: _eager(operation, inputs), eager_bytes))
-    if compiled:
+    if compiled and not operation.gradient:
         torch._dynamo.reset()  # or it would give up after a few shapes of the same function
         run = torch.compile(lambda *tensors: _eager(operation, inputs, tensors), dynamic=False)
         flat = [tensor for pair in inputs.pairs for tensor in pair]
@@ -53,12 +54,17 @@ def contestants(operation: Operation, inputs: Inputs, *, compiled: bool) -> list
             return [one_map(*pair) for pair in inputs.pairs]
 
         found.append(_if_fits(MATERIALISED, lambda: dense(inputs, *materialise()), head))
-        if found[-1].run is not None and operation.name != "to_dense":
+        kept_once = operation.name == "to_dense" or operation.gradient
+        if found[-1].run is not None and not kept_once:
             kept = materialise()
             found.append(Contestant(KEPT, lambda: dense(inputs, *kept)))
     keops = _keops(operation, inputs)
     if keops is not None:
         found.append(keops)
+    if operation.gradient:
+        for contestant in found:
+            if contestant.run is not None and contestant.name in (EAGER, MATERIALISED):
+                contestant.run = torch.enable_grad()(contestant.run)
     return found
 
 

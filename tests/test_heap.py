@@ -32,11 +32,16 @@ def operations() -> dict[str, tuple[Callable[[], object], Callable[..., fm.Plan]
     for backend in ("cpu", "reference"):
         if not fm.backends()[backend]:
             continue
-        query = torch.randn(2, 300, 3, 40).transpose(1, 2)  # strided
-        key = torch.randn(2, 3, 400, 40)
+        query = torch.randn(2, 300, 3, 40).transpose(1, 2).requires_grad_()  # strided
+        key = torch.randn(2, 3, 400, 40).requires_grad_()
         options = {"backend": backend, "key_grid": (20, 20)}
         plain = fm.AttentionMap(query, key, **options)
         pairs = fm.AttentionMap(query, key, pairs=[[0, 1], [1, 1], [0, 0]], **options)
+        ends = [torch.randn(2, 3, n, 40).requires_grad_() for n in (400, 300)]
+        composed = plain @ fm.AttentionMap(*ends, backend=backend)
+        found[f"{backend} composed backward"] = _way_back(
+            composed, ("entropy", "column_max"), query, key, *ends
+        )
         for name, A in {"plain": plain, "pairs": pairs}.items():
             title = f"{backend} {name}"
             x, y = torch.randn(A.shape[0], 400, 4), torch.randn(A.shape[0], 300, 4)
@@ -53,9 +58,21 @@ def operations() -> dict[str, tuple[Callable[[], object], Callable[..., fm.Plan]
                     lambda A=A, y=y: A.mT @ y,
                     lambda A=A, **o: A.plan("transposed_product", columns=4, **o),
                 ),
+                f"{title} backward": _way_back(A, ("entropy", "column_entropy"), query, key),
                 f"{title} topk": (lambda A=A: A.topk(9), lambda A=A, **o: A.plan("topk", k=9, **o)),
             }
     return found
+
+
+def _way_back(
+    A: fm.AttentionMap | fm.Composition, names: tuple[str, ...], *leaves: torch.Tensor
+) -> tuple[Callable[[], object], Callable[..., fm.Plan]]:
+    """Of results that are there: the gradients are what comes out."""
+    loss = sum(x.sum() for x in A.reduce(*names)._asdict().values())
+    return (
+        lambda: torch.autograd.grad(loss, leaves, retain_graph=True),
+        lambda **o: A.plan(*names, backward=True, **o),
+    )
 
 
 def main() -> None:
@@ -74,10 +91,11 @@ def main() -> None:
                 plan = planner(memory_budget=int(str(error).rsplit(" ", 1)[1]))
                 budget = plan.memory_budget
             with fm.memory_budget(budget):
-                run()
-                heap.heap_peak()
-                before = heap.heap_held()
-                result = run()
+                with torch.set_grad_enabled("backward" in what):
+                    run()
+                    heap.heap_peak()
+                    before = heap.heap_held()
+                    result = run()
                 held = heap.heap_peak() - before - output_bytes(result)
             del result
             print(json.dumps([what, budget, plan.workspace, held]), flush=True)

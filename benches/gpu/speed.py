@@ -250,6 +250,8 @@ def contestants(operation: Operation, backends: tuple[str, ...]) -> dict[str, Ri
             found[f"flashmaps, {backend}, lse given"] = _ours(backend, known=True)
     for name, kind in SDPA.items():
         found[name] = _of_sdpa(kind)
+    if operation.gradient:
+        return {**found, "eager": _with_graph(_dense(eager_map))}
     if operation.dense is not None:
         found["eager"] = _dense(eager_map)
         if operation.operand == "":
@@ -263,6 +265,10 @@ def contestants(operation: Operation, backends: tuple[str, ...]) -> dict[str, Ri
     if operation.name in ("lse", "A @ x, C=3") and find_spec("pykeops") is not None:
         found["KeOps"] = _keops
     return found
+
+
+def _with_graph(rival: Rival) -> Rival:
+    return lambda operation, inputs: torch.enable_grad()(rival(operation, inputs))
 
 
 def _sdpa(inputs: Inputs, kind: SDPBackend) -> list[Tensor]:

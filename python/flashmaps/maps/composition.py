@@ -26,6 +26,7 @@ from flashmaps.maps.lazy import (
     stand_in,
     with_lse,
 )
+from flashmaps.maps.map_plans import composed_backward_step
 from flashmaps.maps.planning import Ceilings, Plan, Step, plan, portion, shares
 from flashmaps.maps.problem import Cost, Problem, Request, output_bytes
 from flashmaps.maps.rows import Index, rows_held, rows_in_portions
@@ -212,6 +213,7 @@ class Composition(Lazy):
         count: int = 1,
         memory_budget: int | None = None,
         ceilings: Ceilings | None = None,
+        backward: bool = False,
     ) -> Plan:
         """What an operation of R will take, before it runs, as `AttentionMap.plan` of a map.
 
@@ -221,6 +223,8 @@ class Composition(Lazy):
                 ``columns``).
             memory_budget: default that of the composition, or else the context's.
             ceilings: rates of the machine (`flashmaps.Ceilings`), for the expected time.
+            backward: of the way back to Q and K of both maps, of what needs whole rows of R. What
+                streams goes back by products with each map: ask those.
         """
         batch, rows, ends = self.shape
         columns, count = check_count("columns", columns), check_count("count", count)
@@ -250,6 +254,18 @@ class Composition(Lazy):
             case _:
                 fields = check_reductions(names, self.shape, self.second.key_grid)
                 steps = self._reduce_steps(fields)
+        if backward:
+            if what in ("product", "transposed_product", "rows") or (
+                all(name in _STREAMED for name in fields)
+            ):
+                raise ValueError(
+                    f"backward=True plans the way back of what needs whole rows of R, not of "
+                    f"{what!r}: plan the products with each map"
+                )
+            step, outputs = composed_backward_step(
+                self.first.problem, self.second.problem, Request(fields, k=k), self._backends
+            )
+            what, steps = f"backward of {what}", [step]
         if outputs is None:
             shape = strips.result(self.first.problem, self.second.problem)
             outputs = output_bytes(shape, Request(fields, k=k))
@@ -310,8 +326,12 @@ class Composition(Lazy):
             self.first.problem if first is None else first,
             self.second.problem,
             Request(names, k=k, memory_budget=budget),
-            (self.first.backend, self.second.backend),
+            self._backends,
         )
+
+    @property
+    def _backends(self) -> tuple[str, str]:
+        return self.first.backend, self.second.backend
 
     def _strips_step(
         self, names: tuple[str, ...], k: int = 0, held: int = 0, first: Problem | None = None
@@ -320,8 +340,7 @@ class Composition(Lazy):
 
         def cost(budget: int | None) -> Cost:
             request = Request(names, k=k, memory_budget=budget)
-            names_of_backends = (self.first.backend, self.second.backend)
-            return strips.plan(one, self.second.problem, request, names_of_backends)
+            return strips.plan(one, self.second.problem, request, self._backends)
 
         return Step(held, cost)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from flashmaps.maps import strips, strips_backward
 from flashmaps.maps.backends.choice import backward_name, plan_backward_pass
 from flashmaps.maps.budget import budget_in_force
 from flashmaps.maps.gradients import held_bytes, is_float, of_results, with_companions
@@ -14,7 +15,7 @@ from flashmaps.maps.grids import Grid
 from flashmaps.maps.lazy import LazyMap, check_reductions, stand_in
 from flashmaps.maps.planning import Ceilings, Plan, Step, plan, portion
 from flashmaps.maps.pooling import num_cells, pool_portion, pool_step
-from flashmaps.maps.problem import FIELDS, Cost, Request, output_bytes
+from flashmaps.maps.problem import FIELDS, Cost, Gradient, Problem, Request, output_bytes
 from flashmaps.maps.rows import rows_step
 from flashmaps.maps.validation import check_count, check_k
 
@@ -82,27 +83,55 @@ def _backward_step(A: LazyMap, request: Request) -> tuple[Step, int]:
     if problem.lse is None:
         lse = stand_in(problem, problem.batch, problem.heads, problem.num_queries)
         problem = problem._replace(lse=lse)
-    names = with_companions(request.names)
+    gradient = _gradient(problem, request, ("query", "key"), problem.lines)
+    held, outputs = _gradients_bytes(problem)
+    held += held_bytes(gradient)
+
+    def cost(budget: int | None) -> Cost:
+        return plan_backward_pass(A.backend, problem, replace(gradient, memory_budget=budget))
+
+    return Step(held, cost), outputs
+
+
+def _gradient(problem: Problem, request: Request, wanted: tuple[str, ...], lines: int) -> Gradient:
+    """What comes back of every float result."""
     fields = {
         name: torch.empty(
             FIELDS[name].shape(problem, request),
             dtype=torch.int64 if FIELDS[name].is_index else problem.compute_dtype,
             device="meta",
         )
-        for name in names
+        for name in with_companions(request.names)
     }
     upstream = {name: fields[name] for name in request.names if is_float(name)}
-    gradient = of_results(problem, request, fields, upstream, ("query", "key"))
-    held, outputs = held_bytes(gradient), 0
+    return of_results(problem, request, fields, upstream, wanted, lines=lines)
+
+
+def _gradients_bytes(problem: Problem) -> tuple[int, int]:
+    """Of dQ and dK: (held beside them until they are converted, theirs)."""
+    held = outputs = 0
     for tokens in (problem.query, problem.key):
         outputs += tokens.numel() * tokens.element_size()
         if tokens.dtype != problem.compute_dtype:  # made in it, then converted
             held += tokens.numel() * problem.itemsize
+    return held, outputs
+
+
+def composed_backward_step(
+    first: Problem, second: Problem, request: Request, backends: tuple[str, str]
+) -> tuple[Step, int]:
+    """The way back to Q and K of both maps of a product, and the bytes of their gradients."""
+    shape = strips.result(first, second)._replace(normalize="block")
+    gradient = _gradient(shape, request, (), first.lines * second.lines)
+    wanted = ("query", "key"), ("query", "key")
+    each = [_gradients_bytes(problem) for problem in (first, second)]
+    held = held_bytes(gradient) + sum(of[0] for of in each)
 
     def cost(budget: int | None) -> Cost:
-        return plan_backward_pass(A.backend, problem, replace(gradient, memory_budget=budget))
+        told = replace(gradient, memory_budget=budget)
+        return strips_backward.plan(first, second, told, wanted, backends)
 
-    return Step(held, cost), outputs
+    return Step(held, cost), sum(of[1] for of in each)
 
 
 def _repeated(step: Step, count: int, size: int) -> Step:
