@@ -182,6 +182,24 @@ def test_gradcheck(normalize: str | None, backend: str) -> None:
     assert torch.autograd.gradcheck(everything, (query, key, mask, x, y, weights), fast_mode=True)
 
 
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+def test_gradcheck_of_every_head_and_of_shared_keys(key_heads: int, backend: str) -> None:
+    """Per head, and the mean; 4 query heads."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = (
+        torch.randn(2, heads, 4, 3, generator=generator, dtype=torch.float64).requires_grad_()
+        for heads in (4, key_heads)
+    )
+
+    def everything(query: Tensor, key: Tensor) -> tuple[Tensor, ...]:
+        A = fm.AttentionMap(query, key, backend=backend)
+        names = ("entropy", "max", "expectation", "column_sum", "column_entropy", "lse")
+        of_heads = A.reduce(*names, per_head=True)._asdict().values()
+        return (*of_heads, *A.reduce("entropy", "column_max")._asdict().values())
+
+    assert torch.autograd.gradcheck(everything, (query, key), fast_mode=True)
+
+
 def _of_two_small(A: Any, B: Any) -> tuple[Tensor, ...]:
     rt = fm.round_trip(A, B)
     found = (A @ B).reduce("entropy", "column_entropy", "column_max", "max")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import flashmaps as fm
@@ -95,3 +96,7 @@ def test_bad_input(pipe: Any) -> None:
         learn(pipe, 1, prompt="a cat")
     with pytest.raises(ValueError, match="one text encoder"):
         fm.optimize_tokens(pipe.unet, pictures(), POINTS, steps=1, **OPTIONS)
+    parts = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "scheduler")
+    two = SimpleNamespace(**dict.fromkeys((*parts, "encode_prompt"), pipe))
+    with pytest.raises(ValueError, match="SimpleNamespace: it has two text encoders"):
+        fm.optimize_tokens(two, pictures(), POINTS, steps=1, **OPTIONS)
