@@ -3,6 +3,7 @@
     python benches/batches.py speed          # local engine against a loop over lazy maps
     python benches/batches.py ray            # Ray with two workers against the local engine
     python benches/batches.py memory         # peak memory by the number of images
+    python benches/batches.py ray-memory     # of the driver and of a worker
     python benches/batches.py processes      # threads of one process against worker processes
 
 Features are drawn: 1,024 tokens, one head of 64. Each number is a ratio of times that were taken in
@@ -19,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager, suppress
@@ -149,6 +151,50 @@ def ray_speed(folder: Path, rounds: int) -> dict[str, float]:
     }
 
 
+def ray_memory(folder: Path, rounds: int) -> dict[str, float]:
+    """Growth of the private memory of the largest worker beyond a few pairs, in MB, and of the
+    driver; what lies in Ray's shared memory is told apart."""
+    from importlib import metadata
+
+    import psutil
+    from flashmaps.batches.ray_engine import cluster
+    from flashmaps.batches.ray_worker import Question
+
+    found = {}
+    for images in (64, 640):
+        sets, pairs = make(folder / f"f{images}", images), drawn(images, 640)
+        asked = Question(
+            metadata.version("flashmaps"), "builtin", "", None, SETTINGS, "tokens", "auto", images
+        )
+        with cluster(asked, address=None, workers=2, store=3 * 64 * 10**6) as workers:
+            engine_seconds(folder, sets, pairs[:16], workers, 2**26)
+            here = psutil.Process()
+            every = [each for each in here.children(recursive=True) if "ray::Worker" in each.name()]
+            assert every, "no workers are known by their name"
+
+            def private(each: psutil.Process) -> float:
+                told = each.memory_info()
+                return (told.rss - told.shared) / 1e6
+
+            watched = {"driver": [here], "a worker": every}
+            before = {name: max(map(private, each)) for name, each in watched.items()}
+            most, done = dict(before), threading.Event()
+
+            def watch(watched=watched, most=most, done=done) -> None:
+                while not done.wait(0.05):
+                    for name, each in watched.items():
+                        most[name] = max(most[name], *map(private, each))
+
+            watcher = threading.Thread(target=watch)
+            watcher.start()
+            engine_seconds(folder, sets, pairs, workers, 64 * 10**6)
+            done.set()
+            watcher.join()
+            for name in watched:
+                found[f"{images} images, budget 64 MB, {name}"] = most[name] - before[name]
+    return found
+
+
 def processor_seconds() -> float:
     """Of this process and of all that it has started: Ray's own among them."""
     import psutil
@@ -214,7 +260,10 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["one"]:
         one(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
         sys.exit()
-    jobs = {"speed": speed, "ray": ray_speed, "memory": memory, "processes": processes}
+    jobs = {
+        "speed": speed, "ray": ray_speed, "memory": memory, "ray-memory": ray_memory,
+        "processes": processes,
+    }  # fmt: skip
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
