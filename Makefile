@@ -15,7 +15,7 @@ CSRC := $(shell find csrc -type f 2>/dev/null)
 FORMATTED := $(filter %.cpp %.h %.cu %.cuh,$(CSRC))
 FAILURE_NOTE := python/flashmaps/_native_build_failed.txt
 
-.PHONY: help setup browser build demo test test-all attack sanitize lint format bench bench-explore docs dist gpu-check wheel clean
+.PHONY: help setup browser build demo test test-all attack sanitize lint format bench bench-explore docs dist gpu-check carried wheel clean
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -78,6 +78,9 @@ docs: setup  ## build the documentation site into build/docs; a warning is an er
 
 dist: setup  ## build what a release holds, check it, and try it in clean environments (ARGS=--light)
 	$(BIN)/python tests/dist.py $(ARGS)
+
+carried: setup  ## build/carried, which a machine with a card is given along: modules, a Triton cache
+	$(BIN)/python benches/gpu/carried.py $(ARGS)
 
 wheel: setup  ## build dist/: the sdist, and a wheel from it
 	$(BIN)/python -m build --no-isolation

@@ -192,7 +192,11 @@ def resident_heads(view: View, kind: str, run: Run) -> int:
     both sides as fast as the exponentials are done.
     """
     heads, tokens = view.problem.heads, view.kept
-    if kind not in ("rows", "columns") or view.kind(kind, run.settings) != "even":
+    if (
+        not run.settings.resident
+        or kind not in ("rows", "columns")
+        or view.kind(kind, run.settings) != "even"
+    ):
         return 0
     width, rest = head_parts(tokens.shape[3], one=one_part(tokens, run))
     if rest > 0 or width > run.settings.chunk(tokens.dtype):

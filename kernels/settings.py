@@ -56,6 +56,7 @@ class Settings:
     whole_row: int  # see `keeps_rows`
     matmul_precision: str  # torch.get_float32_matmul_precision()
     multiprocessors: int = 1
+    resident: bool = True  # whether kept tokens of all heads stay on chip where they fit
 
     @property
     def nvidia(self) -> bool:

@@ -135,7 +135,17 @@ class Session:
     def _tell(self, line: hands.Job) -> None:
         name = " ".join(
             str(line[key])
-            for key in ("backend", "problem", "operation", "shape", "by", "pass", "tiling", "what")
+            for key in (
+                "backend",
+                "problem",
+                "operation",
+                "shape",
+                "by",
+                "pass",
+                "tiling",
+                "resident",
+                "what",
+            )
             if key in line
         )
         wrong = line.get("lost") or line.get("error")
@@ -242,7 +252,10 @@ class Session:
             for kind in kinds:
                 for tiling in autotune.candidates("sm_90", kind, 16)[:6]:
                     job = {"kind": "tune", "pass": kind, "operation": kind, "tiling": list(tiling)}
-                    jobs.append({**job, "bits": 16, "width": width})
+                    job |= {"bits": 16, "width": width}
+                    jobs.append(job)
+                    if kind == "even":
+                        jobs.append({**job, "resident": False})
         return self._only(jobs)
 
     def _profile(self) -> list[hands.Job]:

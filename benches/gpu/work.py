@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,10 @@ class Worker:
             return {"again": {**job, "graph": False, "no_graph": str(error)[:300]}, "spoiled": True}
 
     def tune(self, job: dict[str, Any]) -> dict[str, Any]:
-        """{"pass", "width", "bits", "tiling"}: a kind of pass in these tiles; ms, or why not."""
+        """{"pass", "width", "bits", "tiling"}: a kind of pass in these tiles; ms, or why not.
+
+        "resident": whether all heads' kept tokens may stay on chip.
+        """
         from flashmaps.kernels import autotune
         from flashmaps.kernels.settings import architecture_of, settings_of
         from speed import Clock
@@ -141,6 +145,7 @@ class Worker:
         changed = autotune.with_tiling(
             settings_of(architecture), job["pass"], key, tuple(job["tiling"])
         )
+        changed = replace(changed, resident=job.get("resident", True))
         run = case.runner(changed, self.device)
         run()
         return {"ms": Clock(self.device).replays(run) * 1e3}
