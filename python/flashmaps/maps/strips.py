@@ -20,6 +20,9 @@ from flashmaps.maps.problem import Cost, Problem, Request, empty_outputs, output
 
 DEFAULT_MEMORY_BUDGET = 64 * 2**20
 
+# Rows of A' that are made at once, at most.
+_MOST_BLOCK = 768
+
 # The reducers see so many rows at once that their temporaries stay near this.
 _TEMPORARY_BYTES = 2**23
 
@@ -101,12 +104,12 @@ class _Sizes:
     def split(self, budget: int) -> _Split:
         """The largest strip that fits beside a block of at least a sixteenth of it.
 
-        Backends may take a quarter of the budget, or the least they need. They seldom do, but what
+        Backends may take an eighth of the budget, or the least they need. They seldom do, but what
         they do take may depend on the number of threads, and the order of sums must not.
         A budget that is too small gives what takes least.
         """
         least = max(cost.workspace for cost in self.passes(1))
-        backend = max(least, budget // 4)
+        backend = max(least, budget // 8)
         if self.held(1, 1, backend) > budget:
             backend = least
 
@@ -117,9 +120,13 @@ class _Sizes:
         while low < high:
             strip = (low + high + 1) // 2
             low, high = (strip, high) if fits(strip, -(-strip // 16)) else (low, strip - 1)
+        # As many strips again, of one size. R is read and written once for each block: what smaller
+        # strips leave makes blocks larger, in numbers that vectors and threads divide well.
+        low = -(-self.rows // -(-self.rows // low))
         block = min(self.keys, -(-low // 16))
-        while block < min(self.keys, 512) and fits(low, 2 * block):
-            block = min(self.keys, 2 * block)
+        most = min(self.keys, _MOST_BLOCK)
+        wider = (most, *range(most // 192 * 192, 0, -192), 96, 48, 24, 12, 6, 3)
+        block = next((n for n in wider if block < n <= most and fits(low, n)), block)
         taken = max(cost.workspace for cost in self.passes(backend))
         return _Split(low, block, self.step(low), backend, self.held(low, block, taken))
 
