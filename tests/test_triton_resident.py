@@ -74,6 +74,32 @@ def test_numbers_are_those_of_the_reference() -> None:
     assert json.loads(done.stdout) == [3]
 
 
+BAD_PAIRS = """
+import torch
+from flashmaps.kernels import backend
+from flashmaps.maps.problem import Problem, Request
+torch.set_num_threads(1)
+query, key = torch.randn(2, 1, 5, 16), torch.randn(3, 1, 20, 16)
+
+def found(pairs):
+    problem = Problem(query, key, None, None, torch.tensor(pairs), None, 0.25, "block", 4, 5)
+    request = Request(("dense", "lse", "column_sum"))
+    return backend.reduce(problem, request)
+
+bad, good = found([[-7, 99], [2**40, -1]]), found([[0, 2], [1, 0]])
+assert all(torch.equal(bad[name], good[name]) for name in good)
+"""
+
+
+def test_pairs_that_nobody_has_checked_are_held_inside_the_batch() -> None:
+    """As under torch.compile: out of bounds they would read what is not theirs."""
+    done = subprocess.run(
+        [sys.executable, "-c", BAD_PAIRS], env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("names", [ROWS, COLUMNS], ids=["rows", "columns"])
 def test_each_tile_copies_one_side_alone(names: tuple[str, ...]) -> None:
