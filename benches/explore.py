@@ -22,8 +22,6 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-TOKENS = 64 * 64
-
 
 @dataclass
 class Visits:
@@ -68,7 +66,8 @@ def visit_at_once(rules: Any, visitors: int, seconds: float, size: int | None) -
             ]
             shown = client.ask("image", {"picture": mine})[1]
             view = {} if size is None else {"size": size}
-            look = client.ask("look", {"source": mine, "target": "p1", **view})[0]["look"]
+            seen = client.ask("look", {"source": mine, "target": "p1", **view})[0]
+            look, (height, width) = seen["look"], seen["source_grid"]
             first = client.ask("row", {"look": look, "side": "source", "token": 7})
         except Exception as error:
             found.faults.append(repr(error))
@@ -80,7 +79,7 @@ def visit_at_once(rules: Any, visitors: int, seconds: float, size: int | None) -
             step += 1
             try:
                 began = time.perf_counter()
-                token = 7 if step % 20 == 0 else (step * 37 + number) % 1024
+                token = 7 if step % 20 == 0 else (step * 37 + number) % (height * width)
                 row = client.ask("row", {"look": look, "side": "source", "token": token})
                 found.milliseconds.append(1e3 * (time.perf_counter() - began))
                 if token == 7 and row != first:

@@ -230,6 +230,7 @@ def test_a_picture_is_added_and_seen_in_all(visit: Page, tmp_path: Path) -> None
 def test_what_is_seen_is_saved(visit: Page, tmp_path: Path) -> None:
     from PIL import Image
 
+    visit.page.evaluate("() => scrollTo(0, 0)")  # else the buttons scroll what is pointed at
     visit.at("source", 0.22, 0.33)
     visit.wait('[data-token="source:327"]')
     with visit.page.expect_download() as saved:

@@ -151,12 +151,14 @@ def test_the_script_makes_what_is_seen(
     assert "m.round_trip.density[0]" in program["python"]
 
 
-def test_words_segments_and_a_collection(session: Session) -> None:
+def test_words_segments_and_a_collection(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     look = ask(session, "look", source="p0", target="p1")[0]["look"]
-    values, data = ask(session, "words", picture="p0", prompt="a cat, a crab")
-    assert values["words"][:2] == ["a", "cat"]
-    height, width = values["grid"]
-    assert len(data) == len(values["words"]) * height * width
+    words, data = ask(session, "words", picture="p0", prompt="a cat, a crab")
+    assert words["words"][:2] == ["a", "cat"]
+    height, width = words["grid"]
+    assert len(data) == len(words["words"]) * height * width
     values, data = ask(session, "segments", picture="p0")
     assert [level["name"] for level in values["levels"]] == ["objects", "parts"]
     assert len(data) == 2 * math.prod(values["size"])
@@ -166,11 +168,25 @@ def test_words_segments_and_a_collection(session: Session) -> None:
     row, there = ask(session, "row", look=look, side="source", token=77)
     found, data = ask(session, "others", look=look, token=77)
     assert found["best"] == [row["best"]] and (data == there[1024:2048]).all()
+    monkeypatch.chdir(tmp_path)
+    for asked, shape in (
+        ({"prompt": "a cat, a crab", "word": "cat"}, (height, width)),
+        ({"level": 1}, (512, 512)),
+    ):
+        program, _ = ask(session, "script", look=look, **asked)
+        names: dict = {}
+        exec(program["python"], names)
+        assert tuple(names["values"].shape) == shape
+        if "word" in asked:
+            mean = float(names["values"].flatten().max())
+            assert mean == pytest.approx(words["high"][words["words"].index("cat")], rel=1e-3)
     with pytest.raises(ValueError, match="prompt is empty"):
         ask(session, "words", picture="p0", prompt=" ")
 
 
-def test_a_generation_is_watched(session: Session) -> None:
+def test_a_generation_is_watched(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     values, _ = ask(session, "generate", prompt="a red bird", steps=2, seed=1)
     assert values["steps"] == 2 and len(values["means"]) == len(values["layers"]) == 7
     for mean, bound in zip(values["means"], values["bounds"], strict=True):
@@ -178,6 +194,12 @@ def test_a_generation_is_watched(session: Session) -> None:
     frame, data = ask(session, "frame", layer=3, step=1)
     assert frame["mean"] == pytest.approx(values["means"][3][1])
     assert len(data) == math.prod(values["grids"][3])
+    look = ask(session, "look", source="p0", target="p1")[0]["look"]
+    program, _ = ask(session, "script", look=look, layer=3, step=1)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(program["python"], names)
+    assert float(names["values"].mean()) == pytest.approx(frame["mean"], rel=1e-4)
     with pytest.raises(ValueError, match="7 layers and 2 steps"):
         ask(session, "frame", layer=7, step=0)
     made = {each["id"]: each["name"] for each in values["pictures"]}[values["picture"]]

@@ -25,6 +25,7 @@ class Generation:
         entropy: for each layer, for each step, [N] nats, of the half that saw the prompt.
         means: of these; bounds: log N of each layer, the largest entropy there can be.
         timesteps: what the model was told at each step.
+        prompt, seed: what it was made from.
     """
 
     image: Any
@@ -32,6 +33,8 @@ class Generation:
     grids: tuple[tuple[int, int], ...]
     entropy: list[list[Tensor]]
     timesteps: list[float]
+    prompt: str
+    seed: int
 
     @property
     def steps(self) -> int:
@@ -70,6 +73,8 @@ def generate(pipe: Any, prompt: str, steps: int, seed: int) -> Generation:
         grids=tuple(each[0].grid for each in found.values()),
         entropy=[[entry.entropy[0].float().cpu() for entry in each] for each in found.values()],
         timesteps=[float(entry.timestep or 0) for entry in first],
+        prompt=prompt,
+        seed=seed,
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from flashmaps.explorer.generation import Generation
+from flashmaps.explorer.pictures import Picture
 from flashmaps.explorer.view import Pair
 
 _MAPS = {
@@ -53,22 +55,108 @@ def script(model: str, pair: Pair, side: str, token: int | None, statistic: str 
             f"  # where token {token or 0} of the {here} looks",
             f"image = m.{there}.image",
         ]
-    lines += [
+    return "\n".join([*lines, *_FIGURE]) + "\n"
+
+
+def words(model: str, pair: Pair, prompt: str, word: str) -> str:
+    """A program that draws the map of a word over the source."""
+    given = ", ".join(f"{name}={value!r}" for name, value in _seeing(pair).items())
+    return _program(
+        pair.source,
+        ["from flashmaps.diffusion.features import features, load_model"],
+        [
+            f"pipe = load_model({model!r})",
+            "with fm.capture(",
+            '    pipe.unet, kind="cross", reduce="image_to_text", guidance="conditional"',
+            ") as rec:",
+            f"    features(pipe, [image], {given}, prompt={prompt!r})",
+            f"values = fm.word_maps(rec, {prompt!r}, pipe)[{word!r}]",
+        ],
+    )
+
+
+def segments(model: str, pair: Pair, level: int) -> str:
+    """A program that draws a level of the segments of the source."""
+    given = _seeing(pair)
+    given.pop("same_noise")
+    told = ", ".join(f"{name}={value!r}" for name, value in given.items())
+    return _program(
+        pair.source,
+        ["import torch"],
+        [
+            f"found = fm.segment(image, model={model!r}, {told})",
+            f"values = torch.from_numpy(found.level({level}).labels)",
+        ],
+    )
+
+
+def generation(model: str, made: Generation, layer: int, step: int) -> str:
+    """A program that makes the picture again and draws the entropy of a layer at a step."""
+    lines = [
+        "import flashmaps as fm",
+        "import numpy as np",
+        "import torch",
+        "from flashmaps.diffusion.features import load_model",
+        "from matplotlib.figure import Figure",
         "",
-        'figure = Figure(figsize=(6, 6), layout="constrained")',
-        "ax = figure.subplots()",
-        "height, width = image.shape[:2]",
-        "ax.imshow(image)",
-        "shown = ax.imshow(",
-        "    values.detach().cpu().numpy(), extent=(-0.5, width - 0.5, height - 0.5, -0.5),",
-        '    cmap="magma", alpha=0.7, interpolation="bilinear",',
-        ")",
-        "figure.colorbar(shown, ax=ax, shrink=0.8)",
-        "ax.set_axis_off()",
-        'figure.savefig("explore.png", dpi=150)',
-        'print("written: explore.png", tuple(values.shape), float(values.max()))',
+        f"pipe = load_model({model!r})",
+        'with fm.capture(pipe, kind="self", reduce="entropy", keep="statistics") as rec:',
+        "    made = pipe(",
+        f"        {made.prompt!r}, num_inference_steps={made.steps},",
+        f"        generator=torch.Generator().manual_seed({made.seed}),",
+        "    )",
+        f"entry = rec.select({made.layers[layer]!r})[{step}].conditional",
+        "values = entry.entropy[0].reshape(entry.grid)",
+        "image = np.asarray(made.images[0])",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_FIGURE]) + "\n"
+
+
+_FIGURE = (
+    "",
+    'figure = Figure(figsize=(6, 6), layout="constrained")',
+    "ax = figure.subplots()",
+    "height, width = image.shape[:2]",
+    "ax.imshow(image)",
+    "shown = ax.imshow(",
+    "    values.detach().cpu().numpy(), extent=(-0.5, width - 0.5, height - 0.5, -0.5),",
+    '    cmap="magma", alpha=0.7,',
+    ")",
+    "figure.colorbar(shown, ax=ax, shrink=0.8)",
+    "ax.set_axis_off()",
+    'figure.savefig("explore.png", dpi=150)',
+    'print("written: explore.png", tuple(values.shape), float(values.max()))',
+)
+
+
+def _seeing(pair: Pair) -> dict[str, Any]:
+    """How the model was shown the pictures, as arguments of `features`."""
+    given = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in pair.settings.for_features.items()
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _program(source: Picture, imports: list[str], lines: list[str]) -> str:
+    bundled = ["from flashmaps.explorer.pictures import BUNDLED"] if source.bundled else []
+    file = f"BUNDLED / {source.name!r}" if source.bundled else f"{source.name!r}"
+    return (
+        "\n".join(
+            [
+                "import flashmaps as fm",
+                *imports,
+                "from flashmaps.diffusion.images import load_image",
+                *bundled,
+                "from matplotlib.figure import Figure",
+                "",
+                f"image = load_image({file})",
+                *lines,
+                *_FIGURE,
+            ]
+        )
+        + "\n"
+    )
 
 
 def _of_head(compare: str, head: int) -> list[str]:

@@ -376,7 +376,21 @@ class Session:
         side = given.choice("side", ("source", "target")) or "source"
         token = given.whole("token", 0, 1 << 30)
         statistic = given.choice("statistic", tuple(STATISTICS))
+        prompt, word = given.text("prompt"), given.text("word")
+        level = given.whole("level", 0, 9)
+        layer, step = given.whole("layer", 0, 1 << 16), given.whole("step", 0, 1 << 16)
         given.done()
         if token is not None:
             pair.check_token(side, token)
-        return pack({"python": scripts.script(self.model.name, pair, side, token, statistic)})
+        name, made = self.model.name, self._generation
+        if layer is not None and step is not None:
+            if made is None or layer >= len(made.layers) or step >= made.steps:
+                raise Gone("that generation is not here")
+            told = scripts.generation(name, made, layer, step)
+        elif word:
+            told = scripts.words(name, pair, prompt, word)
+        elif level is not None:
+            told = scripts.segments(name, pair, level)
+        else:
+            told = scripts.script(name, pair, side, token, statistic)
+        return pack({"python": told})

@@ -34,7 +34,7 @@ export function heat(bytes, [height, width], { colours = "ember", fading = true 
   for (let i = 0; i < width * height; i++) {
     const value = bytes[i];
     const [r, g, b] = lut[value];
-    image.data.set([r, g, b, fading ? 118 + value * 0.53 : value ? 255 : 0], i * 4);
+    image.data.set([r, g, b, fading ? 118 + value * 0.53 : value ? 205 : 0], i * 4);
   }
   context.putImageData(image, 0, 0);
   return canvas;

@@ -90,18 +90,23 @@ export function mount(root, server) {
   }
 
   async function add(files) {
+    let added = false;
+    let failed = null;
     for (const file of files) {
-      const done = await attempt(async () => {
+      try {
         const data = new Uint8Array(await file.arrayBuffer());
         const [values] = await server.call("upload", { name: file.name.slice(-200) }, { data });
         state.chosen.source = values.picture;
         listed(values.pictures);
         say(`Added ${file.name}`);
-        return true;
-      });
-      if (!done) break;
+        added = true;
+      } catch (error) {
+        failed = error;
+        break;
+      }
     }
-    await fresh();
+    if (added) await fresh();
+    if (failed) fail(failed); // last, since looking anew takes old messages away
   }
 
   function thumbs() {
@@ -363,8 +368,9 @@ export function mount(root, server) {
     event.preventDefault();
     waiting(["source"], true);
     await attempt(async () => {
-      const [values, bytes] = await server.call("words", { picture: state.chosen.source, prompt: at.prompt.value, ...view() });
-      state.words = { ...values, bytes };
+      const prompt = at.prompt.value;
+      const [values, bytes] = await server.call("words", { picture: state.chosen.source, prompt, ...view() });
+      state.words = { ...values, bytes, prompt };
       at.words.replaceChildren(
         ...values.words.map((word, k) => {
           const button = document.createElement("button");
@@ -547,7 +553,10 @@ export function mount(root, server) {
     return attempt(async () => {
       const parameters = { look: state.look.look };
       if (state.point) Object.assign(parameters, state.point);
-      if (state.statistic) parameters.statistic = state.statistic.name;
+      if (state.frame) Object.assign(parameters, { layer: Number(at["g-layer"].value), step: Number(at["g-step"].value) });
+      else if (state.word !== null) Object.assign(parameters, { prompt: state.words.prompt, word: state.words.words[state.word] });
+      else if (state.statistic) parameters.statistic = state.statistic.name;
+      else if (state.segments && segmentLevel() !== "") parameters.level = Math.min(Number(segmentLevel()), state.segments.levels.length - 1);
       const [values] = await server.call("script", parameters);
       at.code.textContent = values.python;
       at.dialog.showModal();
