@@ -60,12 +60,33 @@ def repair(app: Any, name: str, source: list[str]) -> None:
 
 
 def code(app: Any, what: str, name: str, of: Any, options: Any, lines: list[str]) -> None:
-    """Docstrings are written to be read: no bars or stars mean anything, backticks mean code."""
-    for i, line in enumerate(lines):
-        line = re.sub(r"(?<![`:\w])`([^`\s][^`]*)`(?![`_])", r"``\1``", line)
-        parts = re.split(r"(``.*?``)", line)
-        parts[::2] = [re.sub(r"([|]|(?<=[\s(])\*+(?=\w))", r"\\\1", each) for each in parts[::2]]
-        lines[i] = "".join(parts)
+    """Docstrings are written to be read: no bars or stars mean anything, backticks mean code.
+
+    What is indented after a blank line, under plain text, is an example.
+    """
+    made: list[str] = []
+    above, example = "", -1  # the last line of text, and how far the example is indented
+    for line in lines:
+        indent = len(line) - len(line.lstrip())
+        if line.strip() and example >= 0 and indent < example:
+            example = -1
+        if line.strip() and example < 0 and made and not made[-1].strip():
+            outer = len(above) - len(above.lstrip())
+            plain = above.strip() and not re.match(r"(:|- |[*] |[.][.] )", above.lstrip())
+            if plain and indent >= outer + 4:
+                example = indent
+                made += [" " * outer + "::", ""]
+        if line.strip():
+            above = line
+        if example < 0:
+            line = re.sub(r"(?<![`:\w])`([^`\s][^`]*)`(?![`_])", r"``\1``", line)
+            parts = re.split(r"(``.*?``)", line)
+            parts[::2] = [
+                re.sub(r"([|]|(?<=[\s(])\*+(?=\w))", r"\\\1", each) for each in parts[::2]
+            ]
+            line = "".join(parts)
+        made.append(line)
+    lines[:] = made
 
 
 def setup(app: Any) -> None:
