@@ -239,6 +239,7 @@ def test_what_is_seen_is_saved(visit: Page, tmp_path: Path) -> None:
         assert image.format == "PNG" and image.size == (1296, 640)
         assert len(image.convert("RGB").getcolors(1 << 24) or ()) > 1000
     visit.find("python").click()
+    visit.wait("dialog[open]")
     program = visit.find("code").inner_text()
     assert "fm.match(" in program and "rows([327])" in program
     compile(program, "explore.py", "exec")

@@ -162,7 +162,8 @@ def test_words_segments_and_a_collection(
     values, data = ask(session, "segments", picture="p0")
     assert [level["name"] for level in values["levels"]] == ["objects", "parts"]
     assert len(data) == 2 * math.prod(values["size"])
-    assert data.max() == max(level["count"] for level in values["levels"]) - 1
+    # One that is smaller than a patch of pixels may have none.
+    assert 0 < data.max() < max(level["count"] for level in values["levels"])
     values, _ = ask(session, "collect", look=look)
     assert values["others"] == ["p1"]
     row, there = ask(session, "row", look=look, side="source", token=77)
