@@ -37,13 +37,11 @@ struct UnitShape {
   // bfloat16s of a tile of keys that are copied.
   std::int64_t copied() const { return parts * kUnitKeys * 32 * blocks(); }
 
-  // For these tokens, if the unit takes them.
+  // For these tokens, if the unit takes them: dtype and shape decide, never strides, so that the
+  // same numbers give the same bits however they lie.
   static UnitShape of(const Problem& p) {
-    const bool halves =
-        DType(p.dtype) == DType::Float16 && p.query_strides[3] == 1 && p.key_strides[3] == 1;
-    const bool bfloats = DType(p.dtype) == DType::BFloat16 && p.query_strides[3] == 1 &&
-                         p.key_strides[3] == 1 && p.dim % 2 == 0;
-    if (halves) return {2, int((p.dim + 31) / 32), 0};
+    const bool bfloats = DType(p.dtype) == DType::BFloat16 && p.dim % 2 == 0;
+    if (DType(p.dtype) == DType::Float16) return {2, int((p.dim + 31) / 32), 0};
     if (bfloats) return {1, int(p.dim / 32), int(p.dim % 32)};
     return {};
   }
@@ -94,11 +92,12 @@ inline void pack_pairs(const Tokens<float>& tokens, std::int64_t b, std::int64_t
     std::uint16_t* lane = to + r / 16 * kUnitBlock + r % 16 * 2;
     for (std::int64_t x = 0; x < tokens.dim; ++x) {
       std::uint16_t* at = lane + x / 32 * kWidth * kUnitBlock + x % 32 / 2 * 32 + x % 2;
+      const std::uint16_t number = row[x * tokens.strides[3]];
       if (shape.parts == 1) {
-        *at = row[x];
+        *at = number;
         continue;
       }
-      const float whole = widen<float>(Half{row[x]});
+      const float whole = widen<float>(Half{number});
       std::uint32_t bits;
       std::memcpy(&bits, &whole, 4);
       at[0] = std::uint16_t(bits >> 16);
@@ -275,18 +274,25 @@ struct Unit {
     const auto* rows =
         static_cast<const std::uint16_t*>(keys.data) + keys.offset(b, h) + j * stride;
     const std::uint16_t* of_head = queries + h * shape.packed();
-    if (shape.parts == 1 && count == kUnitKeys) {
+    const std::int64_t apart = keys.strides[3];  // numbers of a key
+    if (shape.parts == 1 && count == kUnitKeys && apart == 1) {
       multiply_tiles(rows, 2 * stride, 0, of_head, shape, to);
       return;
     }
     const std::int64_t width = 32 * shape.blocks();
     if (count < kUnitKeys) std::memset(copied, 0, std::size_t(shape.copied()) * 2);
-    if (shape.parts == 2) {
-      split_halves(rows, stride, count, keys.dim, shape, copied);
-    } else {
+    // Float16s are split where they lie, or where their low parts will.
+    std::uint16_t* gathered = copied + (shape.parts - 1) * kUnitKeys * width;
+    if (shape.parts == 1 || apart != 1) {
       for (std::int64_t row = 0; row < count; ++row) {
-        std::memcpy(copied + row * width, rows + row * stride, std::size_t(keys.dim) * 2);
+        for (std::int64_t x = 0; x < keys.dim; ++x) {
+          gathered[row * width + x] = rows[row * stride + x * apart];
+        }
       }
+    }
+    if (shape.parts == 2) {
+      const bool here = apart == 1;
+      split_halves(here ? rows : gathered, here ? stride : width, count, keys.dim, shape, copied);
     }
     multiply_tiles(copied, 2 * width, kUnitKeys * width, of_head, shape, to);
   }

@@ -12,4 +12,7 @@ FOUND = (
     Case(backend='cpu', dtype='float16', shape=(3, 1, 240, 240, 72), seed=1133988244, key_batch=1, query_layout='page_rows', key_layout='page_rows', values='ramp-down', mask='float', pairs=4, normalize='columns', key_grid=(16, 15), threads=2),
     # Each head's share of an entry underflows, and their sum would not.
     Case(backend='cpu-avx2', dtype='float16', shape=(3, 5, 70, 63, 160), seed=862784307, query_layout='fused', key_layout='fused', values='ramp-up', mask='half-precision', key_grid=(7, 9), lse=True),
+    # The matrix unit was used for some layouts only, and other sums have other bits.
+    Case(backend='cpu', dtype='bfloat16', shape=(2, 1, 25, 6, 64), seed=1088546405, query_layout='unaligned', key_layout='width_first', mask='around-1e4', normalize='columns', key_grid=(2, 3), threads=2, what='bits'),
+    Case(backend='cpu', dtype='float16', shape=(2, 1, 25, 23, 40), seed=5, query_layout='width_first', key_layout='width_first', threads=2, what='bits'),
 )  # fmt: skip
