@@ -215,17 +215,19 @@ def assert_gradients(
         assert mine.shape == true.shape, f"{what}: d{name} is {mine.shape}, not {true.shape}"
         assert torch.isfinite(mine).all(), f"{what}: d{name} has NaN or inf"
         floor = lost[name]
+        half = mine.dtype in (torch.float16, torch.bfloat16)
+        shares = 2 * len(FLOAT_RESULTS)
+        rounded = shares * torch.finfo(mine.dtype).eps / 2 if half else 0.0
+        if mine.dtype == torch.float16:
+            floor = floor + shares * 2**-25  # half of its smallest subnormal number
+        # A share that is itself below the smallest normal number is zero: docs/maths.md.
+        floor = floor + shares * torch.finfo(oracle.compute_dtype(dtype)).tiny
         value = oracle.Value(true, size[name].clamp_min(1e-300))
         theirs = (
             0.0
             if dtype == torch.float64
             else (oracle.error(plain[name], value, floor).max().item())
         )
-        half = mine.dtype in (torch.float16, torch.bfloat16)
-        shares = 2 * len(FLOAT_RESULTS)
-        rounded = shares * torch.finfo(mine.dtype).eps / 2 if half else 0.0
-        if mine.dtype == torch.float16:
-            floor = floor + shares * 2**-25  # half of its smallest subnormal number
         budget = 2 * theirs + band + rounded
         error = oracle.error(mine, value, floor)
         assert error.max().item() <= budget, (

@@ -133,7 +133,9 @@ def check_compiled(case: ahead.Case, architecture: str) -> None:
             continue
         assert compiled.exps > 0 or case.composed, compiled
         strict = case.dtype == torch.float32 and case.precision == "highest"
-        if strict and architecture.startswith("sm_"):
+        # Strips are float32, and Blackwell takes no parts of them: Settings.one_product.
+        strips = case.composed and compiled.exps == 0 and case.precision != "medium"
+        if (strict and architecture.startswith("sm_")) or (strips and architecture == "sm_100"):
             assert compiled.matrix == 0, f"strict float32 is multiplied by threads: {compiled}"
         else:
             assert compiled.matrix > 0, f"no {ahead.MATRIX[architecture]}: {compiled}"

@@ -15,4 +15,6 @@ FOUND = (
     # The matrix unit was used for some layouts only, and other sums have other bits.
     Case(backend='cpu', dtype='bfloat16', shape=(2, 1, 25, 6, 64), seed=1088546405, query_layout='unaligned', key_layout='width_first', mask='around-1e4', normalize='columns', key_grid=(2, 3), threads=2, what='bits'),
     Case(backend='cpu', dtype='float16', shape=(2, 1, 25, 23, 40), seed=5, query_layout='width_first', key_layout='width_first', threads=2, what='bits'),
+    # A gradient of 1e-38, below the smallest normal number.
+    Case(backend='cpu', dtype='bfloat16', shape=(3, 5, 12, 70, 72), seed=770454149, query_layout='wide_rows', key_layout='fused', values='ramp-up', mask='bool', weights='zeros', scale=0.05, lse=True, what='gradients'),
 )  # fmt: skip

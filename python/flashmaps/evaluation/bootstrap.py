@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
+from flashmaps.arguments import whole
+
 RESAMPLES = 1000
 MOST_RESAMPLES = 1_000_000
 LEVEL = 0.95
+
+
+def check_resampling(resamples: object, seed: object) -> None:
+    """ValueError, before any work, for what `resample` would not take."""
+    whole("resamples", resamples, 1, MOST_RESAMPLES)
+    whole("seed", seed, 0)
 
 
 def resample(units: int, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:

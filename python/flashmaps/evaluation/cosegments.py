@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from flashmaps.diffusion.features import Features
-from flashmaps.evaluation.bootstrap import RESAMPLES
+from flashmaps.evaluation.bootstrap import RESAMPLES, check_resampling
 from flashmaps.evaluation.kept_features import KeptFeatures
 from flashmaps.evaluation.landmarks import landmark_error
 from flashmaps.evaluation.segment_protocol import entry, protocol
@@ -60,6 +60,7 @@ def evaluate_cosegments(
     from flashmaps.diffusion.loading import load_model, name_of
     from flashmaps.matching.settings import fingerprint
 
+    check_resampling(resamples, seed)
     check_folder(out, KIND, grows=True)
     pipe = load_model(model)
     asked = {

@@ -18,13 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from flashmaps.arguments import whole
 from flashmaps.batches.ahead import ahead, behind
 from flashmaps.diffusion.features import BUILTIN, check_features, load_model
 from flashmaps.diffusion.loading import name_of
 from flashmaps.evaluation import markdown
 from flashmaps.evaluation.benchmark import Benchmark, Pair
-from flashmaps.evaluation.bootstrap import MOST_RESAMPLES, RESAMPLES
+from flashmaps.evaluation.bootstrap import RESAMPLES, check_resampling
 from flashmaps.evaluation.methods import Methods, Outcome, fingerprint, judged_by, method_names
 from flashmaps.evaluation.opening import open_benchmark
 from flashmaps.evaluation.results import CURVE, Table, summarise
@@ -101,8 +100,7 @@ def evaluate(
         raise ValueError(f"dtype={dtype!r} is not known; wanted {', '.join(DTYPES)}")
     check_name(backend)
     check_folder(out, KIND, grows=True)
-    whole("seed", seed, 0)
-    whole("resamples", resamples, 1, MOST_RESAMPLES)
+    check_resampling(resamples, seed)
     if isinstance(benchmark, str):
         benchmark = open_benchmark(
             benchmark,

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from flashmaps.evaluation.benchmark import Benchmark, Pair
-from flashmaps.evaluation.bootstrap import RESAMPLES, resample
+from flashmaps.evaluation.bootstrap import RESAMPLES, check_resampling, resample
 from flashmaps.evaluation.segment_scores import adjusted_rand, contingency, mutual_information
 from flashmaps.evaluation.segments import shown, told, write_results
 from flashmaps.evaluation.threads import fit_threads
@@ -69,6 +69,7 @@ def evaluate_consistency(
     from flashmaps.diffusion.loading import load_model, name_of
     from flashmaps.matching.settings import fingerprint
 
+    check_resampling(resamples, seed)
     check_folder(out, KIND, grows=True)
     pipe = load_model(model)
     asked = {

@@ -37,7 +37,7 @@ class WorldScenes:
     def __init__(self, split: str, count: int, seed: int = 0, side: int = SIDE) -> None:
         from flashmaps import world
 
-        self._scenes = world.Split(split, size=side, count=count, seed=seed)
+        self._scenes = world.Split(split, size=side, count=count, seed=whole("seed", seed, 0))
         self.what = (
             f"the first {count} scenes of the {split} split of flashmaps.world (seed {seed}), "
             f"{side} pixels a side"

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from flashmaps.diffusion.features import Features
-from flashmaps.evaluation.bootstrap import RESAMPLES, interval, resample
+from flashmaps.evaluation.bootstrap import RESAMPLES, check_resampling, interval, resample
 from flashmaps.evaluation.kept_features import KeptFeatures
 from flashmaps.evaluation.markdown import table as markdown_table
 from flashmaps.evaluation.segment_protocol import entry, given_labels, protocol
@@ -80,6 +80,7 @@ def evaluate_segments(
     from flashmaps.diffusion.loading import load_model, name_of
     from flashmaps.matching.settings import fingerprint
 
+    check_resampling(resamples, seed)
     check_folder(out, KIND, grows=True)
     pipe = load_model(model)
     asked = {

@@ -27,7 +27,7 @@ from flashmaps.arguments import whole
 from flashmaps.diffusion.features import BUILTIN, check_features, load_model
 from flashmaps.diffusion.loading import name_of
 from flashmaps.evaluation.benchmark import Benchmark
-from flashmaps.evaluation.bootstrap import MOST_RESAMPLES, RESAMPLES
+from flashmaps.evaluation.bootstrap import RESAMPLES, check_resampling
 from flashmaps.evaluation.calibrate import TAKEN, fit
 from flashmaps.evaluation.methods import Methods, judged_by, method_names
 from flashmaps.evaluation.opening import MOST
@@ -113,8 +113,7 @@ def study(
     for each in noises:
         whole("noises", each, 1, MOST_NOISES)
     check_folder(out, KIND, grows=True)
-    whole("seed", seed, 0)
-    whole("resamples", resamples, 1, MOST_RESAMPLES)
+    check_resampling(resamples, seed)
     pipe = load_model(model, device=device)
     for side in sizes:
         check_features(pipe, timestep=tuple(timesteps), size=side)
