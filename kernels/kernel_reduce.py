@@ -297,6 +297,7 @@ def reduce_kernel(
         for slot in range(k):
             best, where, b_largest = take_largest(b_largest, b_where)
             tl.store(largest + at * k + slot, best, mask=rows_there)
+            where = tl.minimum(where, streamed_first + num_streamed - 1)  # NaN is nowhere
             tl.store(where_largest + at * k + slot, where.to(tl.int64), mask=rows_there)
 
 
