@@ -106,8 +106,9 @@ class Dense:
     ) -> dict[str, Tensor]:
         """Of the gradient with respect to each leaf, given those of the results.
 
-        With ``tiny``: what is lost where each probability loses that much, as one below the
-        smallest normal number does.
+        With ``tiny`` (times heads, since each one's share of the mean underflows by itself): what
+        is lost where each probability loses that much, as one below the smallest normal number
+        does.
         """
         a = self.values.detach()
         size = torch.zeros_like(a)

@@ -164,6 +164,6 @@ def check_gradients(
         f"{problem}, {', '.join(names)}",
         found, _gradients(true, g, dense.leaves),
         _gradients(plain, g, rival.leaves), dense.magnitudes(g, k, cells),
-        dense.magnitudes(g, k, cells, torch.finfo(compute).tiny),
+        dense.magnitudes(g, k, cells, problem.shape[1] * torch.finfo(compute).tiny),
         of, problem.shape[1], problem.shape[4], dtype,
     )  # fmt: skip

@@ -585,7 +585,7 @@ def check_gradients(made: Made) -> None:
         ", ".join(some),
         gradients._gradients(got, g, mine), gradients._gradients(true, g, dense.leaves),
         gradients._gradients(plain, g, rival.leaves), dense.magnitudes(g, 1, None),
-        dense.magnitudes(g, 1, None, torch.finfo(compute).tiny),
+        dense.magnitudes(g, 1, None, made.case.shape[1] * torch.finfo(compute).tiny),
         of, made.case.shape[1], made.case.shape[4], made.dtype,
     )  # fmt: skip
 

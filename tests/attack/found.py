@@ -19,4 +19,6 @@ FOUND = (
     Case(backend='cpu', dtype='bfloat16', shape=(3, 5, 12, 70, 72), seed=770454149, query_layout='wide_rows', key_layout='fused', values='ramp-up', mask='bool', weights='zeros', scale=0.05, lse=True, what='gradients'),
     # Of a row of NaN, nothing was among the largest, and that was the index.
     Case(backend='triton', dtype='float16', shape=(1, 2, 15, 4, 7), seed=915602221, key_batch=3, key_heads=1, query_layout='tokens_first', key_layout='one_token', values='nan-everywhere', mask='largest', weights='zeros', scale=20.0, what='wrong values'),
+    # Gradients of 1e-306, made of what five heads lost.
+    Case(backend='cpu', dtype='float64', shape=(2, 5, 2, 43, 128), seed=961678902, query_layout='page_rows', key_layout='width_first', values='ramp-up', scale=-0.3, what='gradients'),
 )  # fmt: skip
