@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import importlib
 import json
 import os
@@ -300,6 +301,8 @@ class Commands:
                 said = os.open(self.root / "said", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
                 for stream, to in ((0, null), (1, null), (2, said)):
                     os.dup2(to, stream)
+                # So that one that hangs can be asked where.
+                faulthandler.register(signal.SIGUSR1, file=said, all_threads=True)
                 from flashmaps.app.commands import make_app
 
                 make_app()(self.arguments(name, room), standalone_mode=False)
@@ -315,9 +318,13 @@ class Commands:
                 assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0, (name, said)
                 return True
             time.sleep(0.002)
+        if kill_after is None:
+            os.kill(child, signal.SIGUSR1)
+            time.sleep(2.0)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        assert kill_after is not None, f"{name} does not end"
+        where = (self.root / "said").read_text(errors="replace")[-4000:]
+        assert kill_after is not None, f"{name} does not end:\n{where}"
         return False
 
     def told(self, name: str, room: Path) -> Content | None:
