@@ -433,7 +433,9 @@ def check_values(made: Made) -> None:
         one = dataclasses.replace(made, options={**made.options, "head_weights": alone})
         maps = (one.oracle(torch.float64)[0], one.oracle(oracle.compute_dtype(made.dtype))[0])
         for each in maps:
-            each.roundings, each.faintest = truth.roundings, truth.faintest
+            each.roundings, each.faintest = truth.roundings, _faintest_line(one)
+        if maps[0].faintest < 1e-30:  # a head's line may be lost where that of their mean is not
+            return
         name = dice.choice(subject.reductions)
         found = getattr(lazy.reduce(name, per_head=True), name)[:, which]
         Subject(lazy, *maps, made.dtype).check_reduction(name, found)

@@ -21,4 +21,6 @@ FOUND = (
     Case(backend='triton', dtype='float16', shape=(1, 2, 15, 4, 7), seed=915602221, key_batch=3, key_heads=1, query_layout='tokens_first', key_layout='one_token', values='nan-everywhere', mask='largest', weights='zeros', scale=20.0, what='wrong values'),
     # Gradients of 1e-306, made of what five heads lost.
     Case(backend='cpu', dtype='float64', shape=(2, 5, 2, 43, 128), seed=961678902, query_layout='page_rows', key_layout='width_first', values='ramp-up', scale=-0.3, what='gradients'),
+    # A head's own line has next to no mass where that of their mean has.
+    Case(backend='reference', dtype='float64', shape=(1, 3, 136, 136, 16), seed=1313402742, query_layout='fused', key_layout='page_rows', values='large', normalize='rows', key_grid=(2, 68)),
 )  # fmt: skip
