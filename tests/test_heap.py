@@ -59,6 +59,12 @@ def operations() -> dict[str, tuple[Callable[[], object], Callable[..., fm.Plan]
                     lambda A=A, **o: A.plan("transposed_product", columns=4, **o),
                 ),
                 f"{title} backward": _way_back(A, ("entropy", "column_entropy"), query, key),
+                f"{title} rows in portions backward": _way_back_of(
+                    lambda A=A: A.rows(range(0, 300, 2)), A, ("rows",), query, key, count=150
+                ),
+                f"{title} pool in portions backward": _way_back_of(
+                    lambda A=A: A.pool(key_to=(5, 5)), A, ("pool",), query, key, key_to=(5, 5)
+                ),
                 f"{title} topk": (lambda A=A: A.topk(9), lambda A=A, **o: A.plan("topk", k=9, **o)),
             }
     return found
@@ -73,6 +79,23 @@ def _way_back(
         lambda: torch.autograd.grad(loss, leaves, retain_graph=True),
         lambda **o: A.plan(*names, backward=True, **o),
     )
+
+
+def _way_back_of(
+    run: Callable[[], torch.Tensor],
+    A: fm.AttentionMap,
+    names: tuple[str, ...],
+    *leaves: torch.Tensor,
+    **asked: object,
+) -> tuple[Callable[[], object], Callable[..., fm.Plan]]:
+    """The way back of an operation in portions, whose number the way forth decides."""
+    g = torch.randn_like(run())
+
+    def prepare() -> Callable[[], object]:
+        result = run()
+        return lambda: torch.autograd.grad(result, leaves, g, retain_graph=True)
+
+    return prepare, lambda **o: A.plan(*names, **asked, backward=True, **o)
 
 
 def main() -> None:
@@ -92,12 +115,13 @@ def main() -> None:
                 budget = plan.memory_budget
             with fm.memory_budget(budget):
                 with torch.set_grad_enabled("backward" in what):
-                    run()
+                    prepared = run() if "portions" in what else run
+                    prepared()
                     heap.heap_peak()
                     before = heap.heap_held()
-                    result = run()
+                    result = prepared()
                 held = heap.heap_peak() - before - output_bytes(result)
-            del result
+            del result, prepared
             print(json.dumps([what, budget, plan.workspace, held]), flush=True)
 
 

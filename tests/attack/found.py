@@ -23,4 +23,9 @@ FOUND = (
     Case(backend='cpu', dtype='float64', shape=(2, 5, 2, 43, 128), seed=961678902, query_layout='page_rows', key_layout='width_first', values='ramp-up', scale=-0.3, what='gradients'),
     # A head's own line has next to no mass where that of their mean has.
     Case(backend='reference', dtype='float64', shape=(1, 3, 136, 136, 16), seed=1313402742, query_layout='fused', key_layout='page_rows', values='large', normalize='rows', key_grid=(2, 68)),
+    # What underflows before its line is normalised is more after it.
+    Case(backend='cpu-baseline', dtype='bfloat16', shape=(2, 1, 34, 70, 8), seed=262598337, key_batch=1, query_layout='one_batch', key_layout='width_first', values='ramp-up', pairs=5, normalize='columns', key_grid=(35, 2), lse=True, what='gradients'),
+    # A part of the rows has to be copied and all of them not: row by row took more.
+    Case(backend='reference', dtype='float32', shape=(1, 5, 2, 4, 8), seed=85048236, key_layout='tokens_first', values='zero', mask='float', scale=0.05, key_grid=(4, 1), what='budgets'),
+    Case(backend='reference', dtype='float64', shape=(1, 1, 7, 16, 128), seed=62997513, query_layout='one_batch', key_layout='tokens_first', values='zero', mask='float', what='budgets'),
 )  # fmt: skip

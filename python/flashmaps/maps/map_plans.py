@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from flashmaps.maps.budget import budget_in_force
 from flashmaps.maps.gradients import held_bytes, is_float, of_results, with_companions
 from flashmaps.maps.grids import Grid
 from flashmaps.maps.lazy import LazyMap, check_reductions, stand_in
-from flashmaps.maps.planning import Ceilings, Plan, Step, plan, portion
+from flashmaps.maps.planning import Ceilings, Plan, Step, left, plan, portion
 from flashmaps.maps.pooling import num_cells, pool_portion, pool_step
 from flashmaps.maps.problem import FIELDS, Cost, Gradient, Problem, Request, output_bytes
 from flashmaps.maps.rows import rows_step
@@ -42,6 +43,7 @@ def plan_map(
     operands: dict[str, Any] = {}
     steps: list[Step] | None = None
     outputs: int | None = None
+    portions: tuple[Request, int, int, Step] | None = None
     match names:
         case ("to_dense",):
             fields = ("dense",)
@@ -55,20 +57,26 @@ def plan_map(
             operands = {"left": stand_in(A.problem, batch, queries, columns)}
         case ("rows",):
             size, _ = portion(count, lambda n: rows_step(A, n, count), budget, what)
-            steps = [_repeated(rows_step(A, size, count), count, size)]
+            step = rows_step(A, size, count)
+            steps = [_repeated(step, count, size)]
             outputs = batch * count * keys * A.problem.itemsize
+            portions = Request(("dense",)), size, count, step
         case ("pool",):
             cells = num_cells(A, "query", query_to), num_cells(A, "key", key_to)
             size, _ = pool_portion(A, *cells, budget)
-            steps = [_repeated(pool_step(A, size, *cells), queries, size)]
+            step = pool_step(A, size, *cells)
+            steps = [_repeated(step, queries, size)]
             outputs = batch * cells[0] * cells[1] * A.problem.itemsize
+            index = torch.empty(keys, dtype=torch.int64, device="meta")
+            request = Request(("pooled_keys",), cells=index, num_cells=cells[1])
+            portions = request, size, queries, step
         case _:
             fields = check_reductions(names, A.shape, A.key_grid)
     if backward:
-        if steps is not None:
-            raise ValueError(f"backward=True plans the way back of one pass, not of {what!r}")
-        request = Request(fields, **operands)
-        step, outputs = _backward_step(A, request)
+        if portions is None:
+            step, outputs = _backward_step(A.problem, Request(fields, **operands), A.backend)
+        else:
+            step, outputs = _portions_backward_step(A, *portions)
         what, steps = f"backward of {what}", [step]
     elif steps is None or outputs is None:
         steps = [A._step(*fields, **operands)]
@@ -77,9 +85,31 @@ def plan_map(
     return plan(what, name, steps, outputs=outputs, memory_budget=budget, ceilings=ceilings)
 
 
-def _backward_step(A: LazyMap, request: Request) -> tuple[Step, int]:
-    """The way back to Q and K of a pass, and the bytes of their gradients."""
+def _portions_backward_step(
+    A: LazyMap, request: Request, size: int, count: int, forward: Step
+) -> tuple[Step, int]:
+    """The way back of ``size`` of ``count`` rows at a time, and the bytes of dQ and dK.
+
+    Each portion's gradients are added to those so far, its part of dQ as a whole one. What its pass
+    may take is what the way forth left it.
+    """
     problem = A.problem
+    step, part = _backward_step(problem.query_rows(0, size), request, A.backend)
+    outputs = sum(x.numel() * x.element_size() for x in (problem.query, problem.key))
+    shape = FIELDS[request.names[0]].shape(problem.query_rows(0, size), request)
+    upstream = math.prod(shape) * problem.itemsize
+    held = part + upstream
+    if size < count:
+        held += outputs + 2 * upstream * count // size  # autograd's copies where parts are put
+
+    def cost(budget: int | None) -> Cost:
+        return step.within(left(budget, forward.held)).times(count / size)
+
+    return Step(held, cost), outputs
+
+
+def _backward_step(problem: Problem, request: Request, backend: str) -> tuple[Step, int]:
+    """The way back to Q and K of a pass, and the bytes of their gradients."""
     if problem.lse is None:
         lse = stand_in(problem, problem.batch, problem.heads, problem.num_queries)
         problem = problem._replace(lse=lse)
@@ -88,7 +118,7 @@ def _backward_step(A: LazyMap, request: Request) -> tuple[Step, int]:
     held += held_bytes(gradient)
 
     def cost(budget: int | None) -> Cost:
-        return plan_backward_pass(A.backend, problem, replace(gradient, memory_budget=budget))
+        return plan_backward_pass(backend, problem, replace(gradient, memory_budget=budget))
 
     return Step(held, cost), outputs
 

@@ -255,15 +255,27 @@ def _largest(fits: Callable[[int], bool], most: int) -> int:
     return low
 
 
-def _chunk(problem: Problem, request: Request) -> Chunk:
-    """As many rows, then as many maps, as fit the budget; at least one row of one map."""
-    budget = request.memory_budget
+def chunk_within(
+    problem: Problem, budget: int | None, bytes_of: Callable[[int, int], int]
+) -> Chunk:
+    """As many rows, then as many maps, as fit the budget; at least one row of one map.
+
+    ``bytes_of(maps, rows)`` grows with both, but for this: a part of the rows may have to be
+    copied, and all of them not. So a small map may take less at once than row by row.
+    """
+    least, whole = bytes_of(1, 1), bytes_of(1, problem.num_queries)
     if budget is None:
-        budget = _bytes(problem, request, 1, 1) + CHUNK_BYTES
-    rows = _largest(lambda n: _bytes(problem, request, 1, n) <= budget, problem.num_queries)
-    if rows < problem.num_queries:
-        return 1, rows
-    return _largest(lambda n: _bytes(problem, request, n, rows) <= budget, problem.batch), rows
+        budget = least + CHUNK_BYTES
+    if whole > max(budget, least):
+        return 1, _largest(lambda rows: bytes_of(1, rows) <= budget, problem.num_queries - 1)
+    rows = problem.num_queries
+    return _largest(lambda maps: bytes_of(maps, rows) <= budget, problem.batch), rows
+
+
+def _chunk(problem: Problem, request: Request) -> Chunk:
+    return chunk_within(
+        problem, request.memory_budget, lambda maps, rows: _bytes(problem, request, maps, rows)
+    )
 
 
 def plan(problem: Problem, request: Request) -> Cost:

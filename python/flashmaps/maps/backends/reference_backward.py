@@ -202,8 +202,6 @@ def _bytes(problem: Problem, gradient: Gradient, maps: int, rows: int) -> int:
     of_key = queries + 2 * maps * heads * keys * width * s
     of_bias = 2 * maps * keys * s
     ending = scores + max(of_query, of_key, of_bias)
-    if rows * keys > 0 and heads > 1:
-        ending = max(ending, 0)
     weighted = scores + 2 * tile
     return (
         max(making, held + max(logs, pooled, entries, back, through), weighted + scores, ending)
@@ -212,17 +210,9 @@ def _bytes(problem: Problem, gradient: Gradient, maps: int, rows: int) -> int:
 
 
 def _chunk(problem: Problem, gradient: Gradient) -> reference.Chunk:
-    """As many rows, then as many maps, as fit the budget; at least one row of one map."""
-    budget = gradient.memory_budget
-    if budget is None:
-        budget = _bytes(problem, gradient, 1, 1) + reference.CHUNK_BYTES
-    rows = reference._largest(
-        lambda n: _bytes(problem, gradient, 1, n) <= budget, problem.num_queries
+    return reference.chunk_within(
+        problem, gradient.memory_budget, lambda maps, rows: _bytes(problem, gradient, maps, rows)
     )
-    if rows < problem.num_queries:
-        return 1, rows
-    maps = reference._largest(lambda n: _bytes(problem, gradient, n, rows) <= budget, problem.batch)
-    return maps, rows
 
 
 def plan_backward(problem: Problem, gradient: Gradient) -> Cost:
