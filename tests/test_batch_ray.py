@@ -19,7 +19,7 @@ from flashmaps.batches.ray_engine import _Placed
 from flashmaps.batches.ray_worker import Question, Worker, pack, unpack
 from flashmaps.matching.settings import MatchSettings
 from flashmaps.world import Split
-from test_batch import RUN, files
+from test_batch import HERE, RUN, asked, files
 from test_pairs import random_features
 
 pytest.importorskip("diffusers")
@@ -37,7 +37,7 @@ class Life:
         self.folder = folder
         self.process = subprocess.Popen(
             [sys.executable, "-c", RUN, str(folder), *map(str, numbers), "2"],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=HERE,
         )  # fmt: skip
         assert self.process.stdout is not None and self.process.stdout.readline() == "begun\n"
 
@@ -87,16 +87,6 @@ class Life:
         return True
 
 
-def local(folder: Path, images: int, pairs: int, part_rows: int) -> None:
-    """The same question as RUN's, in this process, which nothing disturbs."""
-    split = Split("test", size=64, count=images, seed=0)
-    generator = torch.Generator().manual_seed(0)
-    wanted = torch.randint(images, (pairs, 2), generator=generator).tolist()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flashmaps.batches.parts._PART_ROWS", part_rows)
-        fm.batch([split[i].image for i in range(images)], wanted, folder, size=64)
-
-
 def check(folder: Path, whole: Path, pairs: int) -> None:
     """The very files, and each row once."""
     assert files(folder) == files(whole)
@@ -105,9 +95,10 @@ def check(folder: Path, whole: Path, pairs: int) -> None:
     assert np.array_equal(np.sort(keys), np.arange(pairs * 256))
 
 
+@pytest.mark.slow  # two kills of the next test are of this kind, too
 def test_a_worker_dies_and_the_files_are_those_of_one_machine(tmp_path):
     numbers = (6, 60, 2 * 256)
-    local(tmp_path / "whole", *numbers)
+    asked(tmp_path / "whole", *numbers)
     life = Life(tmp_path / "killed", *numbers)
     assert life.until(8)  # features, and the first part
     assert life.kill_a_worker(random.Random(0))
@@ -118,7 +109,7 @@ def test_a_worker_dies_and_the_files_are_those_of_one_machine(tmp_path):
 @pytest.mark.slow
 def test_two_thousand_pairs_and_ten_kills_of_workers_and_drivers(tmp_path):
     numbers = (64, 2000, 8 * 256)
-    local(tmp_path / "whole", *numbers)
+    asked(tmp_path / "whole", *numbers)
     total = len(files(tmp_path / "whole"))
     folder, draw, kills = tmp_path / "killed", random.Random(1), {"worker": 0, "driver": 0}
     for _ in range(5):
@@ -213,11 +204,11 @@ def test_what_cannot_run_on_a_cluster_is_said_before_anything_starts(tmp_path):
 def test_a_worker_of_another_version_or_with_other_weights_is_refused():
     from importlib import metadata
 
-    def asked(version: str) -> Question:
+    def question(version: str) -> Question:
         return Question(version, "builtin", "0" * 16, None, MatchSettings(), "pairs", "auto", 2)
 
     with pytest.raises(ValueError, match="install the same version on every machine"):
-        Worker(asked("0.0.0"))
-    worker = Worker(asked(metadata.version("flashmaps")))
+        Worker(question("0.0.0"))
+    worker = Worker(question(metadata.version("flashmaps")))
     with pytest.raises(ValueError, match="has other weights than the driver's"):
         worker.features(0, [("image 'a'", np.zeros((64, 64, 3), np.float32))])

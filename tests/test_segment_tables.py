@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -75,15 +75,17 @@ def test_classes_are_summed_over_images_and_drawn_again():
 
 
 def test_features_are_kept_and_belong_to_their_images(tmp_path, monkeypatch):
+    from flashmaps.batches import features as stage
     from flashmaps.evaluation import kept_features
+    from flashmaps.matching.settings import MatchSettings
 
     calls = []
 
-    def see(pipe, images, size=None):
+    def drawn(pipe, images, **options):
         import torch
         from flashmaps.diffusion.features import Features
 
-        calls.append(len(images))
+        calls.append((len(images), options["size"], options["outputs"]))
         x = torch.arange(4.0).reshape(1, 1, 4, 1)
         return [
             Features(query=x + i, key=x, scale=1.0, head_weights=torch.ones(1), grid=(2, 2),
@@ -92,19 +94,21 @@ def test_features_are_kept_and_belong_to_their_images(tmp_path, monkeypatch):
             for i, each in enumerate(images)
         ]  # fmt: skip
 
-    monkeypatch.setattr(kept_features, "see", see)
+    monkeypatch.setattr(stage, "features", drawn)
+    monkeypatch.setattr(stage, "fit_threads", lambda pipe: nullcontext())
     monkeypatch.setattr(kept_features, "fingerprint", lambda pipe: "w")
-    monkeypatch.setattr(kept_features, "settings_of", lambda pipe: SimpleNamespace(for_features={}))
-    images = [np.full((4, 4, 3), i / 2, np.float32) for i in range(2)]
+    monkeypatch.setattr(kept_features, "settings_of", lambda pipe: MatchSettings())
+    images = [np.full((16, 16, 3), i / 2, np.float32) for i in range(2)]
     first = KeptFeatures(None, "these", tmp_path / "kept").see(0, images)
     again = KeptFeatures(None, "these", tmp_path / "kept").see(0, images)
-    assert calls == [2]
-    for one, two in zip(first, again, strict=True):
-        assert np.array_equal(one.query, two.query) and np.array_equal(one.image, two.image)
+    assert calls == [(2, None, True)]
+    for i, (one, two) in enumerate(zip(first, again, strict=True)):
+        assert np.array_equal(one.query, two.query) and one.output is not None
+        assert np.array_equal(one.image, images[i]) and np.array_equal(two.image, images[i])
     KeptFeatures(None, "others", tmp_path / "kept").see(0, images)
     KeptFeatures(None, "these", tmp_path / "kept", size=8).see(0, images)
-    KeptFeatures(None, "these").see(0, images)
-    assert calls == [2, 2, 2, 2]
+    KeptFeatures(None, "these", tmp_path / "kept").see(1, images)
+    assert calls[1:] == [(2, None, True), (2, 8, True), (2, None, True)]
 
 
 @pytest.mark.slow

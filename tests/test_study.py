@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from flashmaps.app.commands import make_app
+from flashmaps.diffusion.threads import fit_threads
 from flashmaps.evaluation import calibrate
 from flashmaps.evaluation import study as study_module
 from flashmaps.evaluation.search import Questions, Search, passes
-from flashmaps.evaluation.store import APART, Store
+from flashmaps.evaluation.store import Store
 from flashmaps.evaluation.study import study
 from flashmaps.evaluation.study_report import best_of, confidence_auroc, short
-from flashmaps.evaluation.threads import fit_threads
 from flashmaps.evaluation.worlds import Worlds
 from flashmaps.matching.confidence import SCORES
 from flashmaps.matching.cross_map import cross_map
@@ -97,12 +97,19 @@ def test_a_pass_is_computed_once(store, asked, monkeypatch):
 
     settings = MatchSettings(layers=(COARSE,), timestep=7)
     first = store.features(settings)[0].key
-    monkeypatch.setattr(module, "features", None)  # would be called for a pass that is not there
-    again = Store(store.folder, store.pipe, asked[1])
-    assert torch.equal(again.features(settings)[0].key, first)
-    assert again.grid(COARSE, None, 7) == (8, 8)
-    assert [path.name for path in store.folder.rglob("t7-*")] == ["t7-seed0.safetensors"]
-    assert APART == 1_000_003  # as in flashmaps.diffusion.features
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "features", None)  # would be called for a pass that is not there
+        again = Store(store.folder, store.pipe, asked[1])
+        assert torch.equal(again.features(settings)[0].key, first)
+        assert again.grid(COARSE, None, 7) == (8, 8)
+    made = sorted(path.name for path in store.folder.rglob("t7-*"))
+    assert made == ["t7-seed0-source", "t7-seed0-target"]
+    # What is damaged is made again, and nothing else.
+    (one,) = [path for path in store.folder.rglob("t7-*source/*/000001*") if COARSE in str(path)]
+    whole = one.read_bytes()
+    one.write_bytes(whole[:-1])
+    repaired = Store(store.folder, store.pipe, asked[1])
+    assert torch.equal(repaired.features(settings)[0].key, first) and one.read_bytes() == whole
 
 
 # -- the search ------------------------------------------------------------------------------------

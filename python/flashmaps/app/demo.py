@@ -23,13 +23,13 @@ from flashmaps.app import costs
 from flashmaps.app.demo_segments import ShownSegments
 from flashmaps.diffusion.features import BUILTIN, Features, features, load_model
 from flashmaps.diffusion.loading import name_of
+from flashmaps.diffusion.threads import fit_threads
 from flashmaps.evaluation.baselines import colours, nearest, unit_rows, untrained
 from flashmaps.evaluation.benchmark import Pair
 from flashmaps.evaluation.methods import CEILING, Methods, judged_by
 from flashmaps.evaluation.metrics import pck
 from flashmaps.evaluation.scene_figure import scene_pairs
 from flashmaps.evaluation.stereo import StereoPair, load_pair
-from flashmaps.evaluation.threads import fit_threads
 from flashmaps.evaluation.worlds import Worlds
 from flashmaps.files import whole_folder, write_json
 from flashmaps.maps.backends.choice import check_name

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flashmaps.diffusion.features import Features
+from flashmaps.diffusion.threads import fit_threads
 from flashmaps.evaluation.segment_scenes import WorldCollections
 from flashmaps.evaluation.segment_scores import score
-from flashmaps.evaluation.threads import fit_threads
 from flashmaps.segmentation.collection import CoSegments
 from flashmaps.segmentation.cosegment import cosegment
 from flashmaps.segmentation.result import Segments

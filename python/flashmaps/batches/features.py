@@ -12,13 +12,14 @@ from flashmaps.batches.ahead import ahead, behind
 from flashmaps.batches.collection import Collection
 from flashmaps.diffusion.feature_files import write_features
 from flashmaps.diffusion.feature_folder import FeatureFolder
-from flashmaps.diffusion.features import Features, features
+from flashmaps.diffusion.features import OTHER_NOISE, Features, features
+from flashmaps.diffusion.images import Image
+from flashmaps.diffusion.threads import fit_threads
 from flashmaps.files import Run
 from flashmaps.matching.options import COMPARE
 from flashmaps.matching.settings import MatchSettings
 
 GROUP = 8  # images that are decoded together, ahead of the model, and written together
-NOISE_APART = 1_000_003  # added to the seeds of the next image when noise is to differ
 
 Group = tuple[int, list[Features]]  # its number, and the features of its images
 
@@ -29,10 +30,15 @@ def only_of(settings: MatchSettings) -> tuple[str, ...]:
 
 
 def group_features(
-    pipe: Any, settings: MatchSettings, group: int, images: Sequence[Any]
-) -> list[Features]:
-    """Features of the images of a group: a question of their numbers alone."""
-    options = {**settings.for_features, "outputs": settings.compare == "features"}
+    pipe: Any, settings: MatchSettings, group: int, images: Sequence[Any],
+    only: Sequence[str] | None = None,
+) -> list[Features]:  # fmt: skip
+    """Features of the images of a group: a question of their numbers alone.
+
+    ``only``: of query, key and output, what is wanted; default: what is compared.
+    """
+    wanted = only_of(settings) if only is None else only
+    options = {**settings.for_features, "outputs": "output" in wanted}
     if settings.same_noise:
         return features(pipe, list(images), **options)
     return with_own_noise(pipe, images, range(group * GROUP, (group + 1) * GROUP), options)
@@ -51,25 +57,34 @@ def with_own_noise(
     base = options.pop("seeds", (0,))
     found = []
     for place, (image, number) in enumerate(zip(images, numbers, strict=False)):
-        seeds = [seed + number * NOISE_APART for seed in base]
+        seeds = [seed + number * OTHER_NOISE for seed in base]
         prompt = "" if prompts is None else prompts[place]
         found += features(pipe, [image], seeds=seeds, prompt=prompt, **options)
     return found
 
 
 class FeatureStage:
-    """Features of a collection in a run's folder.
+    """Features of a collection in a run's folder, a file for each image.
 
     Images are shown to the model two at a time at most, in groups that depend on their numbers
     alone: what rounding there is does not depend on what was there before.
+
+    Args:
+        dtype: that tensors are kept in; None: as the model makes them.
+        only: of query, key and output, those that are kept; default: what is compared.
+        folder: of the files, inside the run's.
     """
 
     def __init__(
-        self, run: Run, collection: Collection, settings: MatchSettings, dtype: torch.dtype | None
-    ) -> None:
+        self, run: Run, collection: Collection, settings: MatchSettings,
+        dtype: torch.dtype | None = None, *, only: Sequence[str] | None = None,
+        folder: str = "features",
+    ) -> None:  # fmt: skip
         self.run, self.collection = run, collection
         self.settings, self.dtype = settings, dtype
-        self.names = [f"features/{number:06d}.safetensors" for number in range(len(collection))]
+        self.only = only_of(settings) if only is None else tuple(only)
+        self.folder = folder
+        self.names = [f"{folder}/{number:06d}.safetensors" for number in range(len(collection))]
 
     def missing(self) -> list[int]:
         """Images whose features are not there as they were written. Reads all that are."""
@@ -83,11 +98,15 @@ class FeatureStage:
         """The images of a group."""
         return range(group * GROUP, min((group + 1) * GROUP, len(self.collection)))
 
+    def decoded(self, groups: Sequence[int]) -> Iterator[list[Image]]:
+        """The images of groups, each group while the one before is looked at."""
+        return ahead([self.collection.load(i) for i in self.numbers(group)] for group in groups)
+
     def computed(self, pipe: Any, groups: Sequence[int]) -> Iterator[Group]:
-        """Groups, here and now; images are decoded a group ahead."""
-        decoded = ([self.collection.load(i) for i in self.numbers(group)] for group in groups)
-        for group, images in zip(groups, ahead(decoded), strict=True):
-            yield group, group_features(pipe, self.settings, group, images)
+        """Groups, here and now. A small model gets one thread."""
+        with fit_threads(pipe):
+            for group, images in zip(groups, self.decoded(groups), strict=True):
+                yield group, group_features(pipe, self.settings, group, images, self.only)
 
     def write(self, done: Iterable[Group], left: int, progress: bool) -> None:
         """Groups in any order. One is written while the next is computed.
@@ -101,18 +120,18 @@ class FeatureStage:
         with tqdm(
             total=count, initial=count - left, desc="features", unit="image", disable=not progress
         ) as bar:
-            for _, found in behind(done, self._commit):
+            for _, found in behind(done, self.commit):
                 bar.update(len(found))
 
-    def _commit(self, done: Group) -> None:
+    def commit(self, done: Group) -> None:
+        """Write the features of a group."""
         group, found = done
         with self.run.files() as new:
-            (new / "features").mkdir()
+            (new / self.folder).mkdir(parents=True)
             for number, each in zip(self.numbers(group), found, strict=True):
                 write_features(
-                    new / self.names[number], each, image=False, dtype=self.dtype,
-                    only=only_of(self.settings),
-                )  # fmt: skip
+                    new / self.names[number], each, image=False, dtype=self.dtype, only=self.only
+                )
 
     def sets(self) -> FeatureFolder:
         """All of them, in the order of the images."""

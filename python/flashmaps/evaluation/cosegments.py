@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from flashmaps.diffusion.features import Features
+from flashmaps.diffusion.threads import fit_threads
 from flashmaps.evaluation.bootstrap import RESAMPLES, check_resampling
 from flashmaps.evaluation.kept_features import KeptFeatures
 from flashmaps.evaluation.landmarks import landmark_error
@@ -28,7 +29,6 @@ from flashmaps.evaluation.segment_rivals import kmeans_rows, spectral_rows, unit
 from flashmaps.evaluation.segment_scenes import Collection
 from flashmaps.evaluation.segment_scores import score
 from flashmaps.evaluation.segments import OURS, Rows, summarise, write_results
-from flashmaps.evaluation.threads import fit_threads
 from flashmaps.files import check_folder, open_run
 from flashmaps.segmentation.boundaries import patches, pixel_labels
 from flashmaps.segmentation.cosegment import EVIDENCE, cosegment

@@ -27,11 +27,11 @@ from flashmaps.batches.fuse import FUSED_SCORES, fuse, judged, paths
 from flashmaps.batches.run import batch
 from flashmaps.diffusion.feature_folder import FeatureFolder
 from flashmaps.diffusion.features import BUILTIN, Features, load_model
+from flashmaps.diffusion.threads import fit_threads
 from flashmaps.evaluation.benchmark import Pair
 from flashmaps.evaluation.bootstrap import RESAMPLES
 from flashmaps.evaluation.calibrate import fit
 from flashmaps.evaluation.metrics import auroc, calibration_error, reliability
-from flashmaps.evaluation.threads import fit_threads
 from flashmaps.evaluation.worlds import Worlds
 from flashmaps.files import open_run
 from flashmaps.matching.confidence import Calibration

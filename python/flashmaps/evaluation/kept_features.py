@@ -9,9 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from flashmaps.batches.collection import Collection
+from flashmaps.batches.features import FeatureStage
 from flashmaps.diffusion.features import Features
 from flashmaps.files import open_run
 from flashmaps.matching.settings import fingerprint, settings_of
@@ -34,31 +37,28 @@ class KeptFeatures:
     def __init__(
         self, pipe: Any, what: str, folder: str | Path | None = None, size: int | None = None
     ) -> None:
-        self._pipe, self._size = pipe, size
+        self._pipe, self._settings = pipe, settings_of(pipe).with_given(size=size)
         self._folder: Path | None = None
         if folder is not None:
-            asked = {
-                "images": what, "weights": fingerprint(pipe), "size": size,
-                "settings": settings_of(pipe).for_features,
+            self._asked = {
+                "images": what, "weights": fingerprint(pipe),
+                "settings": self._settings.for_features,
             }  # fmt: skip
-            key = json.dumps(asked, sort_keys=True, default=str)
-            self._asked = asked
+            key = json.dumps(self._asked, sort_keys=True, default=str)
             self._folder = Path(folder) / hashlib.sha256(key.encode()).hexdigest()[:16]
 
     def see(self, group: int, images: Sequence[Any]) -> list[Features]:
         """Of the images of group ``group``."""
         if self._folder is None:
-            return self._run(images)
+            return see(self._pipe, list(images), size=self._settings.size)
         self._folder.parent.mkdir(parents=True, exist_ok=True)
-        names = [f"{group:06d}/{i:04d}.safetensors" for i in range(len(images))]
+        collection = Collection.of(list(images))
         with open_run(self._folder, KIND, self._asked) as run:
-            if not all(run.whole(name) for name in names):
-                made = self._run(images)
-                with run.files() as new:
-                    (new / names[0]).parent.mkdir(parents=True)
-                    for name, each in zip(names, made, strict=True):
-                        each.save(new / name)
-            return [Features.load(run.folder / name) for name in names]
-
-    def _run(self, images: Sequence[Any]) -> list[Features]:
-        return see(self._pipe, list(images), size=self._size)
+            stage = FeatureStage(
+                run, collection, self._settings, only=("query", "key", "output"),
+                folder=f"{group:06d}",
+            )  # fmt: skip
+            if missing := stage.missing():
+                done = stage.computed(self._pipe, stage.groups(missing))
+                stage.write(done, len(missing), progress=False)
+            return [replace(each, image=collection.load(i)) for i, each in enumerate(stage.sets())]

@@ -21,13 +21,13 @@ import torch
 from flashmaps.batches.ahead import ahead, behind
 from flashmaps.diffusion.features import BUILTIN, check_features, load_model
 from flashmaps.diffusion.loading import name_of
+from flashmaps.diffusion.threads import fit_threads
 from flashmaps.evaluation import markdown
 from flashmaps.evaluation.benchmark import Benchmark, Pair
 from flashmaps.evaluation.bootstrap import RESAMPLES, check_resampling
 from flashmaps.evaluation.methods import Methods, Outcome, fingerprint, judged_by, method_names
 from flashmaps.evaluation.opening import open_benchmark
 from flashmaps.evaluation.results import CURVE, Table, summarise
-from flashmaps.evaluation.threads import fit_threads
 from flashmaps.files import Run, check_folder, open_run, write_json, write_text
 from flashmaps.maps.backends.choice import check_name
 from flashmaps.matching.options import comparisons

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from flashmaps.diffusion.threads import fit_threads
 from flashmaps.evaluation.benchmark import Benchmark, Pair
 from flashmaps.evaluation.bootstrap import RESAMPLES, check_resampling, resample
 from flashmaps.evaluation.segment_scores import adjusted_rand, contingency, mutual_information
 from flashmaps.evaluation.segments import shown, told, write_results
-from flashmaps.evaluation.threads import fit_threads
 from flashmaps.files import check_folder, open_run
 from flashmaps.segmentation.cosegment import cosegment
 from flashmaps.segmentation.segment import see, segment

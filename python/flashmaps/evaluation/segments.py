@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from flashmaps.diffusion.features import Features
+from flashmaps.diffusion.threads import fit_threads
 from flashmaps.evaluation.bootstrap import RESAMPLES, check_resampling, interval, resample
 from flashmaps.evaluation.kept_features import KeptFeatures
 from flashmaps.evaluation.markdown import table as markdown_table
@@ -31,7 +32,6 @@ from flashmaps.evaluation.segment_scores import (
     contingency,
     score,
 )
-from flashmaps.evaluation.threads import fit_threads
 from flashmaps.files import Run, check_folder, open_run
 from flashmaps.matching.cross_map import cross_map
 from flashmaps.segmentation.boundaries import patches, pixel_labels

@@ -1,12 +1,14 @@
 """Q, K and block outputs of every self-attention layer, computed once and kept on disk.
 
-A file holds one forward pass of all images: one size, timestep and noise seed. What a variant of
-matching needs is read from a few of them, so that hundreds of variants cost one pass of each kind.
+A pass is of one size, timestep and noise seed; it fills a feature folder for each layer, as batches
+have them. What a variant of matching needs is read from a few of them, so that hundreds of variants
+cost one pass of each kind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashmaps.batches.features import NOISE_APART
+from flashmaps.batches.ahead import behind
+from flashmaps.batches.collection import Collection
+from flashmaps.batches.features import FeatureStage
 from flashmaps.diffusion.capture import capture
-from flashmaps.diffusion.features import Features, block_of, block_outputs, features
+from flashmaps.diffusion.feature_folder import FeatureFolder
+from flashmaps.diffusion.features import (
+    OTHER_NOISE,
+    Features,
+    block_of,
+    block_outputs,
+    features,
+)
 from flashmaps.diffusion.images import Image
 from flashmaps.diffusion.observe import find_layers
 from flashmaps.files import open_run
@@ -24,9 +35,7 @@ from flashmaps.maps.grids import Grid
 from flashmaps.matching.options import COMPARE
 from flashmaps.matching.settings import MatchSettings
 
-BATCH = 8  # images that the model sees together
 _KEPT = 24  # tensors that stay in memory: those of the layers that are being compared
-APART = NOISE_APART  # seeds of the second image of a pair when noise is to differ
 WHAT = ("query", "key", "output")
 
 
@@ -48,7 +57,8 @@ class Store:
     ) -> None:
         self.folder, self.pipe, self.images, self.progress = folder, pipe, images, progress
         self.layers = tuple(find_layers(pipe.unet, "*.attn1"))
-        self._known: set[str] = set()  # passes that are there, and whole
+        self._sides = [Collection.of(list(images[side::2])) for side in (0, 1)]
+        self._passes: dict[str, dict[str, FeatureFolder]] = {}  # those that are there, and whole
         self._read = lru_cache(maxsize=_KEPT)(self._read_tensor)
 
     def features(self, settings: MatchSettings) -> tuple[Features, Features]:
@@ -59,99 +69,105 @@ class Store:
         wanted = set(COMPARE[settings.compare])
         found: list[dict[str, Tensor]] = []
         for side in (0, 1):
-            apart = APART if side and not settings.same_noise else 0
+            apart = OTHER_NOISE if side and not settings.same_noise else 0
             parts: dict[str, list[Tensor]] = {name: [] for name in wanted}
             for seed in settings.seeds:
                 for timestep in settings.timesteps:
                     for layer in settings.layers or ():
                         for name in wanted:
-                            key = (settings.size, timestep, seed + apart, layer, name)
-                            parts[name].append(self._read(*key)[side::2].float())
+                            key = (side, settings.size, timestep, seed + apart, layer, name)
+                            parts[name].append(self._read(*key).float())
             found.append({name: torch.cat(each, dim=1) for name, each in parts.items()})
-        scale, grid = self._about(settings)
+        first = [
+            self._pass(0, settings.size, settings.timesteps[0], settings.seeds[0])[layer][0]
+            for layer in settings.layers or ()
+        ]
         passes = len(settings.seeds) * len(settings.timesteps)
-        weights = [torch.full((heads,), 1 / heads) for heads in self._heads(settings)]
-        joined = torch.cat(weights * passes)  # in the order of the parts above
+        weights = torch.cat([each.head_weights for each in first] * passes)  # as the parts above
         made = []
         for side, tensors in enumerate(found):
             empty = next(iter(tensors.values()))[:, :, :0]
             made.append(
-                Features(
+                replace(
+                    first[0],
                     query=tensors.get("query", empty),
                     key=tensors.get("key", empty),
                     output=tensors.get("output"),
-                    scale=scale,
-                    head_weights=joined / joined.sum(),
-                    grid=grid,
+                    head_weights=weights / weights.sum(),
                     image=self.images[side],
-                    input_size=(0, 0),
                     layers=settings.layers or (),
                     timestep=settings.timestep,
                     seeds=settings.seeds,
-                    prompt="",
                 )
             )
         return made[0], made[1]
 
     def grid(self, layer: str, size: int | None, timestep: int) -> Grid:
         """(height, width) of a layer's tokens, from a pass that is there or is made now."""
-        tokens = self._read(size, timestep, 0, layer, "key").shape[2]
-        side = round(tokens**0.5)  # the images are square, as the world draws them
-        return side, side
-
-    def _about(self, settings: MatchSettings) -> tuple[float, Grid]:
-        layer, timestep = (settings.layers or ())[0], settings.timesteps[0]
-        width = self._read(settings.size, timestep, settings.seeds[0], layer, "key").shape[3]
-        return width**-0.5, self.grid(layer, settings.size, timestep)
-
-    def _heads(self, settings: MatchSettings) -> list[int]:
-        timestep = settings.timesteps[0]
-        return [
-            self._read(settings.size, timestep, settings.seeds[0], layer, "key").shape[1]
-            for layer in settings.layers or ()
-        ]
+        return self._pass(0, size, timestep, 0)[layer][0].grid
 
     def _read_tensor(
-        self, size: int | None, timestep: int, seed: int, layer: str, name: str
+        self, side: int, size: int | None, timestep: int, seed: int, layer: str, name: str
     ) -> Tensor:
-        from safetensors import safe_open
+        sets = self._pass(side, size, timestep, seed)[layer]
+        return torch.cat([getattr(each, name) for each in sets])
 
-        path = f"size-{size or 'own'}/t{timestep}-seed{seed}.safetensors"
-        if path not in self._known:
-            with open_run(self.folder, "passes") as run:
-                if not run.whole(path):
-                    with run.file(path) as new:
-                        self._run(new, size, timestep, seed)
-            self._known.add(path)
-        with safe_open(self.folder / path, framework="pt") as file:
-            return file.get_tensor(f"{layer}:{name}")
-
-    def _run(self, path: Path, size: int | None, timestep: int, seed: int) -> None:
-        """One forward pass of every image."""
-        from safetensors.torch import save_file
+    def _pass(
+        self, side: int, size: int | None, timestep: int, seed: int
+    ) -> dict[str, FeatureFolder]:
+        """The features of each layer; what is not there is made."""
         from tqdm.auto import tqdm
 
-        parts: dict[str, list[Tensor]] = {}
-        title = f"t {timestep}, seed {seed}, {size or 'own'} px"
-        starts = range(0, len(self.images), BATCH)
-        for first in tqdm(starts, desc=title, disable=not self.progress, leave=False):
+        path = f"size-{size or 'own'}/t{timestep}-seed{seed}-{('source', 'target')[side]}"
+        if path in self._passes:
+            return self._passes[path]
+        with open_run(self.folder, "passes") as run:
+            stages = {
+                layer: FeatureStage(
+                    run, self._sides[side],
+                    MatchSettings(layers=(layer,), timestep=timestep, seeds=(seed,), size=size),
+                    # Halves: a cosine is then rounded by 0.0003, far below any temperature.
+                    torch.float16, only=WHAT, folder=f"{path}/{layer}",
+                )
+                for layer in self.layers
+            }  # fmt: skip
+            missing = {i for stage in stages.values() for i in stage.missing()}
+
+            def commit(done: tuple[int, dict[str, list[Features]]]) -> None:
+                for layer, found in done[1].items():
+                    stages[layer].commit((done[0], found))
+
+            first = stages[self.layers[0]]
+            made = behind(self._computed(first, first.groups(missing)), commit)
+            for _ in tqdm(
+                made, desc=path, leave=False, total=len(first.groups(missing)),
+                disable=not (self.progress and missing),
+            ):  # fmt: skip
+                pass
+            self._passes[path] = {layer: stage.sets() for layer, stage in stages.items()}
+        return self._passes[path]
+
+    def _computed(
+        self, stage: FeatureStage, groups: Sequence[int]
+    ) -> Iterator[tuple[int, dict[str, list[Features]]]]:
+        """Features of every layer, by one forward pass for each group of images."""
+        options = stage.settings.for_features
+        for group, images in zip(groups, stage.decoded(groups), strict=True):
             with (
-                # Halves: a cosine is then rounded by about 0.0003, far below any temperature.
-                capture(self.pipe, self.layers, dtype=torch.float16) as record,
+                capture(self.pipe, self.layers) as record,
                 block_outputs(self.pipe, self.layers) as seen,
             ):
-                features(
-                    self.pipe,
-                    list(self.images[first : first + BATCH]),
-                    layers=self.layers[0],
-                    timestep=timestep,
-                    seeds=seed,
-                    size=size,
-                    batch_size=BATCH,
-                )
-            for entry in record:
-                block = seen[block_of(entry.layer)][:, None].half()
-                for name, tensor in zip(WHAT, (entry.query, entry.key, block), strict=True):
-                    parts.setdefault(f"{entry.layer}:{name}", []).append(tensor.cpu())
-        joined = {key: torch.cat(each).contiguous() for key, each in parts.items()}
-        save_file(joined, path)
+                features(self.pipe, images, batch_size=len(images), **options)
+            yield (
+                group,
+                {
+                    entry.layer: [
+                        replace(
+                            Features.from_record([entry], image, row),
+                            output=seen[block_of(entry.layer)][row : row + 1, None],
+                        )
+                        for row, image in enumerate(images)
+                    ]
+                    for entry in record
+                },
+            )

@@ -26,6 +26,7 @@ import numpy as np
 from flashmaps.arguments import whole
 from flashmaps.diffusion.features import BUILTIN, check_features, load_model
 from flashmaps.diffusion.loading import name_of
+from flashmaps.diffusion.threads import fit_threads
 from flashmaps.evaluation.benchmark import Benchmark
 from flashmaps.evaluation.bootstrap import RESAMPLES, check_resampling
 from flashmaps.evaluation.calibrate import TAKEN, fit
@@ -44,7 +45,6 @@ from flashmaps.evaluation.run import (
 from flashmaps.evaluation.search import NOISES, TIMESTEPS, Questions, Search, Trial, passes
 from flashmaps.evaluation.store import Store
 from flashmaps.evaluation.study_report import confidence_auroc, page
-from flashmaps.evaluation.threads import fit_threads
 from flashmaps.evaluation.worlds import SIDE, Worlds
 from flashmaps.files import Run, check_folder, open_run, write_json, write_text
 from flashmaps.matching.options import COMPARE, comparisons
