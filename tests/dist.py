@@ -68,15 +68,18 @@ def environment(python: str, folder: Path) -> Path:
 
 
 def find(names: list[str]) -> list[str]:
-    """Those Pythons that are here and run."""
+    """Those Pythons that are here and run: on PATH, or among pyenv's."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
     found = []
     for name in names:
-        path = shutil.which(name)
-        works = path and not subprocess.run([path, "-c", ""], capture_output=True).returncode
-        if works and path:
-            found.append(path)
-        else:
-            print(f"{name} is not here; left out")
+        places = [shutil.which(name), *sorted(pyenv.glob(f"versions/*/bin/{Path(name).name}"))]
+        works = [
+            str(path) for path in places
+            if path and not subprocess.run([path, "-c", ""], capture_output=True).returncode
+        ]  # fmt: skip
+        found += works[:1]
+        if not works:
+            print(f"{name} is not here, and is left out; pyenv or uv can install it")
     return found
 
 

@@ -22,7 +22,10 @@ from flashmaps.matching.result import Match
 from flashmaps.matching.settings import MatchSettings
 
 STATIC = Path(__file__).parent / "static"
-_MODULES = ("draw.js", "template.js", "view.js", "widget.js")
+_MODULES = (
+    "draw.js", "template.js", "telling.js", "pictures.js", "looking.js", "pins.js", "collection.js",
+    "over.js", "painting.js", "saving.js", "hands.js", "view.js", "widget.js",
+)  # fmt: skip
 
 
 class MatchModel(Model):
