@@ -60,13 +60,12 @@ def make(folder: Path, images: int) -> FeatureFolder:
     return FeatureFolder(folder)
 
 
-def drawn(images: int, pairs: int) -> list[tuple[int, int]]:
-    found = np.random.default_rng(0).integers(images, size=(pairs, 2)).tolist()
-    return [(s, t) for s, t in found]
+def drawn(images: int, pairs: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(images, size=(pairs, 2), dtype=np.int32)
 
 
 @contextmanager
-def parts_in(folder: Path, sets: Sequence[Features], pairs: list[tuple[int, int]]):
+def parts_in(folder: Path, sets: Sequence[Features], pairs: np.ndarray):
     """As `fm.batch` makes them."""
     each = part_pairs(len(pairs), SIDE * SIDE)
     side = tile_side(len(sets), len(pairs), compared_bytes(sets[0], "features"))
@@ -93,7 +92,7 @@ def loop_seconds(folder: Path, sets: Sequence[Features], pairs) -> float:
     start = time.perf_counter()
     held = list(sets)
     tables = []
-    for number, (s, t) in enumerate(pairs):
+    for number, (s, t) in enumerate(pairs.tolist()):
         forward, backward = cross_maps(held[s], held[t], SETTINGS.options)
         rows = forward.reduce("expectation", "max", "entropy")
         found = PairBatch(
@@ -116,7 +115,7 @@ def speed(folder: Path, rounds: int) -> dict[str, float]:
     for _ in range(rounds):
         times["loop"].append(loop_seconds(folder, sets, pairs))
         times["local"].append(engine_seconds(folder, sets, pairs, local(), 2**28))
-        twice = [*pairs, *((t, s) for s, t in pairs)]
+        twice = np.concatenate((pairs, pairs[:, ::-1]))
         times["local, twice the pairs"].append(engine_seconds(folder, sets, twice, local(), 2**28))
     best = {name: min(each) for name, each in times.items()}
     return {
@@ -308,6 +307,11 @@ def processes(folder: Path, rounds: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["grow"]:  # both, for tests/test_batch.py
+        place, images = Path(sys.argv[2]), int(sys.argv[3])
+        make(place / f"f{images}", images)
+        one(place, images, int(sys.argv[4]))
+        sys.exit()
     if sys.argv[1:2] == ["one"]:
         one(Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
         sys.exit()

@@ -10,8 +10,10 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import flashmaps as fm
@@ -21,6 +23,7 @@ import torch
 from flashmaps.batches import run as runs
 from flashmaps.batches.choose import choose, nearest
 from flashmaps.batches.collection import Collection
+from flashmaps.batches.features import FeatureStage
 from flashmaps.batches.measure import assumed
 from flashmaps.batches.parts import part_pairs, tile_side
 from flashmaps.batches.plan import Rates, plan, simulated_reads
@@ -29,7 +32,7 @@ from flashmaps.diffusion.feature_folder import FeatureFolder
 from flashmaps.diffusion.features import Features, features, load_model
 from flashmaps.matching.match import match_features
 from flashmaps.matching.pair_order import most_reads, tile_order
-from flashmaps.matching.settings import settings_of
+from flashmaps.matching.settings import MatchSettings, settings_of
 from flashmaps.world import Split
 from test_pairs import random_features
 
@@ -238,7 +241,7 @@ def test_kinds_of_pairs():
 
     def all_of(*args, **options):
         chosen = choose(*args, five, **options)
-        found = chosen.resolved(5, [], "kk")
+        found = [(s, t) for s, t in chosen.resolved(5, [], "kk").tolist()]
         assert len(found) == chosen.count(5)
         return found
 
@@ -405,6 +408,45 @@ def test_a_simulation_reads_what_matching_reads(count, pairs, side):
             needed = {i: rest.index(i) if i in rest else len(asked) for i in held - {image}}
             held.discard(max(needed, key=needed.get))
     assert found == reads <= most_reads(count, pairs, side)
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+def _held(images: int, pairs: int, folder: Path) -> int:
+    """Bytes that a batch keeps of so many images and pairs, but for what the budget counts."""
+    rng = np.random.default_rng(0)
+    tracemalloc.start()
+    names = tuple(f"folder/image {i:06d}.jpg" for i in range(images))
+    collection = Collection(tuple(folder / name for name in names), names)
+    stage = FeatureStage(SimpleNamespace(folder=folder), collection, MatchSettings())
+    sets = stage.sets()
+    wanted = rng.integers(images, size=(pairs, 2), dtype=np.int32)
+    parts = runs.Parts(None, tile_order(wanted, tile_side(images, pairs, 2**18)), 64, "pairs")
+    # What flashmaps.jsonl says of each file: its size and its checksum.
+    written = {name: [0, rng.bytes(32).hex()] for name in stage.names}
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert len(sets) == images == len(written) and parts.count == pairs
+    return held
+
+
+def test_an_image_keeps_a_kilobyte_and_a_pair_eighteen_bytes(tmp_path):
+    least = _held(1000, 10_000, tmp_path)
+    assert _held(11_000, 10_000, tmp_path) - least <= 10_000 * 1024
+    # Two numbers of 4 bytes, a place of 8, and its share of a part's view.
+    assert _held(1000, 210_000, tmp_path) - least <= 200_000 * 18
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("images", [64, 640])
+def test_ten_times_the_images_stay_within_the_budget_and_the_base(tmp_path, images):
+    """640 pairs of 1,024 tokens; 17 MB of features, or 168 MB, under 64 MB."""
+    bench = Path(__file__).parents[1] / "benches/batches.py"
+    command = [sys.executable, str(bench), "grow", str(tmp_path), str(images), "64"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) <= 64 + 24
 
 
 # -- what dies -------------------------------------------------------------------------------------

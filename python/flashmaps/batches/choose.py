@@ -16,7 +16,7 @@ from flashmaps.batches.collection import Collection
 from flashmaps.batches.token_index import nearest_by_tokens
 from flashmaps.diffusion.features import Features
 from flashmaps.matching.options import COMPARE
-from flashmaps.matching.pair_order import all_pairs, check_pairs
+from flashmaps.matching.pair_order import check_pairs, upper_pairs
 
 KINDS = ("all", "nearest", "chain", "star")
 SEARCHES = ("mean", "tokens")
@@ -56,25 +56,30 @@ class Pairs:
             case _:
                 return ways * (images - 1)
 
-    def resolved(
-        self, images: int, sets: Sequence[Features], compare: str
-    ) -> list[tuple[int, int]]:
-        """All of them. ``sets``: the features of the images, of which "nearest" is a question."""
+    def resolved(self, images: int, sets: Sequence[Features], compare: str) -> np.ndarray:
+        """All of them, [P, 2] int32.
+
+        ``sets``: the features of the images, of which "nearest" is a question.
+        """
         match self.kind:
             case "given":
-                return list(self.given)
+                found: Sequence[tuple[int, int]] = self.given
             case "all":
-                return all_pairs(images, both_ways=self.both_ways)
+                return upper_pairs(images, both_ways=self.both_ways)
             case "nearest":
                 if self.search == "tokens":
-                    return nearest_by_tokens(sets, compare, self.number)
-                means = torch.stack([descriptor(each, compare) for each in sets])
-                return nearest(means, self.number)
+                    found = nearest_by_tokens(sets, compare, self.number)
+                else:
+                    means = torch.stack([descriptor(each, compare) for each in sets])
+                    found = nearest(means, self.number)
             case "chain":
-                forward = [(i, i + 1) for i in range(images - 1)]
+                found = self._ways([(i, i + 1) for i in range(images - 1)])
             case _:
-                forward = [(self.number, j) for j in range(images) if j != self.number]
-        return [p for pair in forward for p in ((pair, pair[::-1]) if self.both_ways else (pair,))]
+                found = self._ways([(self.number, j) for j in range(images) if j != self.number])
+        return np.array(found, dtype=np.int32)
+
+    def _ways(self, pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        return [p for pair in pairs for p in ((pair, pair[::-1]) if self.both_ways else (pair,))]
 
     def to_json(self) -> dict[str, Any]:
         """What a run depends on."""
@@ -124,7 +129,7 @@ def choose(
     if isinstance(pairs, (str, Path)):
         pairs = _read(Path(pairs))
     if not isinstance(pairs, Mapping):
-        return Pairs("given", tuple(check_pairs(pairs, count)))
+        return Pairs("given", _tuples(check_pairs(pairs, count)))
     return _from_columns(pairs, collection)
 
 
@@ -167,15 +172,19 @@ def _from_columns(columns: Mapping[str, Sequence[Any]], collection: Collection) 
         return int(value)
 
     rows = zip(columns["source"], columns["target"], strict=True)
-    every = [(numbered(s, r, "source"), numbered(t, r, "target")) for r, (s, t) in enumerate(rows)]
-    every = check_pairs(every, len(collection))
+    asked = [(numbered(s, r, "source"), numbered(t, r, "target")) for r, (s, t) in enumerate(rows)]
+    every = _tuples(check_pairs(asked, len(collection)))
     if "x" not in columns:
-        return Pairs("given", tuple(every))
+        return Pairs("given", every)
     grouped: dict[tuple[int, int], list[tuple[float, float]]] = {}
     for pair, x, y in zip(every, columns["x"], columns["y"], strict=True):
         grouped.setdefault(pair, []).append((float(x), float(y)))
     points = tuple(np.asarray(each) for each in grouped.values())
     return Pairs("given", tuple(grouped), points=points)
+
+
+def _tuples(pairs: np.ndarray) -> tuple[tuple[int, int], ...]:
+    return tuple((s, t) for s, t in pairs.tolist())
 
 
 def descriptor(features: Features, compare: str) -> Tensor:

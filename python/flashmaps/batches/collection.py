@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,8 @@ class Collection:
         """Numbers by name, and by the last part of a path where that is one image's alone."""
         found = {name: number for number, name in enumerate(self.names)}
         last = [Path(name).name for name in self.names]
+        often = Counter(last)
         for number, name in enumerate(last):
-            if last.count(name) == 1:
+            if often[name] == 1:
                 found.setdefault(name, number)
         return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -51,9 +51,9 @@ class Parts:
         rows: as of :class:`flashmaps.batches.rows.PairRows`.
     """
 
-    def __init__(self, run: Run, order: Sequence[int], each: int, rows: str) -> None:
+    def __init__(self, run: Run, order: np.ndarray, each: int, rows: str) -> None:
         self.run, self.rows, self.count = run, rows, len(order)
-        self.numbers = [list(order[i : i + each]) for i in range(0, len(order), each)]
+        self.numbers = [order[i : i + each] for i in range(0, len(order), each)]
 
     def __len__(self) -> int:
         """How many parts."""
@@ -64,7 +64,7 @@ class Parts:
         kinds = ("summaries",) if self.rows == "pairs" else ("matches", "summaries")
         return [f"{kind}/{part:06d}.parquet" for kind in kinds]
 
-    def missing(self) -> list[tuple[int, list[int]]]:
+    def missing(self) -> list[tuple[int, np.ndarray]]:
         """The parts that are not there as they were written: number, and numbers of its pairs."""
         return [
             (part, self.numbers[part])
@@ -98,13 +98,14 @@ class Parts:
     def summary(self) -> Table:
         """The rows of all pairs, in their order."""
         _, parquet = need_pyarrow()
-        tables = [parquet.read_table(self.run.folder / self.names(p)[-1]) for p in range(len(self))]
-        joined = {
-            name: np.concatenate([t[name].to_numpy() for t in tables])
-            for name in tables[0].column_names
-        }
-        order = np.argsort(joined["pair"], kind="stable")
-        return {name: values[order] for name, values in joined.items()}
+        found: Table = {}
+        for part in range(len(self)):
+            table = parquet.read_table(self.run.folder / self.names(part)[-1])
+            place = table["pair"].to_numpy()
+            for name in table.column_names:
+                values = table[name].to_numpy()
+                found.setdefault(name, np.empty(self.count, values.dtype))[place] = values
+        return found
 
     @staticmethod
     def write_table(path: Path, table: Table) -> None:

@@ -129,8 +129,8 @@ def plan(
 def simulated_reads(images: int, pairs: int, side: int, seed: int = 0) -> int:
     """How many images are read for so many pairs of so many images, drawn at random, in the order
     of tiles, by who holds 2 ``side`` images and lets go of the one that is needed last."""
-    drawn = np.random.default_rng(seed).integers(images, size=(pairs, 2)).tolist()
-    asked = [image for place in tile_order(drawn, side) for image in drawn[place]]
+    drawn = np.random.default_rng(seed).integers(images, size=(pairs, 2))
+    asked = drawn[tile_order(drawn, side)].ravel().tolist()
     following, last = [0] * len(asked), dict.fromkeys(range(images), len(asked))
     for place in range(len(asked) - 1, -1, -1):
         following[place], last[asked[place]] = last[asked[place]], place

@@ -57,7 +57,7 @@ class Cluster:
             yield group, [unpack(each) for each in found]
 
     def pairs(
-        self, parts: Sequence[tuple[int, list[int]]], pairs: Sequence[tuple[int, int]],
+        self, parts: Sequence[tuple[int, np.ndarray]], pairs: np.ndarray,
         points: Sequence[np.ndarray] | None, sets: Sequence[Features], memory_budget: int,
     ) -> Iterator[Done]:  # fmt: skip
         """Tables of parts, in the order in which they become ready.
@@ -67,15 +67,15 @@ class Cluster:
             memory_budget: bytes for matches in each worker; and for features that are kept placed,
                 beyond those of tasks that run.
         """
-        needed = [sorted({i for n in numbers for i in pairs[n]}) for _, numbers in parts]
+        needed = [np.unique(pairs[numbers]).tolist() for _, numbers in parts]
         placed = _Placed(self._ray, sets, self.question.settings.compare, needed, memory_budget)
 
         def ask(actor: Any, place: int) -> Any:
             part, numbers = parts[place]
             images = needed[place]
             return actor.pairs.remote(
-                part, numbers, [pairs[n] for n in numbers],
-                None if points is None else {n: points[n] for n in numbers},
+                part, numbers, pairs[numbers],
+                None if points is None else {n: points[n] for n in numbers.tolist()},
                 memory_budget, images, *placed.of(place),
             )  # fmt: skip
 

@@ -124,7 +124,7 @@ class Worker:
         return [pack(f) for f in group_features(self._pipe, asked.settings, group, loaded)]
 
     def pairs(
-        self, part: int, numbers: Sequence[int], pairs: Sequence[tuple[int, int]],
+        self, part: int, numbers: np.ndarray, pairs: np.ndarray,
         points: Mapping[int, np.ndarray] | None, memory_budget: int, images: Sequence[int],
         *placed: Packed,
     ) -> Done:  # fmt: skip

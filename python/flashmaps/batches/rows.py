@@ -36,7 +36,7 @@ class PairRows:
         self.sets, self.backend = sets, backend
 
     def in_parts(
-        self, parts: Sequence[tuple[int, Sequence[int]]], chunks: Iterable[PairBatch]
+        self, parts: Sequence[tuple[int, np.ndarray]], chunks: Iterable[PairBatch]
     ) -> Iterator[Done]:
         """The tables of some parts as they become complete.
 
@@ -44,13 +44,13 @@ class PairRows:
             parts: (number of the part, numbers of its pairs); ``chunks``: of all of these pairs,
                 one after the other.
         """
-        todo = [number for _, numbers in parts for number in numbers]
+        todo = np.concatenate([numbers for _, numbers in parts])
         waiting = iter(parts)
         part, left = _next(waiting)
         rows: list[Table] = []
         summaries: list[Table] = []
         for chunk in chunks:
-            numbers = torch.tensor([todo[i] for i in chunk.numbers.tolist()])
+            numbers = torch.from_numpy(todo[chunk.numbers.numpy()])
             chunk = replace(chunk, numbers=numbers)
             summary, table = self._summary(chunk), self._rows(chunk)
             count, start = len(numbers), 0
@@ -135,7 +135,7 @@ class PairRows:
         return {name: np.concatenate([t[name] for t in found]) for name in found[0]}
 
 
-def _next(parts: Iterator[tuple[int, Sequence[int]]]) -> tuple[int, int]:
+def _next(parts: Iterator[tuple[int, np.ndarray]]) -> tuple[int, int]:
     """The number and the pairs of the next part; none after the last."""
     part, numbers = next(parts, (-1, ()))
     return part, len(numbers)

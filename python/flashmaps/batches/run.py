@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from flashmaps.arguments import switch, whole
@@ -249,7 +250,8 @@ def _run(
             return told
         sets = first.sets()
         pairs = asked.pairs.resolved(len(sets), sets, settings.compare)
-        tokens = max(1, sets[pairs[0][0]].grid[0] * sets[pairs[0][0]].grid[1])
+        first_grid = sets[int(pairs[0, 0])].grid
+        tokens = max(1, first_grid[0] * first_grid[1])
         parts, budget = _parts(run, asked, pairs, tokens, compared_bytes(sets[0], settings.compare))
         todo = parts.missing()
         if todo:
@@ -276,7 +278,7 @@ def _run(
 
 
 def _parts(
-    run: Run, asked: Asked, pairs: Sequence[tuple[int, int]], tokens: int, image_bytes: int
+    run: Run, asked: Asked, pairs: np.ndarray, tokens: int, image_bytes: int
 ) -> tuple[Parts, int]:
     """The parts of all pairs, and what their rows leave of the budget for matches."""
     each = part_pairs(len(pairs), tokens)

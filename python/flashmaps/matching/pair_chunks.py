@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+import ctypes
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -20,6 +22,24 @@ TOKEN_BYTES = 160
 HEAD_BYTES = 8
 # Of what fits, the part that loaded images and their copies may take; the rest is for pairs.
 _IMAGES_SHARE = 0.75
+
+
+def give_back() -> None:
+    """Return what was freed to the system, where the C library keeps it (glibc).
+
+    It raises, as it sees large blocks come and go, the size from which on it would do so by itself;
+    holes between blocks then stayed with a batch, 25 MB of them under a budget of 64.
+    """
+    if (trim := _trim()) is not None:
+        trim(0)
+
+
+@cache
+def _trim() -> Callable[[int], int] | None:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # another C library
+        return None
 
 
 def compared_bytes(features: Features, compare: str) -> int:
@@ -60,15 +80,16 @@ class Images:
     """
 
     def __init__(
-        self, sets: Sequence[Features], compare: str, pairs: Sequence[tuple[int, int]]
-    ) -> None:
+        self, sets: Sequence[Features], compare: str,
+        pairs: Sequence[tuple[int, int]] | np.ndarray,
+    ) -> None:  # fmt: skip
         self.sets, self.compare = sets, compare
         self.resident = isinstance(sets, (list, tuple))  # the caller's own memory
         self._held: dict[int, Features] = {}
         self.bytes = 0
         self.largest = 0  # of one image as it is read, with all that is not compared
         if not self.resident:
-            flat = np.asarray(pairs, dtype=np.int64).reshape(-1)
+            flat = np.asarray(pairs, dtype=np.int32).reshape(-1)
             self._order = np.argsort(flat, kind="stable")
             self._starts = np.searchsorted(flat[self._order], np.arange(len(sets) + 1))
 
@@ -133,7 +154,7 @@ class Room:
 
 
 def chunks(
-    images: Images, pairs: Sequence[tuple[int, int]], budget: int, kept: float
+    images: Images, pairs: np.ndarray, budget: int, kept: float
 ) -> Iterator[tuple[list[int], dict[int, Features]]]:
     """Runs of consecutive pairs with the same grids that fit the budget: positions, features.
 
@@ -142,18 +163,20 @@ def chunks(
     compare = images.compare
     chunk: list[int] = []
     loaded: dict[int, Features] = {}
-    taken = 0
-    for position, pair in enumerate(pairs):
+    taken, first = 0, (0, 0)
+    for position, (source, target) in enumerate(pairs):
+        pair = int(source), int(target)
         images.let_go(kept, {*loaded, *pair}, position)
         each = {i: images[i] for i in pair}
         cost = _cost(each, pair, loaded, compare)
         full = taken + cost + images.bytes > budget
-        if chunk and (full or _grids(each, pair) != _grids(loaded, pairs[chunk[0]])):
+        if chunk and (full or _grids(each, pair) != _grids(loaded, first)):
             yield chunk, loaded
             chunk, loaded, taken = [], {}, 0
             images.let_go(kept, pair, position)
             cost = _cost(each, pair, {}, compare)
         if not chunk:
+            first = pair
             images.let_go(max(0, budget - cost), pair, position)
             least = max(cost + images.bytes, images.largest)
             if least > budget:

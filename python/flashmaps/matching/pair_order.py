@@ -20,14 +20,26 @@ def all_pairs(count: int, *, both_ways: bool = False) -> list[tuple[int, int]]:
     return [each for i, j in pairs for each in ((i, j), (j, i))]
 
 
-def check_pairs(pairs: Any, count: int) -> list[tuple[int, int]]:
-    """``pairs`` as tuples; None: all. ValueError for what is no pair of ``count`` images."""
+def upper_pairs(count: int, *, both_ways: bool = False) -> np.ndarray:
+    """What :func:`all_pairs` gives, as [P, 2] int32: 8 bytes a pair."""
+    found = np.stack(np.triu_indices(count, 1), axis=1).astype(np.int32)
+    if both_ways:
+        found = np.stack((found, found[:, ::-1]), axis=1).reshape(-1, 2)
+    return found
+
+
+def check_pairs(pairs: Any, count: int) -> np.ndarray:
+    """``pairs`` as [P, 2] int32; None: all. ValueError for what is no pair of ``count`` images."""
     if pairs is None:
         if count < 2:
             raise ValueError(f"sets has {count} images; wanted at least 2, or pairs")
-        return all_pairs(count)
+        return upper_pairs(count)
     if isinstance(pairs, (Tensor, np.ndarray)):
-        pairs = pairs.tolist()
+        array = np.asarray(pairs.cpu() if isinstance(pairs, Tensor) else pairs)
+        whole_numbers = array.dtype.kind in "iu" and array.ndim == 2 and array.shape[1] == 2
+        if whole_numbers and array.size and array.min() >= 0 and array.max() < count:
+            return array.astype(np.int32, copy=False)
+        pairs = array.tolist()  # to say which one is wrong
     chosen = []
     for position, pair in enumerate(pairs):
         found = sides(pair)
@@ -43,11 +55,11 @@ def check_pairs(pairs: Any, count: int) -> list[tuple[int, int]]:
         chosen.append((source, target))
     if not chosen:
         raise ValueError("pairs is empty: give at least one (source, target)")
-    return chosen
+    return np.array(chosen, dtype=np.int32)
 
 
-def tile_order(pairs: Sequence[Sequence[int]], side: int) -> list[int]:
-    """The positions of P pairs in the order of tiles of ``side`` x ``side`` images.
+def tile_order(pairs: Sequence[Sequence[int]] | np.ndarray, side: int) -> np.ndarray:
+    """The positions [P] of P pairs in the order of tiles of ``side`` x ``side`` images.
 
     Tiles are taken row by row, to and fro, so that from one to the next only ``side`` images are
     new. Whoever holds the 2 ``side`` images of a tile reads, of n images in r = ceil(n / side)
@@ -61,10 +73,9 @@ def tile_order(pairs: Sequence[Sequence[int]], side: int) -> list[int]:
     """
     if side < 1:
         raise ValueError(f"side={side}; wanted at least 1")
-    given = np.asarray(pairs, dtype=np.int64).reshape(-1, 2)
-    row, column = given.T // side
-    column = np.where(row % 2, -column, column)
-    return np.lexsort((np.arange(len(given)), column, row)).tolist()
+    row, column = np.asarray(pairs, dtype=np.int32).reshape(-1, 2).T // side
+    column[row % 2 == 1] *= -1
+    return np.lexsort((column, row))  # which is stable
 
 
 def most_reads(images: int, pairs: int, side: int) -> int:

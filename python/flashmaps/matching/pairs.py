@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,7 +31,7 @@ from flashmaps.maps.statistics import round_trip
 from flashmaps.matching.cross_map import cross_maps
 from flashmaps.matching.options import COMPARE, MapKeywords, MatchOptions, map_options
 from flashmaps.matching.pair_batch import PairBatch, need_pyarrow, pair_columns, token_columns
-from flashmaps.matching.pair_chunks import Images, Room, chunks
+from flashmaps.matching.pair_chunks import Images, Room, chunks, give_back
 from flashmaps.matching.pair_order import all_pairs, check_pairs, tile_order
 
 __all__ = ["PairBatch", "all_pairs", "match_pairs", "need_pyarrow", "write_pairs"]
@@ -41,7 +42,7 @@ ORDERS = ("given", "tiles")
 
 def match_pairs(
     sets: Sequence[Features],
-    pairs: Tensor | Sequence[Sequence[int]] | None = None,
+    pairs: Tensor | np.ndarray | Sequence[Sequence[int]] | None = None,
     options: MatchOptions | None = None,
     *,
     memory_budget: int | None = None,
@@ -87,7 +88,7 @@ def match_pairs(
 
 def _match_chunks(
     sets: Sequence[Features],
-    pairs: list[tuple[int, int]],
+    pairs: np.ndarray,
     budget: int,
     options: MatchOptions,
     order: str | None,
@@ -100,15 +101,19 @@ def _match_chunks(
         sets = [_features(each) for each in sets]
     resident = isinstance(sets, (list, tuple))
     room = Room.of(_features(sets[pairs[0][0]]), options.compare, budget)
-    positions = list(range(len(pairs)))
+    positions: np.ndarray | None = None
     if order == "tiles" or (order is None and not resident):
         positions = tile_order(pairs, room.side)
-    ordered = [pairs[position] for position in positions]
+    ordered = pairs if positions is None else pairs[positions]
     images = Images(sets, options.compare, ordered)
     with tqdm(total=len(pairs), desc="pairs", disable=not progress, unit="pair") as bar:
         for chunk, loaded in chunks(images, ordered, budget, room.kept):
-            numbers = [positions[each] for each in chunk]
-            yield _match_chunk(numbers, [ordered[i] for i in chunk], loaded, options, backend)
+            numbers = chunk if positions is None else positions[chunk].tolist()
+            chunk_pairs = [(s, t) for s, t in ordered[chunk].tolist()]
+            matched = _match_chunk(numbers, chunk_pairs, loaded, options, backend)
+            give_back()
+            yield matched
+            del matched
             bar.update(len(chunk))
 
 
