@@ -302,6 +302,7 @@ def test_failures_have_a_page(browser: Any, rules: Rules) -> None:
     context.close()
 
 
+@pytest.mark.slow  # loads the view a second time, and a match
 def test_the_widget_shows_the_same_view(browser: Any) -> None:
     pytest.importorskip("anywidget")
     from flashmaps.explorer.widget import module

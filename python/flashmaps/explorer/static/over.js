@@ -15,7 +15,7 @@ export function over(my) {
     my.waiting(["source"], true);
     await my.attempt(async () => {
       const prompt = at.prompt.value;
-      const [values, bytes] = await server.call("words", { picture: state.chosen.source, prompt, ...view() });
+      const [values, bytes] = await server.call("words", { picture: state.chosen.source, prompt, ...my.view() });
       state.words = { ...values, bytes, prompt };
       at.words.replaceChildren(
         ...values.words.map((word, k) => {
