@@ -58,6 +58,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return done, out, time.monotonic() - begin
 
 
+@pytest.mark.slow  # eight processes, each of which loads torch and triton
 def test_what_crashes_hangs_or_is_wrong_is_recorded(planted: Any) -> None:
     done, out, _ = planted
     assert done.returncode == 1, done.stdout + done.stderr
@@ -68,6 +69,7 @@ def test_what_crashes_hangs_or_is_wrong_is_recorded(planted: Any) -> None:
     assert "illegal memory access" in found["spoil"]["error"] and found["spoil"]["spoiled"]
 
 
+@pytest.mark.slow  # eight processes, each of which loads torch and triton
 def test_it_costs_the_others_nothing(planted: Any) -> None:
     _, out, seconds = planted
     checks = [line for line in lines(out / "check.jsonl") if line["kind"] == "check"]
@@ -78,6 +80,7 @@ def test_it_costs_the_others_nothing(planted: Any) -> None:
     assert seconds < 720  # the budget, and what the processes need to start
 
 
+@pytest.mark.slow  # eight processes, each of which loads torch and triton
 def test_the_tables_say_so(planted: Any) -> None:
     _, out, _ = planted
     (file,) = out.glob("*.json")
