@@ -28,4 +28,6 @@ FOUND = (
     # A part of the rows has to be copied and all of them not: row by row took more.
     Case(backend='reference', dtype='float32', shape=(1, 5, 2, 4, 8), seed=85048236, key_layout='tokens_first', values='zero', mask='float', scale=0.05, key_grid=(4, 1), what='budgets'),
     Case(backend='reference', dtype='float64', shape=(1, 1, 7, 16, 128), seed=62997513, query_layout='one_batch', key_layout='tokens_first', values='zero', mask='float', what='budgets'),
+    # The rows' numbers, more than the columns' where there is one column.
+    Case(backend='reference', dtype='float64', shape=(1, 1, 53, 1, 1), seed=2110356616, query_layout='one_batch', key_layout='one_batch', values='equal', mask='bool', lse=True, what='budgets'),
 )  # fmt: skip

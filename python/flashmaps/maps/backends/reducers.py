@@ -211,7 +211,7 @@ def tile_bytes(request: Request, shape: tuple[int, int, int], s: int, lines: int
         "column_sum": columns * s,
         "column_entropy": (tile + 2 * columns) * s,
         "column_max": 2 * columns * s,
-        "column_argmax": arg + columns * (2 * s + 16),
+        "column_argmax": arg + shape[1] * 8 + columns * (2 * s + 16),
         "transposed_product": columns * left * s,
     }
     return max((bytes_of.get(name, 0) for name in request.names), default=0)
