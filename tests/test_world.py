@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flashmaps import world
+from flashmaps.world import render
 from flashmaps.world.anatomy import AXIS
 from flashmaps.world.dice import Dice, hashed, noise_bytes, turn
 
@@ -259,6 +260,37 @@ def test_every_object_can_be_seen():
         assert min(scene.visible_share(each.index) for each in scene.instances) >= 0.5
 
 
+def test_occluded_scenes_hide_what_they_are_asked_to():
+    options = replace(world.OCCLUDED, visible=0.4)
+    for index in range(12):
+        # The world looks at its plans at 48 pixels.
+        scene = world.Split("train", size=48, options=options)[index]
+        assert 0.15 <= scene.hidden(0).sum() / scene.amodal(0).sum() <= 0.6
+        assert 2 <= len(scene.plan.occluders) <= 4
+
+
+def test_a_scene_without_its_occluders_is_the_same_scene():
+    for index in range(6):
+        options = replace(world.OCCLUDED, objects=(1, 2), light=1.0)
+        scene = world.Split("train", size=64, options=options)[index]
+        last = len(scene.instances) - 1  # nothing but occluders is in front of it
+        bare = scene.uncovered()
+        assert not bare.occluder.any()
+        assert np.array_equal(bare.mask(last), scene.amodal(last))
+        assert np.array_equal(bare.hidden(last), np.zeros_like(bare.occluder))
+        assert np.array_equal(scene.hidden(last), bare.mask(last) & ~scene.mask(last))
+        untouched = np.ones_like(scene.occluder)  # an occluder's rim is blurred
+        for flat in scene.plan.occluders:
+            patch = render.cut(flat.shape, flat.map, scene.size)
+            if patch is not None:
+                untouched[patch.window] &= render._Edge(patch, flat.map, scene.size).alpha == 0
+        assert untouched.any() and np.array_equal(bare.image[untouched], scene.image[untouched])
+        assert np.array_equal(bare.part[~scene.occluder], scene.part[~scene.occluder])
+        first = scene.uncovered(0)  # the objects in front of it are gone too
+        assert len(first.instances) == 1
+        assert np.array_equal(first.mask(0), scene.amodal(0))
+
+
 def test_pairs_hold_one_object_of_their_category_each_and_take_turns():
     found = world.pairs("test", 13, size=32)
     assert len(found) == 13
@@ -287,6 +319,12 @@ def test_pairs_hold_one_object_of_their_category_each_and_take_turns():
         (lambda: world.Options(objects=(0, 2)), "objects=(0, 2) must be (fewest, most), two whole"),
         (lambda: world.Options(objects=3), "objects=3 must be (fewest, most)"),
         (lambda: world.Options(scale=(0.9, 0.5)), "scale=(0.9, 0.5) must be (fewest, most)"),
+        (lambda: world.Options(hidden=-1), "hidden must be a finite number from 0 to 0.9"),
+        (lambda: world.Options(visible=0.5, hidden=0.5), "leave less than a tenth between them"),
+        (
+            lambda: world.Options(objects=(1, 1), occluders=(0, 0), hidden=0.2),
+            "hidden=0.2: one object and no occluders have nothing to hide it",
+        ),
         (lambda: world.Options(light=2), "light must be a finite number from 0 to 1"),
     ],
 )  # fmt: skip

@@ -21,7 +21,7 @@ from flashmaps.world.captions import vocabulary
 from flashmaps.world.categories import CATEGORIES
 from flashmaps.world.colours import COLOURS
 from flashmaps.world.correspondences import Correspondence, Points, correspondence, sample_points
-from flashmaps.world.plan import Options
+from flashmaps.world.plan import OCCLUDED, Options
 from flashmaps.world.scene import Instance, Keypoint, Scene
 from flashmaps.world.splits import SPLITS, Pair, Pairs, Split, pairs
 from flashmaps.world.textures import TEXTURES
@@ -30,6 +30,7 @@ __all__ = [
     "BACKGROUNDS",
     "CATEGORIES",
     "COLOURS",
+    "OCCLUDED",
     "SPLITS",
     "TEXTURES",
     "Category",

@@ -36,6 +36,7 @@ class Options:
         light: strength of shading and shadows, 0 to 1.
         grain: strength of pixel noise, 0 to 1.
         visible: every object shows at least this share of what it has within the frame.
+        hidden: the object that is hidden most hides at least this share; 0 asks for nothing.
     """
 
     categories: tuple[str, ...] = tuple(CATEGORIES)
@@ -52,6 +53,7 @@ class Options:
     light: float = 1.0
     grain: float = 1.0
     visible: float = 0.4
+    hidden: float = 0.0
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -75,8 +77,18 @@ class Options:
             ("light", 1.0),
             ("grain", 1.0),
             ("visible", 0.9),
+            ("hidden", 0.9),
         ):
             number(name, getattr(self, name), least=0, most=limit)
+        if self.visible + self.hidden > 0.9:
+            raise ValueError(
+                f"visible={self.visible} and hidden={self.hidden} leave less than a tenth between "
+                "them; no scene would be found"
+            )
+        if self.hidden and self.objects[1] == 1 and self.occluders[1] == 0:
+            raise ValueError(
+                f"hidden={self.hidden}: one object and no occluders have nothing to hide it"
+            )
 
 
 def _check_range(name: str, given: object, least: float, most: float, whole: bool = False) -> None:
@@ -90,6 +102,10 @@ def _check_range(name: str, given: object, least: float, most: float, whole: boo
         raise ValueError(
             f"{name}={given!r} must be (fewest, most), two {kind} in order from {least} to {most}"
         )
+
+
+# One object behind two to four things, of which 15 to 60 % is hidden.
+OCCLUDED = Options(objects=(1, 1), occluders=(2, 4), hidden=0.15)
 
 
 @dataclass(frozen=True)

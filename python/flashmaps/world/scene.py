@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -125,6 +125,22 @@ class Scene:
             if only is None or label == only:
                 mask[window] |= inside
         return mask
+
+    def hidden(self, instance: int) -> np.ndarray:
+        """[size, size] bool: where it is within the frame, behind something."""
+        return self.amodal(instance) & ~self.mask(instance)
+
+    def uncovered(self, instance: int | None = None) -> Scene:
+        """The same scene without its occluders: what is behind them is seen, all else as it was.
+
+        ``instance``: without the objects in front of that one too, so that it is seen whole. Their
+        captions stay those of the scene. Pixels that nothing covered are the same to the bit, but
+        for the blurred rim of what was taken away, and for the shadows of objects.
+        """
+        plan = replace(self.plan, occluders=())
+        if instance is not None:
+            plan = replace(plan, things=plan.things[: self._checked(instance) + 1])
+        return _draw(plan, self.size)
 
     def visible_share(self, instance: int) -> float:
         """Share of an object's pixels within the frame that are seen; 0 where it has none."""
@@ -260,13 +276,14 @@ def make_scene(
     ``category``, if given, is that of exactly one of its objects, and ``looks`` are that one's.
     """
     whole("size", size, *SIZES)
-    plan, best = None, -1.0
+    plan, least = None, 1.0
     for attempt in range(_TRIES):
         trial = make_plan((VERSION, *key, attempt), options, category, looks)
         share = _least_visible(trial)
-        if share > best:
-            plan, best = trial, share
-        if share >= options.visible:
+        off = max(options.visible - share, share + options.hidden - 1, 0.0)
+        if off < least:
+            plan, least = trial, off
+        if off == 0:
             break
     assert plan is not None
     return _draw(plan, size)
