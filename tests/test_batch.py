@@ -127,6 +127,21 @@ def test_again_nothing_is_computed_and_damaged_parts_are_made_again(
     assert sum(calls) == 8  # the images of that group
 
 
+def test_a_small_model_has_one_thread_while_it_makes_features(
+    images, pipe, tmp_path, monkeypatch, threads
+):
+    seen = []
+
+    def counted(*arguments, **options):
+        seen.append(torch.get_num_threads())
+        return features(*arguments, **options)
+
+    monkeypatch.setattr("flashmaps.batches.features.features", counted)
+    torch.set_num_threads(2)
+    fm.batch(images[:2], "chain", tmp_path / "out", model=pipe, size=SIZE, stage="features")
+    assert set(seen) == {1} and torch.get_num_threads() == 2
+
+
 def test_neither_budget_nor_stages_change_a_byte(whole, images, pipe, small_parts, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(ValueError, match="the features of 10 images are not there"):
