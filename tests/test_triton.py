@@ -55,8 +55,9 @@ QUICK = (
 )
 
 
-# Of the way back, which has more kernels: one row, two parts of a head, lines, pairs.
-QUICK_BACKWARD = (
+# Of the way back, which has more kernels, and of plans, which run every operation again: one row,
+# two parts of a head, lines, pairs.
+QUICK_FEW = (
     "1x1x1x1x8-float32",
     "1x2x16x25x72-float16",
     "2to3x2x11x45x24-pairs-float32",
@@ -68,7 +69,7 @@ def _checks() -> list[object]:
     found: list[object] = []
     for name in interpreted.cases():
         for operation in checks.EVERYWHERE:
-            quick = QUICK_BACKWARD if operation == "gradients" else QUICK
+            quick = QUICK_FEW if operation in ("gradients", "plan") else QUICK
             marks = [] if name in quick else [pytest.mark.slow]
             found.append(pytest.param(f"{name}/{operation}", marks=marks))
     found += [f"1x2x36x49x128-float16/{operation}" for operation in ("again", "compile")]
