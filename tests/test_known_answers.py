@@ -129,6 +129,22 @@ def test_uniform(dtype: torch.dtype, backend: str) -> None:
     close(A.pool(key_to=(2, 5)), 0.1)
 
 
+@pytest.mark.skipif(not fm.backends()["cpu"], reason="the C++ kernels are not built")
+def test_a_sum_of_many_equal_numbers_keeps_its_digits() -> None:
+    """Their roundings have one sign; so sums run over blocks of 64 keys, then over blocks."""
+    keys = 9216
+    query, key = torch.randn(1, 2, 5, 16), torch.zeros(1, 2, keys, 16)
+    A = fm.AttentionMap(query, key, key_grid=(96, 96), backend="cpu")
+    most = torch.finfo(torch.float32).eps / 2 * (64 + keys / 64)  # half a unit for each addition
+    for side in (1, 3):
+        wanted = torch.full((1, 5, side**2), 1 / side**2, dtype=torch.float64)
+        found = A.pool(key_to=(side, side)).double()
+        torch.testing.assert_close(found, wanted, rtol=most, atol=0)
+    torch.testing.assert_close(
+        A.entropy().double(), torch.full((1, 5), math.log(keys)).double(), rtol=most, atol=0
+    )
+
+
 def test_uniform_round_trip(dtype: torch.dtype, backend: str) -> None:
     """Soft IMS is the mean distance from the centre: (sqrt 2 + log(1 + sqrt 2)) / 6 = .3826."""
     side = 24

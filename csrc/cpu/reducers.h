@@ -260,10 +260,18 @@ struct PooledKeys {
   std::int64_t num_cells = 0;
   Buffer<T> held;  // [cells][R]
   void begin() { std::fill_n(&held[0], num_cells * kRows<T>, T(0)); }
+  // Neighbours of one cell are added to each other first: it is faster, and a sum of some thousand
+  // equal numbers would else lose digits to roundings of one sign.
   void update(const T* p, std::int64_t j0, std::int64_t count) {
-    for (std::int64_t j = 0; j < count; ++j) {
-      T* to = held + cells[j0 + j] * kRows<T>;
-      for (int v = 0; v < kWidth; ++v, to += kLanes<T>) store<T>(to, load(to) + at(p, j, v));
+    for (std::int64_t j = 0, next; j < count; j = next) {
+      const std::int64_t cell = cells[j0 + j];
+      for (next = j + 1; next < count && cells[j0 + next] == cell;) ++next;
+      T* to = held + cell * kRows<T>;
+      for (int v = 0; v < kWidth; ++v, to += kLanes<T>) {
+        auto sum = at(p, j, v);
+        for (std::int64_t k = j + 1; k < next; ++k) sum = sum + at(p, k, v);
+        store<T>(to, load(to) + sum);
+      }
     }
   }
   void write(const Strip& s, std::int64_t queries) {

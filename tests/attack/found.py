@@ -30,4 +30,6 @@ FOUND = (
     Case(backend='reference', dtype='float64', shape=(1, 1, 7, 16, 128), seed=62997513, query_layout='one_batch', key_layout='tokens_first', values='zero', mask='float', what='budgets'),
     # The rows' numbers, more than the columns' where there is one column.
     Case(backend='reference', dtype='float64', shape=(1, 1, 53, 1, 1), seed=2110356616, query_layout='one_batch', key_layout='one_batch', values='equal', mask='bool', lse=True, what='budgets'),
+    # A sum of 33,063 equal numbers, one after the other.
+    Case(backend='cpu-avx2', dtype='float64', shape=(1, 2, 5, 33063, 16), seed=1646705424, key_heads=1, query_layout='one_batch', key_layout='width_first', values='zero', scale=1e-30, normalize='rows', key_grid=(1, 33063), threads=2),
 )  # fmt: skip
