@@ -352,13 +352,10 @@ class Slot {
     const Problem& p = set_.problem;
     T* mass = mass_;
     T* dot = mass_ + set_.lines.count * R;
-    std::fill_n(mass, 2 * set_.lines.count * R, T(0));
     probabilities(0, p.keys, 0, convert);
     mean_of_heads(0, p.keys, mean_);
-    each_key([&](std::int64_t line, T* a, T*, int v) {
-      T* to = mass + line * R + v * L;
-      store<T>(to, load(to) + load(a));
-    });
+    sum_lines<T>(set_.lines, p.keys, mass,
+                 [&](std::int64_t j, int v) { return at(&mean_[0], j, v); });
     for (std::int64_t n = 0; n < set_.lines.count * R; ++n) mass[n] = inverse_mass(mass[n]);
     each_key([&](std::int64_t line, T* a, T*, int v) {
       store<T>(a, load(a) * load(mass + line * R + v * L));
@@ -367,10 +364,8 @@ class Slot {
       const std::int64_t b1 = std::min(b0 + kBlock, p.keys);
       slope_.block(strip_, b0, b1, mean_ + b0 * R, g_ + b0 * R, convert);
     }
-    each_key([&](std::int64_t line, T* a, T* g, int v) {
-      T* to = dot + line * R + v * L;
-      store<T>(to, load(to) + load(a) * load(g));
-    });
+    sum_lines<T>(set_.lines, p.keys, dot,
+                 [&](std::int64_t j, int v) { return at(&mean_[0], j, v) * at(&g_[0], j, v); });
     each_key([&](std::int64_t line, T*, T* g, int v) {
       const std::int64_t n = line * R + v * L;
       store<T>(g, (load(g) - load(dot + n)) * load(mass + n));

@@ -349,11 +349,8 @@ class Worker {
   // Note eq. 2.3 on a whole strip. A line whose mass underflows float gives zeros.
   void normalize(T* mean) {
     const std::int64_t keys = plan_.problem.keys;
-    std::fill_n(&line_mass_[0], plan_.lines.count * R, T(0));
-    for (std::int64_t j = 0; j < keys; ++j) {
-      T* mass = line_mass_ + plan_.lines.of(j) * R;
-      for (int v = 0; v < kWidth; ++v) store<T>(mass + v * L, load(mass + v * L) + at(mean, j, v));
-    }
+    sum_lines<T>(plan_.lines, keys, &line_mass_[0],
+                 [&](std::int64_t j, int v) { return at(mean, j, v); });
     for (std::int64_t n = 0; n < plan_.lines.count * R; ++n) {
       line_mass_[n] = inverse_mass(line_mass_[n]);
     }

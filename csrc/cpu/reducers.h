@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "cpu/tile.h"
+#include "cpu/typed.h"
 #include "shared/arithmetic.h"
 
 namespace flashmaps::FLASHMAPS_ISA {
@@ -54,6 +55,23 @@ struct Sum {
     for (int v = 0; v < kWidth; ++v) total[v] += block[v];
   }
 };
+
+// to[line][R] = the sum of term(j, v) over the keys j of each line.
+template <class T, class F>
+void sum_lines(const Lines& lines, std::int64_t keys, T* to, F term) {
+  const std::int64_t step = lines.wrap ? lines.period : 1;
+  const std::int64_t length = keys / lines.count;
+  for (std::int64_t line = 0; line < lines.count; ++line, to += kRows<T>) {
+    const std::int64_t first = lines.wrap ? line : line * length;
+    Sum<T> sum;
+    sum.begin();
+    for (std::int64_t n = 0; n < length; n += kBlock) {
+      sum.add(std::min(kBlock, length - n),
+              [&](std::int64_t j, int v) { return term(first + (n + j) * step, v); });
+    }
+    for (int v = 0; v < kWidth; ++v) store<T>(to + v * kLanes<T>, sum.total[v]);
+  }
+}
 
 template <class T>
 inline Vec<T> at(const T* p, std::int64_t j, int v) {
