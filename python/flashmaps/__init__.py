@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from flashmaps.explorer.widget import explore
     from flashmaps.matching.match import match
     from flashmaps.matching.result import Match
+    from flashmaps.parts.result import Parts
     from flashmaps.segmentation.collection import CoSegments, Part
     from flashmaps.segmentation.cosegment import cosegment
     from flashmaps.segmentation.result import Level, Segments
@@ -73,6 +74,7 @@ _LATER = {
     "MapAttnProcessor": "flashmaps.diffusion.processors",
     "Match": "flashmaps.matching.result",
     "Part": "flashmaps.segmentation.collection",
+    "Parts": "flashmaps.parts.result",
     "Record": "flashmaps.diffusion.record",
     "Segments": "flashmaps.segmentation.result",
     "WordMaps": "flashmaps.diffusion.words",
@@ -105,6 +107,7 @@ __all__ = [
     "Match",
     "Nims",
     "Part",
+    "Parts",
     "Plan",
     "Record",
     "Reductions",

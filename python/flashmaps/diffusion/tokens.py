@@ -21,20 +21,24 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from flashmaps.arguments import number, unicode_text, whole
 from flashmaps.diffusion.capture import capture
 from flashmaps.diffusion.guide import frozen
 from flashmaps.diffusion.images import load_image, resize
 from flashmaps.diffusion.latents import encode, noised
+from flashmaps.diffusion.learned_words import (
+    needs_one_encoder,
+    prompt_states,
+    save_word,
+    start_embedding,
+)
 from flashmaps.diffusion.record import Record
 from flashmaps.files import whole_file
 from flashmaps.maps.grids import centres
 
 STATE = "state.safetensors"
-# Words that tokenizers spell as one token, to stand where the learned one will.
-_STAND_INS = ("*", "x", "a")
 
 
 class Found(NamedTuple):
@@ -58,11 +62,7 @@ class LearnedToken:
 
     def save(self, path: str | Path) -> Path:
         """Write the textual inversion, {token: embedding}, which diffusers loads. safetensors."""
-        from safetensors.torch import save_file
-
-        with whole_file(path) as new:
-            save_file({self.token: self.embedding.contiguous()}, new)
-        return Path(path)
+        return save_word(path, self.token, self.embedding)
 
     @torch.no_grad()
     def find(
@@ -138,7 +138,7 @@ def optimize_tokens(
     Raises ValueError for targets that do not fit the images, a pipeline of another kind, or a
     folder whose state is of other arguments.
     """
-    device = _check_pipe(pipe)
+    device = needs_one_encoder(pipe, "optimize_tokens")
     whole("steps", steps, 1)
     whole("save_every", save_every, 1)
     rate, sigma = number("rate", rate), number("sigma", sigma)
@@ -158,7 +158,7 @@ def optimize_tokens(
         "resolution": str(resolution), "rate": rate, "timesteps": list(timesteps), "sigma": sigma,
         "size": str(size), "seed": seed, "images": len(images),
     }  # fmt: skip
-    state = _State(_start(pipe, initial, table, seed).to(device), rate * spread)
+    state = _State(start_embedding(pipe, initial, seed).to(device), rate * spread)
     path = None if folder is None else Path(folder) / STATE
     if path is not None and path.exists():
         state.load(path, settings)
@@ -242,18 +242,6 @@ class _State:
         }
 
 
-def _check_pipe(pipe: Any) -> torch.device:
-    needs = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "encode_prompt")
-    missing = [name for name in needs if getattr(pipe, name, None) is None]
-    if missing or getattr(pipe, "text_encoder_2", None) is not None:
-        why = f"it has no {missing[0]}" if missing else "it has two text encoders"
-        raise ValueError(
-            "optimize_tokens needs a pipeline with one text encoder and a UNet, such as Stable "
-            f"Diffusion 1 or 2; got {type(pipe).__name__}: {why}"
-        )
-    return torch.device(pipe._execution_device)
-
-
 def _fitted(pipe: Any, image: Any, size: Any) -> Any:
     if size is None:
         side = pipe.unet.config.sample_size * pipe.vae_scale_factor
@@ -289,40 +277,10 @@ def _normalized(weights: Tensor) -> Tensor:
     return weights / weights.sum()
 
 
-def _start(pipe: Any, initial: str | None, table: Tensor, seed: int) -> Tensor:
-    if initial is None:
-        drawn = torch.randn(table.shape[1], generator=torch.Generator().manual_seed(seed))
-        return drawn * float(table.std()) + table.mean(0).cpu()
-    found = pipe.tokenizer(initial, add_special_tokens=False).input_ids
-    if not found:
-        raise ValueError(f"initial={initial!r} has no tokens")
-    return table[found].mean(0).cpu()
-
-
 def _text(pipe: Any, prompt: str, token: str, embedding: Tensor) -> tuple[Tensor, int]:
     """The prompt's states with the embedding in the token's place, and where that is."""
-    tokenizer = pipe.tokenizer
-    before, after = prompt.split(token, 1)
-    stand_in = next(
-        (w for w in _STAND_INS if len(tokenizer(w, add_special_tokens=False).input_ids) == 1), None
-    )
-    if stand_in is None:
-        raise ValueError("this tokenizer has no word of one token to stand in for the learned one")
-    at = 1 + len(tokenizer(before, add_special_tokens=False).input_ids) if before.strip() else 1
-
-    def put(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        output = output.clone()
-        output[:, at] = embedding.to(output)
-        return output
-
-    handle = pipe.text_encoder.get_input_embeddings().register_forward_hook(put)
-    try:
-        states = pipe.encode_prompt(
-            f"{before} {stand_in} {after}", pipe._execution_device, 1, False
-        )[0]
-    finally:
-        handle.remove()
-    return states, at
+    states, (places,) = prompt_states(pipe, [prompt], {token: embedding[None]})
+    return states, places[token][0]
 
 
 def _run(
