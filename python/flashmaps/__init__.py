@@ -56,6 +56,8 @@ if TYPE_CHECKING:
     from flashmaps.explorer.widget import explore
     from flashmaps.matching.match import match
     from flashmaps.matching.result import Match
+    from flashmaps.parts.find import FoundParts, find_parts
+    from flashmaps.parts.learn import learn_parts
     from flashmaps.parts.result import Parts
     from flashmaps.segmentation.collection import CoSegments, Part
     from flashmaps.segmentation.cosegment import cosegment
@@ -69,6 +71,7 @@ _LATER = {
     "CoSegments": "flashmaps.segmentation.collection",
     "CrossSelfAttnProcessor": "flashmaps.diffusion.cross_self",
     "Entry": "flashmaps.diffusion.entry",
+    "FoundParts": "flashmaps.parts.find",
     "LearnedToken": "flashmaps.diffusion.tokens",
     "Level": "flashmaps.segmentation.result",
     "MapAttnProcessor": "flashmaps.diffusion.processors",
@@ -82,8 +85,10 @@ _LATER = {
     "capture": "flashmaps.diffusion.capture",
     "cosegment": "flashmaps.segmentation.cosegment",
     "explore": "flashmaps.explorer.widget",
+    "find_parts": "flashmaps.parts.find",
     "guide": "flashmaps.diffusion.guide",
     "image_prompt_maps": "flashmaps.diffusion.image_prompts",
+    "learn_parts": "flashmaps.parts.learn",
     "match": "flashmaps.matching.match",
     "optimize_tokens": "flashmaps.diffusion.tokens",
     "register_layout": "flashmaps.diffusion.known",
@@ -100,6 +105,7 @@ __all__ = [
     "CrossSelfAttnProcessor",
     "Cycles",
     "Entry",
+    "FoundParts",
     "Hops",
     "LearnedToken",
     "Level",
@@ -125,12 +131,14 @@ __all__ = [
     "cycles",
     "eigenpairs",
     "explore",
+    "find_parts",
     "group_flows",
     "group_mass",
     "guide",
     "image_prompt_maps",
     "inverse_mapping_entropy",
     "inverse_mapping_score",
+    "learn_parts",
     "mapping_density",
     "match",
     "memory_budget",

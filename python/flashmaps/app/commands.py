@@ -26,6 +26,8 @@ from flashmaps.app.arguments import (
 )
 from flashmaps.app.batch_command import batch
 from flashmaps.app.explore_command import explore
+from flashmaps.app.part_commands import PART_BENCHMARKS, parts
+from flashmaps.app.part_commands import evaluate as evaluate_parts
 from flashmaps.app.segment_commands import BENCHMARKS, cosegment, segment
 from flashmaps.app.segment_commands import evaluate as evaluate_segments
 from flashmaps.app.terminal import friendly, plain, print_tables, quiet_libraries
@@ -46,7 +48,7 @@ def make_app() -> typer.Typer:
         pretty_exceptions_enable=False,
         help="Numbers from attention maps that are never built.",
     )
-    for command in (match, explore, batch, segment, cosegment, demo, world, doctor, bench):
+    for command in (match, explore, batch, segment, cosegment, parts, demo, world, doctor, bench):
         app.command()(friendly(command))
     app.command("eval")(friendly(evaluate))
     app.command("study")(friendly(study))
@@ -141,13 +143,14 @@ def evaluate(
         str,
         typer.Argument(
             help="world, stereo, warps, spair, pf-pascal, pf-willow, cub; or segments, cosegments, "
-            "segments-warps, segments-stereo."
+            "segments-warps, segments-stereo; or parts."
         ),
     ],
     pairs: Annotated[
         int | None,
         typer.Option(
-            help="How many pairs; or scenes of segments, or collections of cosegments.",
+            help="How many pairs; or scenes of segments, collections of cosegments, categories of "
+            "parts.",
             show_default="50; 1000 of cub; 200 of segments; all of the others",
         ),
     ] = None,
@@ -208,10 +211,17 @@ def evaluate(
         Path | None, typer.Option(help="Of segments: label PNGs of another method, to score too.")
     ] = None,
     images: Annotated[
-        int | None, typer.Option(help="Of cosegments: images in a collection.", show_default="8")
+        int | None,
+        typer.Option(
+            help="Of cosegments and parts: images in a collection.", show_default="8; 16 of parts"
+        ),
     ] = None,
     ablation: Annotated[
-        bool, typer.Option("--ablation", help="Of cosegments: links weighed otherwise, too.")
+        bool,
+        typer.Option(
+            "--ablation",
+            help="Of cosegments: links weighed otherwise, too. Of parts: all losses, three seeds.",
+        ),
     ] = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -224,19 +234,25 @@ def evaluate(
     from flashmaps.app.doctor import require
     from flashmaps.evaluation.run import evaluate as run
 
-    if benchmark in BENCHMARKS:
+    if benchmark in (*BENCHMARKS, *PART_BENCHMARKS):
         others = {
             "points": points, "layers": layers, "timestep": timestep, "noise_seed": noise_seed,
             "different_noise": different_noise, "prompt": prompt, "size": size, "compare": compare,
             "device": device, "dtype": dtype, "backend": None if backend == "auto" else backend,
         }  # fmt: skip
+        given = {name: v for name, v in others.items() if v or type(v) is int}
+        if benchmark in PART_BENCHMARKS:
+            more = {"data": data, "features": features, "labels": labels}
+            evaluate_parts(
+                out, count=pairs, seed=seed, split=split, image_size=image_size, model=model,
+                resamples=resamples, overwrite=overwrite, images=images, ablation=ablation,
+                others={**given, **{name: v for name, v in more.items() if v is not None}},
+            )  # fmt: skip
+            return
         evaluate_segments(
             benchmark, out, count=pairs, seed=seed, split=split, image_size=image_size, model=model,
             resamples=resamples, overwrite=overwrite, data=data, features=features, labels=labels,
-            images=images, ablation=ablation,
-            others={
-                name: value for name, value in others.items() if value or type(value) is int
-            },
+            images=images, ablation=ablation, others=given,
         )  # fmt: skip
         return
 

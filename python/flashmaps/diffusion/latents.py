@@ -67,6 +67,33 @@ def noised(
             yield t, kept**0.5 * latent + (1 - kept) ** 0.5 * noise
 
 
+def to_levels(pipe: Any, latent: Tensor, noise: Tensor, timesteps: Sequence[int]) -> Tensor:
+    """x_t of every image at a timestep of its own, from its noise: [B, c, h, w]."""
+    kept = _kept(pipe, timesteps, latent)
+    return kept.sqrt() * latent + (1 - kept).sqrt() * noise
+
+
+def prediction_target(pipe: Any, latent: Tensor, noise: Tensor, timesteps: Sequence[int]) -> Tensor:
+    """What a perfect model predicts for x_t: e, or sqrt(a_t) e - sqrt(1 - a_t) z, or z.
+
+    Which of them the scheduler's prediction_type says.
+    """
+    kind = pipe.scheduler.config.get("prediction_type", "epsilon")
+    if kind == "epsilon":
+        return noise
+    if kind == "sample":
+        return latent
+    if kind != "v_prediction":
+        raise ValueError(f"this model's scheduler has prediction_type={kind!r}, which is not known")
+    kept = _kept(pipe, timesteps, latent)
+    return kept.sqrt() * noise - (1 - kept).sqrt() * latent
+
+
+def _kept(pipe: Any, timesteps: Sequence[int], like: Tensor) -> Tensor:
+    values = [float(pipe.scheduler.alphas_cumprod[t]) for t in timesteps]
+    return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1, 1)
+
+
 @dataclass(frozen=True)
 class Inversion:
     """The way of a DDIM inversion: every timestep it passes, and those where it is wanted."""

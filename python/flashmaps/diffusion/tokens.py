@@ -13,7 +13,6 @@ grows with the tokens of the image, not with their square.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,10 +34,8 @@ from flashmaps.diffusion.learned_words import (
     start_embedding,
 )
 from flashmaps.diffusion.record import Record
-from flashmaps.files import whole_file
+from flashmaps.diffusion.token_training import STATE, Training
 from flashmaps.maps.grids import centres
-
-STATE = "state.safetensors"
 
 
 class Found(NamedTuple):
@@ -158,7 +155,7 @@ def optimize_tokens(
         "resolution": str(resolution), "rate": rate, "timesteps": list(timesteps), "sigma": sigma,
         "size": str(size), "seed": seed, "images": len(images),
     }  # fmt: skip
-    state = _State(start_embedding(pipe, initial, seed).to(device), rate * spread)
+    state = Training(start_embedding(pipe, initial, seed).to(device), rate * spread)
     path = None if folder is None else Path(folder) / STATE
     if path is not None and path.exists():
         state.load(path, settings)
@@ -190,56 +187,6 @@ def optimize_tokens(
         token, state.embedding.detach().float().cpu(), text_prompt, patterns, resolution,
         timesteps, tuple(state.losses),
     )  # fmt: skip
-
-
-class _State:
-    """The embedding, Adam's moments, and the losses so far."""
-
-    def __init__(self, start: Tensor, rate: float) -> None:
-        self.embedding = start.detach().clone().requires_grad_()
-        self.adam = torch.optim.Adam([self.embedding], lr=rate)
-        self.losses: list[float] = []
-
-    def step(self, loss: Tensor) -> None:
-        (slope,) = torch.autograd.grad(loss, self.embedding)
-        self.embedding.grad = slope
-        self.adam.step()
-        self.losses.append(float(loss.detach()))
-
-    def save(self, path: Path, settings: dict[str, Any]) -> None:
-        from safetensors.torch import save_file
-
-        moments = self.adam.state[self.embedding]
-        tensors = {
-            "embedding": self.embedding.detach().cpu(),
-            "mean": moments["exp_avg"].cpu(),
-            "square": moments["exp_avg_sq"].cpu(),
-            "losses": torch.tensor(self.losses, dtype=torch.float64),
-        }
-        with whole_file(path) as new:
-            save_file(tensors, new, metadata={"settings": json.dumps(settings)})
-
-    def load(self, path: Path, settings: dict[str, Any]) -> None:
-        from safetensors import safe_open
-
-        with safe_open(path, "pt") as file:
-            before = json.loads(file.metadata()["settings"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        now = json.loads(json.dumps(settings))
-        other = [name for name in now if before.get(name) != now[name]]
-        if other:
-            raise ValueError(
-                f"{str(path)!r} was begun with {other[0]}={before.get(other[0])!r}, not "
-                f"{now[other[0]]!r}: give the same arguments to go on, or another folder"
-            )
-        self.losses = tensors["losses"].tolist()
-        with torch.no_grad():
-            self.embedding.copy_(tensors["embedding"])
-        self.adam.state[self.embedding] = {
-            "step": torch.tensor(float(len(self.losses))),
-            "exp_avg": tensors["mean"].to(self.embedding.device),
-            "exp_avg_sq": tensors["square"].to(self.embedding.device),
-        }
 
 
 def _fitted(pipe: Any, image: Any, size: Any) -> Any:

@@ -53,31 +53,34 @@ def seen(
     timestep: int,
     seeds: Sequence[int],
 ) -> Tensor:
-    """[B, words, h, w] float32: log of the relative attention to each word, on the finest grid.
+    """[B, layers, words, h, w]: log of the relative attention to each word, on the finest grid.
 
-    The mean over layers and over ``seeds`` of the noise. A cell that looks at a word as much as the
+    float32, the mean over ``seeds`` of the noise. A cell that looks at a word as much as the
     image's mean cell has 0.
     """
     dtype = pipe.unet.dtype
     states, places = prompt_states(pipe, prompts, words)
-    found: list[Tensor] = []
+    found: list[list[Tensor]] = []
     finest: Grid = (0, 0)
     for t, x in noised(pipe, latents, [timestep], [list(seeds)] * len(latents)):
         with capture(pipe.unet, layers, kind="cross", keep="qk") as record:
             pipe.unet(x.to(dtype), t, encoder_hidden_states=states.to(dtype))
+        found.append([])
         for attention, grid in word_attention(record, places, names):
             logs = relative(attention.float()).log()
-            found.append(logs.transpose(1, 2).unflatten(2, grid))
+            found[-1].append(logs.transpose(1, 2).unflatten(2, grid))
             finest = max(finest, grid)
-    planes = [F.interpolate(x, finest, mode="bilinear", align_corners=False) for x in found]
-    return torch.stack(planes).mean(0)
+    means = [torch.stack(each).mean(0) for each in zip(*found, strict=True)]
+    planes = [F.interpolate(x, finest, mode="bilinear", align_corners=False) for x in means]
+    return torch.stack(planes, 1)
 
 
 def probabilities(logs: Tensor, head: Tensor) -> Tensor:
-    """[B, P + 1, h, w]: of each part, and at last of no part, by a linear head [P + 1, words + 1].
+    """[B, P + 1, h, w]: of each part, and at last of no part, by a linear head.
 
-    The softmax of head [logs, 1].
+    softmax(head [logs, 1]) with logs [B, layers, words, h, w] of :func:`seen` and head
+    [P + 1, layers words + 1].
     """
     weights, bias = head[:, :-1].to(logs), head[:, -1].to(logs)
-    scores = torch.einsum("kw,bwij->bkij", weights, logs) + bias[:, None, None]
+    scores = torch.einsum("kw,bwij->bkij", weights, logs.flatten(1, 2)) + bias[:, None, None]
     return scores.softmax(1)

@@ -57,8 +57,10 @@ class Parts:
         model: what the model was called; weights: its fingerprint, by which others are refused.
         size: (height, width) in pixels that images were shown at.
         layers: cross-attention layers that are read; timestep: of the noise they are read at.
-        head: [P + 1, P + 2], from the attention to the category and the parts to the probability of
-            each part and of none, see :func:`flashmaps.parts.reading.probabilities`.
+        head: [P + 1, layers (P + 1) + 1], from the attention to the category and the parts to the
+            probability of each part and of none, see :func:`flashmaps.parts.reading.probabilities`.
+        norms: [P, 2] and presence: [4], what evidence of a part is set beside and what it says, see
+            :mod:`flashmaps.parts.presence`.
         images: of the collection, uint8 [h, w, 3] each, in ``size``.
         labels: of each image [h, w] int16, the part that each pixel shows, -1 for none.
         losses: of each step.
@@ -75,6 +77,8 @@ class Parts:
     layers: tuple[str, ...]
     timestep: int
     head: Tensor
+    norms: Tensor
+    presence: Tensor
     images: tuple[np.ndarray, ...]
     labels: tuple[np.ndarray, ...]
     losses: tuple[float, ...] = ()
@@ -131,14 +135,14 @@ class Parts:
     @torch.no_grad()
     def read(self, pipe: Any, images: Iterable[Image], *, seeds: Iterable[int] = (0, 1)) -> Tensor:
         """[B, P + 1, h, w] float32, on the model's own cells: of each part, and of none at last."""
-        shown = [resize(each, self._fitted(pipe, each)) for each in images]
+        shown = [resize(each, self.fitted(pipe, each)) for each in images]
         logs = seen(
             pipe, encode(pipe, shown), [self.prompt()] * len(shown), self.words, tuple(self.words),
             layers=self.layers, timestep=self.timestep, seeds=tuple(seeds),
         )  # fmt: skip
         return probabilities(logs, self.head).float().cpu()
 
-    def _fitted(self, pipe: Any, image: Image) -> tuple[int, int]:
+    def fitted(self, pipe: Any, image: Image) -> tuple[int, int]:
         """As large as images were when the parts were learned, in the image's own shape."""
         return fit_size(image.shape[0], image.shape[1], max(self.size), size_multiple(pipe))
 
@@ -172,6 +176,8 @@ class Parts:
                 "images": torch.from_numpy(np.stack(self.images)),
                 "labels": torch.from_numpy(np.stack(self.labels)),
                 "head": self.head.contiguous(),
+                "norms": self.norms.contiguous(),
+                "presence": self.presence.contiguous(),
                 "losses": torch.tensor(self.losses, dtype=torch.float64),
             },
             folder / _COLLECTION,
@@ -228,6 +234,8 @@ class Parts:
                 layers=tuple(about["layers"]),
                 timestep=int(about["timestep"]),
                 head=tensors["head"],
+                norms=tensors["norms"],
+                presence=tensors["presence"],
                 images=tuple(tensors["images"].numpy()),
                 labels=tuple(tensors["labels"].numpy()),
                 losses=tuple(tensors["losses"].tolist()),
