@@ -43,7 +43,7 @@ def missing_scores(
             "visible": [_plain(shares[true]) for true in pairs.values()],
             "probability": [float(found.probability[p]) for p in pairs],
             "hidden": [found.state[p] == HIDDEN for p in pairs],
-            "area": areas,
+            "size": areas,
             **{
                 name: [float(found.evidence[p, k]) for p in pairs]
                 for k, name in enumerate(EVIDENCE)
@@ -98,7 +98,7 @@ def missing_summary(scenes: Sequence[dict[str, Any]], seed: int = 0) -> dict[str
     """AUROC of each score with intervals over scenes."""
     scores = {
         "find_parts": [[1 - p for p in each["probability"]] for each in scenes],
-        "size in the collection": [[-a for a in each["area"]] for each in scenes],
+        "size in the collection": [[-a for a in each["size"]] for each in scenes],
         **{name: [[-v for v in each[name]] for each in scenes] for name in EVIDENCE},
     }
     shares = [[np.nan if v is None else v for v in each["visible"]] for each in scenes]

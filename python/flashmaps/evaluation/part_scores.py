@@ -35,9 +35,10 @@ _BATCH = 8
 @torch.no_grad()
 def noise_loss(
     pipe: Any, latents: Tensor, masks: Tensor, prompt: str, words: Words
-) -> dict[str, np.ndarray]:  # each [n]
+) -> dict[str, list[float]]:  # each [n]
     """Of each image the noise loss: whole, and inside ``masks`` [n, h, w], shares of cells."""
-    inside = F.adaptive_avg_pool2d(masks[:, None], latents.shape[2:])[:, 0]
+    grid = (latents.shape[2], latents.shape[3])
+    inside = F.adaptive_avg_pool2d(masks[:, None], grid)[:, 0]
     whole, within = [], []
     for start in range(0, len(latents), _BATCH):
         some = latents[start : start + _BATCH]
@@ -52,7 +53,7 @@ def noise_loss(
         errors = errors / len(TIMESTEPS)
         whole.append(errors.mean((1, 2)))
         within.append((errors * shares).sum((1, 2)) / shares.sum((1, 2)).clamp_min(1e-6))
-    return {"whole": torch.cat(whole).cpu().numpy(), "inside": torch.cat(within).cpu().numpy()}
+    return {"whole": torch.cat(whole).tolist(), "inside": torch.cat(within).tolist()}
 
 
 def nearest_category(pipe: Any, embedding: Tensor) -> tuple[str, int]:
@@ -91,10 +92,10 @@ def part_scores(
         some = encode(pipe, images[start : start + _BATCH])
         logs.append(
             seen(pipe, some, [parts.prompt()] * len(some), parts.words, tuple(parts.words),
-                 layers=parts.layers, timestep=parts.timestep, seeds=(0, 1))
+                 layers=parts.layers, timestep=parts.timestep, seeds=(0,))
         )  # fmt: skip
         found.append(probabilities(logs[-1], parts.head))
-    attention = torch.cat(logs).mean(1)[:, 1:].cpu()
+    attention = torch.cat(logs).mean(1)[:, 1 : 1 + parts.count].cpu()
     probable = torch.cat(found).cpu()
     known = torch.tensor([pairs.get(p, -2) for p in range(parts.count)])
 
@@ -118,7 +119,7 @@ def part_scores(
 
 
 def _attention_iou(attention: Tensor, truth: Tensor, pairs: Mapping[int, int]) -> float:
-    grid = attention.shape[2:]
+    grid = (attention.shape[2], attention.shape[3])
     scores = []
     for learned, true in pairs.items():
         cells = F.adaptive_avg_pool2d((truth == true)[:, None].float(), grid)[:, 0] >= 0.5

@@ -19,6 +19,7 @@ import torch
 
 from flashmaps.diffusion.images import load_image
 from flashmaps.diffusion.latents import encode
+from flashmaps.diffusion.threads import fit_threads
 from flashmaps.evaluation.bootstrap import RESAMPLES, check_resampling, interval, resample
 from flashmaps.evaluation.part_missing import missing_scores, missing_tables
 from flashmaps.evaluation.part_pictures import Judge, picture_scores
@@ -30,7 +31,6 @@ from flashmaps.evaluation.part_scores import (
     part_scores,
 )
 from flashmaps.evaluation.segments import page, shown
-from flashmaps.evaluation.threads import fit_threads
 from flashmaps.files import Run, check_folder, open_run
 from flashmaps.parts.learn import learn_parts
 from flashmaps.parts.losses import LOSSES
@@ -59,18 +59,26 @@ class Job:
 
     @property
     def name(self) -> str:
+        """Its folder, and without .json its file of scores."""
         return f"learned/{self.masks}-{self.loss}-{self.seed}-{self.category}"
+
+    @property
+    def drawn(self) -> str:
+        """Its pictures and their scores, without .png and .json."""
+        return f"drawn/{self.masks}-{self.loss}-{self.seed}-{self.category}"
 
 
 def jobs(categories: Sequence[str], losses: Sequence[str], seeds: int) -> list[Job]:
     """In the order of their worth: what is cut off is what is missed least."""
     main = "both" if "both" in losses else losses[0]
+    others = [each for each in losses if each != main]
     out = [Job(each, main, 0, TRUE) for each in categories]
-    out += [Job(each, main, 0, FOUND) for each in categories]
-    for seed in range(seeds):
-        for loss in (main, *(each for each in losses if each != main)):
-            out += [Job(each, loss, seed, TRUE) for each in categories]
-    return list(dict.fromkeys(out))
+    for each in categories:
+        out += [Job(each, loss, 0, TRUE) for loss in others]
+        out.append(Job(each, main, 0, FOUND))
+    for seed in range(1, seeds):
+        out += [Job(each, loss, seed, TRUE) for each in categories for loss in (main, *others)]
+    return out
 
 
 def evaluate_parts(
@@ -85,8 +93,8 @@ def evaluate_parts(
     size: int = 128,
     model: Any = "builtin",
     learning: dict[str, Any] | None = None,
-    pictures: int = 5,
-    scenes: int = 10,
+    pictures: int = 3,
+    scenes: int = 5,
     resamples: int = RESAMPLES,
     seed: int = 0,
     overwrite: bool = False,
@@ -130,25 +138,45 @@ def evaluate_parts(
     todo = jobs(names, losses, seeds)
     results: dict[str, Any] = {}
     with open_run(out, KIND, asked, overwrite=overwrite) as run, fit_threads(pipe):
-        judge = Judge(run) if pictures else None
         for job in tqdm(todo, desc="learning", disable=not progress):
             if not run.whole(f"{job.name}.json"):
                 learned, pairs, row = _learn(
                     run, pipe, job, split, images, held_out, size, learning
                 )
-                if job.seed == 0 and judge is not None:
-                    row["pictures"] = picture_scores(
-                        pipe, learned, job.category, judge, pictures, run, f"drawn/{job.name}"
-                    )
                 if job.seed == 0 and job.loss == todo[0].loss and scenes:
                     row["missing"] = missing_scores(
                         pipe, learned, job.category, pairs, split, scenes, size
                     )
                 run.write_json(f"{job.name}.json", row)
-            results = {**asked, **summarise(run, todo, resamples, seed)}
-            run.write_json("results.json", results)
-        run.write_text("results.md", page(results, "Parts", tables(results)))
+            results = _told(run, asked, todo, resamples, seed)
+            if job == todo[len(names) - 1] and pictures:  # the first of each category are there
+                _draw(run, pipe, todo[: len(names)], pictures, progress)
+        if pictures:
+            _draw(run, pipe, [each for each in todo if each.seed == 0], pictures, progress)
+        results = _told(run, asked, todo, resamples, seed)
     return results
+
+
+def _told(
+    run: Run, asked: dict[str, Any], todo: Sequence[Job], resamples: int, seed: int
+) -> dict[str, Any]:
+    """What results.json and results.md hold, of the jobs that are done."""
+    results = {**asked, **summarise(run, todo, resamples, seed)}
+    run.write_json("results.json", results)
+    run.write_text("results.md", page(results, "Parts", tables(results)))
+    return results
+
+
+def _draw(run: Run, pipe: Any, some: Sequence[Job], count: int, progress: bool) -> None:
+    """Pictures from the words of jobs that are done."""
+    from tqdm.auto import tqdm
+
+    judge = Judge(run)
+    for job in tqdm(some, desc="pictures", disable=not progress):
+        if not run.whole(f"{job.drawn}.json"):
+            learned = Parts.load(run.child(job.name))
+            found = picture_scores(pipe, learned, job.category, judge, count, run, job.drawn)
+            run.write_json(f"{job.drawn}.json", found)
 
 
 def _learn(
@@ -165,19 +193,20 @@ def _learn(
     latents = torch.cat([encode(pipe, [load_image(each)]) for each in held.images])
     masks = torch.from_numpy(np.stack([each >= 0 for each in held.labels])).float()
     words = learned.words
+    reference = f"noise/{job.category}.json"
+    if not run.whole(reference):
+        plain = {"empty": "", "word": f"a {job.category}"}
+        found = {key: noise_loss(pipe, latents, masks, p, {}) for key, p in plain.items()}
+        run.write_json(reference, found)
     told = {
-        "empty": noise_loss(pipe, latents, masks, "", {}),
-        "word": noise_loss(pipe, latents, masks, f"a {job.category}", {}),
+        **json.loads((run.folder / reference).read_text("utf-8")),
         "category": noise_loss(pipe, latents, masks, learned.prompt(()), words),
         "parts": noise_loss(pipe, latents, masks, learned.prompt(), words),
     }
     pairs = pair_up(learned.labels, own.labels)
     nearest, rank = nearest_category(pipe, learned.category_embedding)
     row = {
-        "noise": {
-            prompt: {where: values.tolist() for where, values in each.items()}
-            for prompt, each in told.items()
-        },
+        "noise": told,
         "nearest": nearest,
         "rank": rank,
         "count": learned.count,
@@ -193,6 +222,8 @@ def summarise(run: Run, todo: Sequence[Job], resamples: int, seed: int) -> dict[
         path = run.folder / f"{job.name}.json"
         if path.is_file():
             row = json.loads(path.read_text("utf-8"))
+            if (run.folder / f"{job.drawn}.json").is_file():
+                row["pictures"] = json.loads((run.folder / f"{job.drawn}.json").read_text("utf-8"))
             rows.append({"category": job.category, "loss": job.loss, "seed": job.seed,
                          "masks": job.masks, **_scored(row, resamples, seed)})  # fmt: skip
     groups: dict[str, Any] = {}

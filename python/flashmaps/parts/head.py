@@ -10,16 +10,16 @@ _DECAY = 1e-3  # of the weights, beside a mean loss of cells
 _ROUNDS = 100
 
 
-def fit_head(logs: Tensor, masks: Tensor) -> Tensor:  # [P + 1, layers words + 1]
+def fit_head(logs: Tensor, masks: Tensor) -> Tensor:  # [P + 1, layers W + 1]
     """The head of :func:`flashmaps.parts.reading.probabilities`.
 
     Multinomial logistic regression, by L-BFGS: cross-entropy between softmax(W [x, 1]) and what the
     masks say of a cell, each part's share of it and the rest, + 1e-3 |W|^2 without the bias.
 
     Args:
-        logs: [n, layers, words, h, w], log relative attention. masks: [n, P, H, W] in 0..1.
+        logs: [n, layers, W, h, w], log relative attention. masks: [n, P, H, W] in 0..1.
     """
-    shares = F.adaptive_avg_pool2d(masks, logs.shape[3:])
+    shares = F.adaptive_avg_pool2d(masks, (logs.shape[3], logs.shape[4]))
     rest = (1 - shares.sum(1, keepdim=True)).clamp_min(0)
     wanted = torch.cat((shares, rest), 1).transpose(0, 1).flatten(1).T.double()
     wanted = wanted / wanted.sum(1, keepdim=True)

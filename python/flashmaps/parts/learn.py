@@ -47,8 +47,8 @@ _BARE = 0.25  # of the prompts, those that name the object alone
 _HELD_TIMESTEPS = (150, 400, 650, 850)
 _EVERY = 25  # steps between two looks at the images held out
 _FALL = 0.3  # of the steps, at the end, in which the rate falls
-READ_AT = 261  # timestep, of 1000
-READ_SEEDS = (0, 1)
+READ_AT = 100  # timestep, of 1000
+READ_SEEDS = (0,)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ similarity (with or without a mirror) that brings its own parts nearest to those
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -57,24 +57,23 @@ def expected_places(
     return out
 
 
-def similarity(a: np.ndarray, b: np.ndarray):  # type: ignore[no-untyped-def]
+def similarity(a: np.ndarray, b: np.ndarray) -> tuple[Callable[[np.ndarray], np.ndarray], float]:
     """(the map of points [n, 2], its root mean square error): turn, scale, shift, maybe mirror.
 
     Least squares over z -> u z + v of complex numbers, or of their conjugates, whichever is nearer;
     of a single point a shift.
     """
     z, w = a[:, 0] + 1j * a[:, 1], b[:, 0] + 1j * b[:, 1]
-    best = None
+    fits = []
     for mirrored in (False, True):
         source = z.conj() if mirrored else z
         mean, to = source.mean(), w.mean()
         spread = float((np.abs(source - mean) ** 2).sum())
         u = ((source - mean).conj() @ (w - to)) / spread if spread > 1e-12 else 1.0 + 0j
         error = float(np.sqrt((np.abs(u * (source - mean) + to - w) ** 2).mean()))
-        # A mirror explains two points as well as none does: it has to be better.
-        if best is None or error < best[0] - 1e-9:
-            best = (error, mirrored, u, mean, to)
-    error, mirrored, u, mean, to = best
+        fits.append((error, mirrored, u, mean, to))
+    # Of two points a mirror is as good as none: it has to be better.
+    error, mirrored, u, mean, to = fits[1] if fits[1][0] < fits[0][0] - 1e-9 else fits[0]
 
     def move(points: np.ndarray) -> np.ndarray:
         p = points[:, 0] + 1j * points[:, 1]

@@ -15,6 +15,8 @@ from flashmaps.diffusion.learned_words import Places, Words, prompt_states
 from flashmaps.diffusion.record import Record
 
 Grid = tuple[int, int]
+# Tokens that every prompt has are read too: what looks at none of the words looks at them.
+FIXED = ("start", "first word", "end", "padding")
 
 
 def word_attention(
@@ -53,20 +55,21 @@ def seen(
     timestep: int,
     seeds: Sequence[int],
 ) -> Tensor:
-    """[B, layers, words, h, w]: log of the relative attention to each word, on the finest grid.
+    """[B, layers, words + 4, h, w]: log of the relative attention to words, on the finest grid.
 
-    float32, the mean over ``seeds`` of the noise. A cell that looks at a word as much as the
-    image's mean cell has 0.
+    The given words, then ``FIXED``. float32, the mean over ``seeds`` of the noise. A cell
+    that looks at a word as much as the mean cell has 0.
     """
     dtype = pipe.unet.dtype
-    states, places = prompt_states(pipe, prompts, words)
+    states, plain = prompt_states(pipe, prompts, words)
+    places = [_with_fixed(each, states.shape[1]) for each in plain]
     found: list[list[Tensor]] = []
     finest: Grid = (0, 0)
     for t, x in noised(pipe, latents, [timestep], [list(seeds)] * len(latents)):
         with capture(pipe.unet, layers, kind="cross", keep="qk") as record:
             pipe.unet(x.to(dtype), t, encoder_hidden_states=states.to(dtype))
         found.append([])
-        for attention, grid in word_attention(record, places, names):
+        for attention, grid in word_attention(record, places, (*names, *FIXED)):
             logs = relative(attention.float()).log()
             found[-1].append(logs.transpose(1, 2).unflatten(2, grid))
             finest = max(finest, grid)
@@ -75,11 +78,18 @@ def seen(
     return torch.stack(planes, 1)
 
 
+def _with_fixed(places: Places, count: int) -> Places:
+    """The places with those of the tokens that every prompt has."""
+    end = max(max(at) for at in places.values()) + 1
+    padding = tuple(range(min(end + 1, count - 1), count))
+    return {**places, **dict(zip(FIXED, ((0,), (1,), (end,), padding), strict=True))}
+
+
 def probabilities(logs: Tensor, head: Tensor) -> Tensor:
     """[B, P + 1, h, w]: of each part, and at last of no part, by a linear head.
 
-    softmax(head [logs, 1]) with logs [B, layers, words, h, w] of :func:`seen` and head
-    [P + 1, layers words + 1].
+    softmax(head [logs, 1]) with logs [B, layers, W, h, w] of :func:`seen` and head
+    [P + 1, layers W + 1].
     """
     weights, bias = head[:, :-1].to(logs), head[:, -1].to(logs)
     scores = torch.einsum("kw,bwij->bkij", weights, logs.flatten(1, 2)) + bias[:, None, None]

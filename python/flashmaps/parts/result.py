@@ -57,8 +57,8 @@ class Parts:
         model: what the model was called; weights: its fingerprint, by which others are refused.
         size: (height, width) in pixels that images were shown at.
         layers: cross-attention layers that are read; timestep: of the noise they are read at.
-        head: [P + 1, layers (P + 1) + 1], from the attention to the category and the parts to the
-            probability of each part and of none, see :func:`flashmaps.parts.reading.probabilities`.
+        head: [P + 1, layers (P + 5) + 1], from the attention to all words to the probability of
+            each part and of none, see :func:`flashmaps.parts.reading.probabilities`.
         norms: [P, 2] and presence: [4], what evidence of a part is set beside and what it says, see
             :mod:`flashmaps.parts.presence`.
         images: of the collection, uint8 [h, w, 3] each, in ``size``.
