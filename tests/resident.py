@@ -15,12 +15,12 @@ def rise_of(run: Callable[[], Any]) -> tuple[Any, int]:
     if not refs.exists():
         pytest.skip("needs Linux's account of peak memory")
     refs.write_text("5")  # the peak so far becomes the present
-    before = _status("VmRSS")
+    before = status("VmRSS")
     result = run()
-    return result, _status("VmHWM") - before
+    return result, status("VmHWM") - before
 
 
-def _status(name: str) -> int:
+def status(name: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024

@@ -35,6 +35,7 @@ EVAL = "eval world --pairs 1 --points 4 --model {tiny} --size 64"
 STUDY = "study --model {tiny}"
 BATCH = "batch {photo} {room}/other.png --model {tiny} --size 64"
 SEGMENT = "segment {photo} --model {tiny}"
+PARTS = "parts {photo} {photo} --model {tiny}"
 
 # A command line, and the words.
 COMMANDS = [
@@ -224,6 +225,23 @@ COMMANDS = [
     ("eval cosegments --resamples 0", "resamples must be a whole number from 1 to 1000000"),
     ("eval cosegments --pairs 0", "pairs must be a whole number >= 1, got 0"),
     ("eval cosegments --pairs -1", "pairs must be a whole number >= 1, got -1"),
+    ("parts", "Missing argument 'images'"),
+    ("parts {photo} --model {tiny}", "images must be a list of two images of one kind, at least"),
+    ("parts {photo} nowhere.png --model {tiny}", "image 1: there is no file 'nowhere.png'"),
+    ("{parts} --loss x", "loss='x' is not known; choose from noise, attention, both"),
+    ("{parts} --steps 0", "steps must be a whole number >= 1, got 0"),
+    ("{parts} --batch -1", "batch must be a whole number >= 1, got -1"),
+    ("{parts} --tokens 0", "tokens must be a whole number >= 1, got 0"),
+    ("{parts} --seed -1", "seed must be a whole number >= 0, got -1"),
+    ("{parts} --size 3", "size=3 is too small; this model needs at least 16 pixels"),
+    ("{parts} --out {room}/taken", "holds other files ('a.txt'), which flashmaps has not written"),
+    ("eval parts --pairs 0", "pairs must be a whole number from 1 to 12, got 0"),
+    ("eval parts --images 1", "images must be a whole number >= 2, got 1"),
+    ("eval parts --image-size 0", "size must be a whole number from 16 to 1024, got 0"),
+    ("eval parts --split train", "split='train'; wanted 'test', or 'validation' to choose on"),
+    ("eval parts --resamples 0", "resamples must be a whole number from 1 to 1000000, got 0"),
+    ("eval parts --layers x", "--layers: not an option of eval parts"),
+    ("eval parts --labels {room}", "--labels: not an option of eval parts"),
     ("world --out x.jpg", "--out 'x.jpg' must end in .png"),
     ("world --out {room}", "must end in .png"),
     ("world --out {room}/no/x.png", "cannot be written: there is no such folder to put it in"),
@@ -302,6 +320,7 @@ def filled(room, line, out):
     for short, full in (
         ("{match}", MATCH), ("{eval}", EVAL), ("{study}", STUDY), ("{batch}", BATCH),
         ("{segment}", SEGMENT),
+        ("{parts}", PARTS),
     ):  # fmt: skip
         line = line.replace(short, full)
     found = [word.format_map(names) for word in shlex.split(line)]

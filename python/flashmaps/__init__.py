@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from flashmaps.matching.result import Match
     from flashmaps.parts.find import FoundParts, find_parts
     from flashmaps.parts.learn import learn_parts
+    from flashmaps.parts.memory import PartsPlan, plan_parts
     from flashmaps.parts.result import Parts
     from flashmaps.segmentation.collection import CoSegments, Part
     from flashmaps.segmentation.cosegment import cosegment
@@ -78,6 +79,7 @@ _LATER = {
     "Match": "flashmaps.matching.result",
     "Part": "flashmaps.segmentation.collection",
     "Parts": "flashmaps.parts.result",
+    "PartsPlan": "flashmaps.parts.memory",
     "Record": "flashmaps.diffusion.record",
     "Segments": "flashmaps.segmentation.result",
     "WordMaps": "flashmaps.diffusion.words",
@@ -91,6 +93,7 @@ _LATER = {
     "learn_parts": "flashmaps.parts.learn",
     "match": "flashmaps.matching.match",
     "optimize_tokens": "flashmaps.diffusion.tokens",
+    "plan_parts": "flashmaps.parts.memory",
     "register_layout": "flashmaps.diffusion.known",
     "segment": "flashmaps.segmentation.segment",
     "word_maps": "flashmaps.diffusion.words",
@@ -114,6 +117,7 @@ __all__ = [
     "Nims",
     "Part",
     "Parts",
+    "PartsPlan",
     "Plan",
     "Record",
     "Reductions",
@@ -146,6 +150,7 @@ __all__ = [
     "nims",
     "normalized_product",
     "optimize_tokens",
+    "plan_parts",
     "plan_round_trip",
     "refined",
     "register_layout",

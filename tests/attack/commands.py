@@ -44,6 +44,7 @@ LINES = {
     "world": "world --count 1 --pairs 0 --size 16",
     "segment": "segment {photo} " + TINY,
     "cosegment": "cosegment {photo} {other} " + TINY,
+    "parts": "parts {photo} {other} --steps 1 " + TINY,
     "segments": "eval segments --pairs 1 --image-size 32 --resamples 10 --model {tiny}",
     # These take long where they work: they get something wrong besides.
     "study": "study --model {nowhere}",
@@ -68,6 +69,9 @@ OPTIONS = {
                 "--layers": TEXTS, "--backend": TEXTS, "--model": "paths", "--out": "paths"},
     "cosegment": {"--timestep": NUMBERS, "--seed": NUMBERS, "--size": NUMBERS, "--count": NUMBERS,
                   "--layers": TEXTS, "--backend": TEXTS, "--model": "paths", "--out": "paths"},
+    "parts": {"--steps": ("0", "-1", "x", "1e9", "2"), "--batch": NUMBERS, "--tokens": NUMBERS,
+              "--seed": NUMBERS, "--size": NUMBERS, "--loss": TEXTS, "--model": "paths",
+              "--out": "paths"},
     "segments": {"--timestep": NUMBERS, "--noise-seed": NUMBERS, "--size": NUMBERS,
                  "--seed": NUMBERS, "--pairs": NUMBERS, "--points": NUMBERS,
                  "--resamples": NUMBERS, "--image-size": NUMBERS, "--split": TEXTS,

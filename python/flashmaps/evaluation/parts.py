@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from flashmaps.arguments import whole
 from flashmaps.diffusion.images import load_image
 from flashmaps.diffusion.latents import encode
 from flashmaps.diffusion.threads import fit_threads
@@ -36,6 +37,7 @@ from flashmaps.parts.learn import learn_parts
 from flashmaps.parts.losses import LOSSES
 from flashmaps.parts.result import Parts
 from flashmaps.world import CATEGORIES
+from flashmaps.world.scene import SIZES
 
 KIND = "parts-evaluation"
 SEEDS = 3  # of the experiment
@@ -118,6 +120,9 @@ def evaluate_parts(
     from flashmaps.matching.settings import fingerprint
 
     check_resampling(resamples, seed)
+    whole("images", images, 2)
+    whole("held_out", held_out, 2)
+    whole("size", size, *SIZES)
     check_folder(out, KIND, grows=True)
     names = tuple(CATEGORIES) if categories is None else tuple(categories)
     for each in names:
