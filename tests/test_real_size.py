@@ -137,9 +137,9 @@ def test_a_step_of_learning_parts(tmp_path, capsys):
     assert all(x.isfinite().all() and x.any() for x in slopes)
     with capsys.disabled():
         print(
-            f"\nSD2's UNet, 64 x 64, bfloat16, checkpointed: a step of learning parts {seconds:.0f} "
-            f"s; peak {peak / 1e9:.2f} GB, {(peak - before) / 1e9:.2f} of it in the step; planned: "
-            f"{plan}"
+            "\nSD2's UNet, 64 x 64, bfloat16, checkpointed: a step of learning parts "
+            f"{seconds:.0f} s; peak {peak / 1e9:.2f} GB, {(peak - before) / 1e9:.2f} of it in "
+            f"the step; planned: {plan}"
         )
     assert peak < 12e9
 

@@ -24,7 +24,7 @@ from flashmaps.diffusion.threads import fit_threads
 from flashmaps.evaluation.bootstrap import RESAMPLES, check_resampling, interval, resample
 from flashmaps.evaluation.part_missing import missing_scores, missing_tables
 from flashmaps.evaluation.part_pictures import Judge, picture_scores
-from flashmaps.evaluation.part_scenes import HELD_OUT, IMAGES, lone_images
+from flashmaps.evaluation.part_scenes import HELD_OUT, IMAGES, PartImages, lone_images
 from flashmaps.evaluation.part_scores import (
     nearest_category,
     noise_loss,
@@ -35,7 +35,9 @@ from flashmaps.evaluation.segments import page, shown
 from flashmaps.files import Run, check_folder, open_run
 from flashmaps.parts.learn import learn_parts
 from flashmaps.parts.losses import LOSSES
+from flashmaps.parts.regions import common_parts
 from flashmaps.parts.result import Parts
+from flashmaps.segmentation.cosegment import cosegment
 from flashmaps.world import CATEGORIES
 from flashmaps.world.scene import SIZES
 
@@ -145,8 +147,15 @@ def evaluate_parts(
     with open_run(out, KIND, asked, overwrite=overwrite) as run, fit_threads(pipe):
         for job in tqdm(todo, desc="learning", disable=not progress):
             if not run.whole(f"{job.name}.json"):
+                own = lone_images(job.category, split, images, size=size)
+                segments: Any = list(own.labels)
+                if job.masks == FOUND:
+                    segments = cosegment(list(own.images), model=pipe)
+                    if not common_parts(segments):
+                        run.write_json(f"{job.name}.json", {"failed": "no part in common"})
+                        continue
                 learned, pairs, row = _learn(
-                    run, pipe, job, split, images, held_out, size, learning
+                    run, pipe, job, own, segments, split, held_out, size, learning
                 )
                 if job.seed == 0 and job.loss == todo[0].loss and scenes:
                     row["missing"] = missing_scores(
@@ -178,23 +187,21 @@ def _draw(run: Run, pipe: Any, some: Sequence[Job], count: int, progress: bool) 
 
     judge = Judge(run)
     for job in tqdm(some, desc="pictures", disable=not progress):
-        if not run.whole(f"{job.drawn}.json"):
+        if not run.whole(f"{job.drawn}.json") and (run.folder / job.name / "parts.json").is_file():
             learned = Parts.load(run.child(job.name))
             found = picture_scores(pipe, learned, job.category, judge, count, run, job.drawn)
             run.write_json(f"{job.drawn}.json", found)
 
 
 def _learn(
-    run: Run, pipe: Any, job: Job, split: str, images: int, held_out: int, size: int,
-    learning: dict[str, Any] | None,
+    run: Run, pipe: Any, job: Job, own: PartImages, segments: Any, split: str, held_out: int,
+    size: int, learning: dict[str, Any] | None,
 ) -> tuple[Parts, dict[int, int], dict[str, Any]]:  # fmt: skip
-    own = lone_images(job.category, split, images, size=size)
     learned = learn_parts(
-        list(own.images), segments=list(own.labels) if job.masks == TRUE else None, model=pipe,
-        loss=job.loss, seed=job.seed, size=size, folder=run.child(job.name), progress=False,
-        **(learning or {}),
+        list(own.images), segments=segments, model=pipe, loss=job.loss, seed=job.seed, size=size,
+        folder=run.child(job.name), progress=False, **(learning or {}),
     )  # fmt: skip
-    held = lone_images(job.category, split, held_out, first=images, size=size)
+    held = lone_images(job.category, split, held_out, first=len(own.images), size=size)
     latents = torch.cat([encode(pipe, [load_image(each)]) for each in held.images])
     masks = torch.from_numpy(np.stack([each >= 0 for each in held.labels])).float()
     words = learned.words
@@ -222,11 +229,14 @@ def _learn(
 
 def summarise(run: Run, todo: Sequence[Job], resamples: int, seed: int) -> dict[str, Any]:
     """Of the jobs that are done: each one's scores, and their means by loss and masks."""
-    rows = []
+    rows, failed = [], []
     for job in todo:
         path = run.folder / f"{job.name}.json"
         if path.is_file():
             row = json.loads(path.read_text("utf-8"))
+            if "failed" in row:
+                failed.append({"category": job.category, "why": row["failed"]})
+                continue
             if (run.folder / f"{job.drawn}.json").is_file():
                 row["pictures"] = json.loads((run.folder / f"{job.drawn}.json").read_text("utf-8"))
             rows.append({"category": job.category, "loss": job.loss, "seed": job.seed,
@@ -234,7 +244,11 @@ def summarise(run: Run, todo: Sequence[Job], resamples: int, seed: int) -> dict[
     groups: dict[str, Any] = {}
     for row in rows:
         groups.setdefault(f"{row['loss']}, {row['masks']} masks", []).append(row)
-    return {"rows": rows, "groups": {name: _group(each, seed) for name, each in groups.items()}}
+    return {
+        "rows": rows,
+        "failed": failed,
+        "groups": {name: _group(each, seed) for name, each in groups.items()},
+    }
 
 
 def _scored(row: dict[str, Any], resamples: int, seed: int) -> dict[str, Any]:

@@ -56,13 +56,15 @@ def hard_labels(masks: Tensor) -> np.ndarray:  # [n, h, w] int16
     return labels.masked_fill(best <= 0, -1).to(torch.int16).numpy()
 
 
+def common_parts(found: CoSegments) -> list[int]:
+    """Labels that the images have in common and that do not lie around things."""
+    # One smaller than a patch of the image may have no pixel.
+    pixels = {int(each) for labels in found.labels for each in np.unique(labels)}
+    return [p.id for p in found.parts if p.common and not p.background and p.id in pixels]
+
+
 def _of_cosegments(found: CoSegments) -> list[Tensor]:
-    shown_ids = {int(each) for labels in found.labels for each in np.unique(labels)}
-    chosen = [
-        part.id  # one smaller than a patch of the image may have no pixel
-        for part in found.parts
-        if part.common and not part.background and part.id in shown_ids
-    ]
+    chosen = common_parts(found)
     if not chosen:
         raise ValueError(
             "no object: the images have no part in common but what lies around things; give images "
