@@ -30,7 +30,7 @@ from flashmaps.diffusion.guide import frozen
 from flashmaps.diffusion.images import fit_size, load_image, resize
 from flashmaps.diffusion.latents import encode
 from flashmaps.diffusion.learned_words import needs_one_encoder, prompt_states, start_embedding
-from flashmaps.diffusion.loading import BUILTIN, load_model, name_of
+from flashmaps.diffusion.loading import BUILTIN, load_model
 from flashmaps.diffusion.token_training import STATE, Training
 from flashmaps.files import Run, check_folder, open_run
 from flashmaps.matching.settings import fingerprint
@@ -232,7 +232,7 @@ def learn_parts(
         if checkpointing or (checkpointing is None and large):
             stack.enter_context(_checkpointed(pipe.unet))
         _train(job, training, _held(len(pictures), held_out), patience, steps, run, asked, progress)
-        made = _result(job, training, pictures=small, asked=asked, model=name_of(model))
+        made = _result(job, training, pictures=small, asked=asked, model=_name(model))
         if run is not None:
             with run.files(instead_of=[STATE]) as new:
                 made.write(new)
@@ -271,6 +271,10 @@ def _checked(given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         "initial", "category", "name", "seed",
     )  # fmt: skip
     return pipe, {**{key: given[key] for key in kept}, "timesteps": [low, high]}
+
+
+def _name(model: Any) -> str:
+    return str(model) if isinstance(model, (str, Path)) else ""
 
 
 def _held(count: int, asked: int | None) -> list[int]:

@@ -54,7 +54,8 @@ class Parts:
         names: the parts' words, "<part-0>" and so on.
         embeddings: [P, n, c] float32, n tokens of each, as the text encoder takes them in.
         category: the word of the whole object, "<thing>"; category_embedding: [n, c].
-        model: what the model was called; weights: its fingerprint, by which others are refused.
+        model: the name it was given by, "" for a loaded pipeline; weights: its fingerprint, by
+            which others are refused.
         size: (height, width) in pixels that images were shown at.
         layers: cross-attention layers that are read; timestep: of the noise they are read at.
         head: [P + 1, layers (P + 5) + 1], from the attention to all words to the probability of
@@ -107,12 +108,17 @@ class Parts:
 
         ``model``: as for :func:`flashmaps.match`; None: the name that they were learned under.
         """
+        if model is None and not self.model:
+            raise ValueError(
+                "model: these parts were learned with a pipeline that has no name; give it again"
+            )
         pipe = load_model(self.model if model is None else model)
         here = fingerprint(pipe)
         if here != self.weights:
             raise ValueError(
-                f"these parts are words of {self.model!r} (weights {self.weights}), and mean "
-                f"nothing to the model given (weights {here}): learn them with it"
+                f"these parts are words of another model ({self.model or 'a pipeline'}, weights "
+                f"{self.weights}) and mean nothing to the model given (weights {here}): learn "
+                "them with it"
             )
         return pipe
 
@@ -247,4 +253,4 @@ class Parts:
             raise ValueError(f"{str(folder)!r} is not readable as parts: {error}") from None
 
     def __repr__(self) -> str:
-        return f"Parts({self.count} parts of {len(self.images)} images, {self.model!r})"
+        return f"Parts({self.count} parts of {len(self.images)} images)"
