@@ -1,4 +1,6 @@
-"""Missing parts told from seen ones: scenes of the world with two to four occluders.
+"""Missing parts told from seen ones: scenes of the world that hide their object (``OCCLUDED``).
+
+Two to four things stand before it, and 15 to 60 % of it is hidden.
 
 A part is missing where less than a quarter of what it has within the frame is seen, and seen where
 at least half is; what lies between is not scored. AUROC over all parts of all scenes, of 1 minus
@@ -9,6 +11,7 @@ in the collection are missing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,18 +24,14 @@ from flashmaps.evaluation.part_scenes import part_groups
 from flashmaps.parts.find import HIDDEN, find_each
 from flashmaps.parts.presence import EVIDENCE, MISSING, SEEN
 from flashmaps.parts.result import Parts
-from flashmaps.world import Options, Scene, Split
-
-OCCLUDERS = (2, 4)
+from flashmaps.world import OCCLUDED, Scene, Split
 
 
 def missing_scores(
     pipe: Any, parts: Parts, category: str, pairs: dict[int, int], split: str, count: int, size: int
 ) -> list[dict[str, Any]]:
     """Of each scene: for each learned part its visible share, and what was found."""
-    options = Options(
-        categories=(category,), objects=(1, 1), occluders=OCCLUDERS, clutter=(0, 3), visible=0.2
-    )
+    options = replace(OCCLUDED, categories=(category,), clutter=(0, 3))
     scenes = Split(split, size=size, count=count, seed=1, options=options)
     areas = [float(np.mean([(each == p).mean() for each in parts.labels])) for p in pairs]
     rows = []
