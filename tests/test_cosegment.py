@@ -83,8 +83,8 @@ def test_flows_and_shares_are_those_of_the_dense_walk(evidence):
     for s in sets:
         row = []
         for t in sets:
-            dense = link(s, t).to_dense()[0].double()
-            weights = None if s is t else link_weights(s, t, names)
+            dense = link(s, t, 0.05).to_dense()[0].double()
+            weights = None if s is t else link_weights(s, t, 0.05, names)
             if weights is not None:
                 dense = dense * weights[0].double()[:, None] * weights[1].double()
             row.append(dense)
@@ -96,7 +96,7 @@ def test_flows_and_shares_are_those_of_the_dense_walk(evidence):
     scaled = torch.cat([torch.cat(row, 1) for row in blocks])  # all images have as many tokens
     want = hot.T @ scaled @ hot
     want = (want + want.T) / (2 * want.sum())
-    links = Links(sets, names, "auto")
+    links = Links(sets, 0.05, names, "auto")
     np.testing.assert_allclose(links.flows(nodes), want.numpy(), rtol=2e-5, atol=1e-9)
     labels = [each % 3 for each in nodes]
     hot = torch.nn.functional.one_hot(torch.from_numpy(np.concatenate(labels))).double()

@@ -127,6 +127,8 @@ def test_options_of_other_tables_are_refused(tmp_path):
         (("segments-warps", "--features", "x"), "--features"),
         (("segments", "--images", "4"), "--images"),
         (("world", "--labels", "x"), "--labels"),
+        (("world", "--no-rivals"), "--no-rivals"),
+        (("segments-warps", "--no-rivals"), "--no-rivals"),
         (("segments-stereo", "--pairs", "2"), "stereo is a single pair"),
         (("segments", "--data", str(tmp_path)), "none of the layouts"),
     ):

@@ -9,8 +9,21 @@ import numpy as np
 import pytest
 import torch
 from flashmaps.segmentation import map_equation as me
-from flashmaps.segmentation.boundaries import borders, patches, pixel_labels
-from flashmaps.segmentation.walk import components, find_atoms, soft_assignment, walk_segments
+from flashmaps.segmentation.boundaries import (
+    borders,
+    patch_weights,
+    patches,
+    pixel_labels,
+    to_pixels,
+)
+from flashmaps.segmentation.temperatures import grain, part_temperature
+from flashmaps.segmentation.walk import (
+    components,
+    find_atoms,
+    nearest_tokens,
+    told_by,
+    walk_segments,
+)
 
 
 def blocks(sizes, inside=1.0, across=0.02, seed=0):
@@ -100,6 +113,62 @@ def test_merge_to_leaves_the_count_asked_for(count):
         assert same(merged, labels)
 
 
+def test_merges_below_a_cost_take_the_cheapest_and_stop():
+    flow, labels = blocks([3, 2, 2], across=0.15)
+    for bits in (0.0, 0.01, 0.05, 0.3, 10.0):
+        found = me.merge_below(flow, labels, bits)
+        # What the books say a merge costs is what the code grows by, and none cheaper is left.
+        assert length(flow, found) - length(flow, labels) <= bits * (3 - found.max() - 1) + 1e-12
+        for a, b in itertools.combinations(range(found.max() + 1), 2):
+            joint = me.compact(np.where(found == b, a, found))
+            assert length(flow, joint) - length(flow, found) >= bits - 1e-12
+    assert me.merge_below(flow, labels, 10.0).max() == 0
+    assert same(me.merge_below(flow, labels, 0.0), labels)
+
+
+def test_what_moves_say_of_the_code_is_what_it_changes_by():
+    flow, _ = blocks([4, 5, 3], across=0.4, seed=2)
+    labels = me.compact(np.random.default_rng(1).integers(0, 4, 12))
+    books = me._Books(flow, labels.copy())
+    books.move(3, int(labels[3] + 1) % (labels.max() + 1))
+    told = books.changes(slice(0, 12))
+    now = me.compact(books.labels)
+    for i in range(12):
+        for k in range(told.shape[1]):
+            moved = books.labels.copy()
+            moved[i] = k
+            change = length(flow, me.compact(moved)) - length(flow, now)
+            assert told[i, k] == pytest.approx(change, abs=1e-12)
+    assert set(books.wishes()) == {i for i in range(12) if told[i].min() < -1e-10}
+
+
+def test_grain_is_the_distance_that_nine_in_ten_have_to_the_nearest_other():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.nn.functional.normalize(torch.randn(2, 40, 6, generator=generator), dim=-1)
+    cosines = (x @ x.mT).mean(0).fill_diagonal_(-2)
+    near = cosines.argmax(1)
+    assert grain(x, near) == pytest.approx(
+        float((1 - cosines.max(1).values).quantile(0.9)), rel=1e-5
+    )
+    assert grain(torch.ones(1, 5, 1), torch.tensor([1, 0, 1, 2, 3])) == 0.0
+
+
+def test_parts_are_the_same_whatever_the_unit_of_distances():
+    """Vectors that all share a direction have cosines near one: grain follows, and so do parts."""
+    from dataclasses import replace
+
+    from test_cosegment import planted
+
+    (one,) = planted([[0, 0, 1, 1, 2, 2]])
+    x = torch.nn.functional.normalize(one.output, dim=-1)
+    crowded = replace(one, output=torch.cat((x, 3 * torch.ones_like(x[..., :1])), -1))
+    found, other = fm.segment(one, compare="features"), fm.segment(crowded, compare="features")
+    assert found.count == 3 and same(found.tokens, other.tokens)
+    A = fm.AttentionMap(x, x, scale=10.0)
+    warm, cold = (part_temperature(f, "features", nearest_tokens(A)) for f in (one, crowded))
+    assert warm == pytest.approx(10 * cold, rel=1e-3)
+
+
 def test_components_are_those_of_scipy():
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
@@ -128,7 +197,7 @@ def test_segments_of_a_map_with_bunches_are_the_bunches():
     assert found.count == 4 and found.labels.shape == (4, 16)
     assert found.codelength < found.level(0).alone
     assert found.confidence.shape == (64,) and float(found.confidence.min()) > 0.5
-    share = soft_assignment(A, found.tokens)
+    share = told_by(A, found.tokens).share
     torch.testing.assert_close(share.sum(1), torch.ones(64))
 
 
@@ -140,12 +209,12 @@ def test_count_is_kept(count):
 
 def test_every_atom_has_two_tokens_at_least():
     A, _ = planted_map()
-    assert np.bincount(find_atoms(A)).min() >= 2
+    assert np.bincount(find_atoms(nearest_tokens(A))).min() >= 2
 
 
 def test_the_same_seed_gives_the_same_and_backends_agree():
     A, labels = planted_map()
-    atoms = find_atoms(A)
+    atoms = find_atoms(nearest_tokens(A))
     one, two = (walk_segments(A, atoms, seed=5) for _ in range(2))
     assert np.array_equal(one.tokens, two.tokens)
     for name, state in fm.backends().items():
@@ -166,6 +235,10 @@ def test_patches_decide_together_and_borders_are_on_both_sides():
     for patch in np.unique(voters):
         assert len(np.unique(labels[voters == patch])) == 1
     assert (labels[:, :19] == 0).all() and (labels[:, 23:] == 1).all()
+    rough = np.stack([np.bincount(voters.ravel(), plane.ravel())
+                      for plane in to_pixels(share, (4, 4), (32, 32))], 1)  # fmt: skip
+    votes = patch_weights(voters, (4, 4)) @ share.numpy()
+    np.testing.assert_allclose(votes, rough, rtol=1e-5, atol=1e-4)
     plain = pixel_labels(share, (4, 4), (32, 32), None)
     assert np.array_equal(np.flatnonzero(borders(plain)[0]), [15, 16])
 

@@ -223,6 +223,10 @@ def evaluate(
             help="Of cosegments: links weighed otherwise, too. Of parts: all losses, three seeds.",
         ),
     ] = False,
+    no_rivals: Annotated[
+        bool,
+        typer.Option("--no-rivals", help="Of segments: our own ways alone."),
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Score matches, and what predicts wrong ones, on a benchmark, beside baselines.
@@ -242,7 +246,10 @@ def evaluate(
         }  # fmt: skip
         given = {name: v for name, v in others.items() if v or type(v) is int}
         if benchmark in PART_BENCHMARKS:
-            more = {"data": data, "features": features, "labels": labels}
+            more = {
+                "data": data, "features": features, "labels": labels,
+                "no_rivals": no_rivals or None,
+            }  # fmt: skip
             evaluate_parts(
                 out, count=pairs, seed=seed, split=split, image_size=image_size, model=model,
                 resamples=resamples, overwrite=overwrite, images=images, ablation=ablation,
@@ -252,7 +259,7 @@ def evaluate(
         evaluate_segments(
             benchmark, out, count=pairs, seed=seed, split=split, image_size=image_size, model=model,
             resamples=resamples, overwrite=overwrite, data=data, features=features, labels=labels,
-            images=images, ablation=ablation, others=given,
+            images=images, ablation=ablation, no_rivals=no_rivals, others=given,
         )  # fmt: skip
         return
 
@@ -261,6 +268,7 @@ def evaluate(
         ("labels", labels),
         ("images", images),
         ("ablation", ablation or None),
+        ("no-rivals", no_rivals or None),
     ):
         if value is not None:
             raise ValueError(f"--{name}: not an option of eval {benchmark}")

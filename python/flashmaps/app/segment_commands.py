@@ -157,6 +157,7 @@ def evaluate(
     labels: Path | None,
     images: int | None,
     ablation: bool,
+    no_rivals: bool,
     others: dict[str, Any],
 ) -> None:
     """`flashmaps eval` of segments and cosegments, on the world or a data set, and of two views.
@@ -177,6 +178,7 @@ def evaluate(
         ("labels", labels, benchmark == "segments"),
         ("images", images, benchmark == "cosegments"),
         ("ablation", ablation or None, benchmark == "cosegments"),
+        ("no_rivals", no_rivals or None, not of_views),
         ("seed", seed or None, benchmark != "cosegments"),  # its collections are those of 0 to 3
         ("image_size", image_size, not of_views and data is None),
     ):
@@ -197,12 +199,12 @@ def evaluate(
         results = views.evaluate_consistency(_views(benchmark, count, seed), folder, **given)
     elif benchmark == "segments":
         scenes = _scenes(data, split, count, seed, image_size)
-        results = evaluate_segments(scenes, folder, labels=labels, features=features, **given)
+        given |= {"features": features, "rivals": not no_rivals}
+        results = evaluate_segments(scenes, folder, labels=labels, **given)
     else:
         collections = _collections(data, split, count, image_size, images)
-        results = evaluate_cosegments(
-            collections, folder, features=features, ablation=ablation, **given
-        )
+        given |= {"features": features, "rivals": not no_rivals}
+        results = evaluate_cosegments(collections, folder, ablation=ablation, **given)
     print_tables(show(results))
     Console().print(printable(f"Written to {folder}: results.md, results.json."), markup=False)
 

@@ -7,6 +7,8 @@ over the patches that Felzenszwalb and Huttenlocher's graph method finds in the 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -50,18 +52,46 @@ def pixel_labels(share: Tensor, grid: Grid, size: Grid, voters: np.ndarray | Non
     ``share``: [N, k], of each token for each segment. ``voters``: [h, w] patches that decide
     together; None: each pixel for itself.
     """
-    best: np.ndarray | None = None
-    labels = np.zeros(size if voters is None else int(voters.max()) + 1, dtype=np.int64)
-    for k in range(share.shape[1]):  # one plane at a time: k planes of a photograph are large
+    if voters is not None:
+        votes = patch_weights(voters, grid) @ share.numpy()
+        return np.asarray(votes.argmax(1)[voters], dtype=np.int64)
+    labels = np.zeros(size, dtype=np.int64)
+    best = to_pixels(share[:, :1], grid, size)[0]
+    for k in range(1, share.shape[1]):  # one plane at a time: k planes of a photograph are large
         plane = to_pixels(share[:, k : k + 1], grid, size)[0]
-        votes = plane if voters is None else np.bincount(voters.ravel(), plane.ravel())
-        if best is None:
-            best = votes.copy()
-        else:
-            better = votes > best
-            labels[better] = k
-            best[better] = votes[better]
-    return labels if voters is None else labels[voters]
+        better = plane > best
+        labels[better] = k
+        best[better] = plane[better]
+    return labels
+
+
+def patch_weights(voters: np.ndarray, grid: Grid) -> Any:
+    """How much of each patch each token makes up, bilinear: [patches, N] sparse."""
+    from scipy.sparse import csr_array
+
+    (rows, down), (columns, across) = (
+        _between(pixels, tokens) for pixels, tokens in zip(voters.shape, grid, strict=True)
+    )
+    count, tokens = int(voters.max()) + 1, grid[0] * grid[1]
+    total = csr_array((count, tokens), dtype=np.float32)
+    for r in (0, 1):  # a corner at a time: each has an entry for every pixel
+        for c in (0, 1):
+            index = rows[r][:, None] * grid[1] + columns[c]
+            weight = down[r][:, None] * across[c]
+            ends = (voters.ravel(), index.ravel())
+            total = total + csr_array((weight.ravel(), ends), shape=(count, tokens))
+    return total
+
+
+def _between(
+    pixels: int, tokens: int
+) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Of pixels along a side, the tokens before and after each, and what each of them counts."""
+    at = ((np.arange(pixels) + 0.5) * tokens / pixels - 0.5).clip(0, tokens - 1)
+    before = np.floor(at).astype(np.int32)
+    after = np.minimum(before + 1, tokens - 1)
+    share = (at - before).astype(np.float32)
+    return (before, after), (1 - share, share)
 
 
 def borders(labels: np.ndarray) -> np.ndarray:

@@ -38,8 +38,9 @@ from flashmaps.segmentation.boundaries import patches, pixel_labels
 from flashmaps.segmentation.collection import CoSegments, Part
 from flashmaps.segmentation.map_equation import compact, merge_to, shortest
 from flashmaps.segmentation.nesting import nested
-from flashmaps.segmentation.segment import LINK_TEMPERATURE, image_objects, part_map, see
-from flashmaps.segmentation.walk import atom_flows, symmetric, walk_segments
+from flashmaps.segmentation.segment import image_objects, likeness, see
+from flashmaps.segmentation.temperatures import link_temperature
+from flashmaps.segmentation.walk import atom_flows, find_atoms, symmetric, walk_segments
 
 _SWEEPS = 2  # of all tokens to the labels that they flow to
 _NODES = 4096  # of all images; their flows are a square matrix
@@ -107,14 +108,14 @@ def cosegment(
         return _cosegment(sets, count, names, boundaries, backend, seed, progress)
 
 
-def link(of: Features, to: Features, *, backend: str = "auto") -> AttentionMap:
+def link(of: Features, to: Features, temperature: float, *, backend: str = "auto") -> AttentionMap:
     """A_st of the collection's walk: features on features, or keys on keys."""
     compare = "kk" if of.output is None or to.output is None else "features"
-    return cross_map(of, to, compare=compare, temperature=LINK_TEMPERATURE, backend=backend)
+    return cross_map(of, to, compare=compare, temperature=temperature, backend=backend)
 
 
 def link_weights(
-    of: Features, to: Features, names: Sequence[str], *, backend: str = "auto"
+    of: Features, to: Features, temperature: float, names: Sequence[str], *, backend: str = "auto"
 ) -> tuple[Tensor, Tensor] | None:
     """How far to trust what goes from each token of s, and what arrives at each token of t.
 
@@ -127,10 +128,11 @@ def link_weights(
     if not names:
         return None
     if tuple(names) == ("density",):  # one map is enough
-        A = link(of, to, backend=backend)
+        A = link(of, to, temperature, backend=backend)
         ones = torch.ones(A.shape[1], dtype=A.dtype, device=A.device)
         return ones, 1 / mapping_density(A)[0].to(ones).clamp_min(1)
-    trip = round_trip(link(of, to, backend=backend), link(to, of, backend=backend))
+    there_and_back = (link(*ends, temperature, backend=backend) for ends in ((of, to), (to, of)))
+    trip = round_trip(*there_and_back)
     here = torch.ones_like(trip.return_probability[0])
     there = torch.ones_like(trip.inverse_entropy[0])
     if "return_probability" in names:
@@ -150,16 +152,21 @@ class Links:
     their links.
     """
 
-    def __init__(self, sets: Sequence[Features], evidence: Sequence[str], backend: str) -> None:
-        self.sets, self.evidence, self.backend = sets, tuple(evidence), backend
+    def __init__(
+        self, sets: Sequence[Features], temperature: float, evidence: Sequence[str], backend: str
+    ) -> None:
+        self.sets, self.temperature = sets, temperature
+        self.evidence, self.backend = tuple(evidence), backend
 
     def __iter__(self) -> Iterator[tuple[int, int, AttentionMap, tuple[Tensor, Tensor] | None]]:
         for s, of in enumerate(self.sets):
             for t, to in enumerate(self.sets):
                 weights = None
                 if s != t:
-                    weights = link_weights(of, to, self.evidence, backend=self.backend)
-                yield s, t, link(of, to, backend=self.backend), weights
+                    weights = link_weights(
+                        of, to, self.temperature, self.evidence, backend=self.backend
+                    )
+                yield s, t, link(of, to, self.temperature, backend=self.backend), weights
 
     def flows(self, nodes: Sequence[np.ndarray], progress: bool = False) -> np.ndarray:
         """Flows between the nodes of all images: [sum of nodes] squared, symmetric, sums to 1."""
@@ -211,16 +218,19 @@ def _cosegment(
     seed: int,
     progress: bool,
 ) -> CoSegments:
+    found = [image_objects(each, backend=backend, seed=seed) for each in sets]
+    compare = "kk" if any(each.output is None for each in sets) else "features"
+    temperature = link_temperature(sets, compare, [near for near, _ in found])
     nodes = []
-    for each in sets:
-        _, atoms, objects = image_objects(each, backend=backend, seed=seed)
-        fine = walk_segments(part_map(each, LINK_TEMPERATURE, backend=backend), atoms, seed=seed)
+    for each, (near, objects) in zip(sets, found, strict=True):
+        like = likeness(each, temperature, backend=backend)
+        fine = walk_segments(like, find_atoms(near), seed=seed)
         own = nested(objects.tokens, fine.tokens, each.grid)
-        nodes.append(_at_most(max(2, _NODES // len(sets)), own, each, backend))
+        nodes.append(_at_most(max(2, _NODES // len(sets)), own, like))
     ends = np.cumsum([0, *(int(each.max()) + 1 for each in nodes)])
     if count is not None and count > ends[-1]:
         raise ValueError(f"count={count}: the images have {ends[-1]} segments to name, not more")
-    links = Links(sets, evidence, backend)
+    links = Links(sets, temperature, evidence, backend)
     flow = links.flows(nodes, progress)
     groups = shortest(flow, np.random.default_rng(seed))
     if count is not None:
@@ -236,11 +246,11 @@ def _cosegment(
     return _result(sets, tokens, shares, boundaries)
 
 
-def _at_most(count: int, nodes: np.ndarray, found: Features, backend: str) -> np.ndarray:
+def _at_most(count: int, nodes: np.ndarray, like: AttentionMap) -> np.ndarray:
     """Nodes of one image joined, those whose border costs least, until there are so many."""
     if int(nodes.max()) < count:
         return nodes
-    flow = atom_flows(part_map(found, LINK_TEMPERATURE, backend=backend), nodes)
+    flow = atom_flows(like, nodes)
     return merge_to(flow, np.arange(len(flow)), count)[nodes]
 
 

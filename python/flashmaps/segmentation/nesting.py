@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-from torch import Tensor
+import torch
 
+from flashmaps.maps.attention_map import AttentionMap
 from flashmaps.maps.grids import Grid
 from flashmaps.segmentation.map_equation import compact
+
+_ROWS = 256  # of the map that are there at a time
 
 
 def surroundings(tokens: np.ndarray, grid: Grid) -> np.ndarray:
@@ -41,19 +44,22 @@ def connected(parts: np.ndarray, objects: np.ndarray, grid: Grid) -> np.ndarray:
     return compact(np.where(whole, parts, int(parts.max()) + pieces))
 
 
-def without_single(pieces: np.ndarray, objects: np.ndarray, share: Tensor) -> np.ndarray:
+def without_single(pieces: np.ndarray, objects: np.ndarray, A: AttentionMap) -> np.ndarray:
     """Pieces of one token go to the piece of their object that they flow to most, if there is one.
 
-    ``share``: [N, pieces], of each token's flow.
+    ``A``: [1, N, N], of which the rows of these tokens are looked at.
     """
     size = np.bincount(pieces)
     owner = np.zeros(len(size), dtype=np.int64)
     owner[pieces] = objects
-    single = np.flatnonzero(size[pieces] == 1)
-    flow = share.numpy()[single].copy()
-    flow[(owner[None, :] != objects[single, None]) | (size[None, :] == 1)] = -1.0
-    best = flow.argmax(1)
-    there = flow[np.arange(len(single)), best] >= 0
     out = pieces.copy()
-    out[single[there]] = best[there]
+    single = np.flatnonzero(size[pieces] == 1)
+    for some in np.array_split(single, -(-len(single) // _ROWS)) if len(single) else ():
+        rows = A.rows(torch.from_numpy(some))[0].float().cpu()
+        flow = torch.zeros(len(some), len(size)).index_add_(1, torch.from_numpy(pieces), rows)
+        to = flow.numpy()
+        to[(owner[None, :] != objects[some, None]) | (size[None, :] == 1)] = -1.0
+        best = to.argmax(1)
+        there = to[np.arange(len(some)), best] >= 0
+        out[some[there]] = best[there]
     return compact(out)

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from flashmaps.arguments import whole
 from flashmaps.diffusion.features import BUILTIN, Features, features, load_model
@@ -33,28 +34,26 @@ from flashmaps.matching.cross_map import cross_map
 from flashmaps.matching.options import MatchOptions
 from flashmaps.matching.settings import settings_of
 from flashmaps.segmentation.boundaries import borders, patches, pixel_labels
-from flashmaps.segmentation.map_equation import codelength, compact, merge_to, shortest
+from flashmaps.segmentation.map_equation import compact, merge_below, merge_to, shortest
 from flashmaps.segmentation.nesting import connected, nested, without_single
 from flashmaps.segmentation.result import Level, Segments
+from flashmaps.segmentation.temperatures import OBJECTS, part_temperature
 from flashmaps.segmentation.walk import (
     Segmentation,
     atom_flows,
     find_atoms,
-    soft_assignment,
+    nearest_tokens,
     sweep,
+    told_by,
     walk_segments,
-    walk_words,
 )
 
-# Of the softmax over cosines of features: for what objects are made of, for their parts, and for
-# links between images. Each is one number for all images and models, chosen on the world's
-# validation split. Attention has the model's own temperature, 1.
-LIKENESS_TEMPERATURE = 0.1
-PART_TEMPERATURE = 0.09
-LINK_TEMPERATURE = 0.05
 # Of the objects' walk, how many steps go by likeness, as the parts' walk does: without them a map
 # that is a little more diffuse joins small objects with what is behind them. Chosen there too.
-LIKE_STEPS = 0.2
+LIKE_STEPS = 0.3
+# Bits of a step that an object has to save: what saves less is found in one view of a thing and not
+# in the next. Chosen there too, and on warps of photographs.
+LEAST_SAVING = 0.003
 
 
 def segment(
@@ -133,12 +132,17 @@ def see(
     return features(pipe, list(images), **settings.for_features, outputs=True, progress=progress)
 
 
-def part_map(
-    found: Features, temperature: float = PART_TEMPERATURE, *, backend: str = "auto"
+def likeness(
+    found: Features, temperature: float, compare: str | None = None, *, backend: str = "auto"
 ) -> AttentionMap:
     """The walk by likeness: of features, or of keys where their outputs were not kept."""
-    compare = "kk" if found.output is None else "features"
+    compare = compare or likeness_of(found)
     return cross_map(found, found, compare=compare, temperature=temperature, backend=backend)
+
+
+def likeness_of(found: Features) -> str:
+    """What is compared where the caller says nothing."""
+    return "kk" if found.output is None else "features"
 
 
 def object_segments(
@@ -153,14 +157,14 @@ def object_segments(
     Begun from them, rather than from atoms, the walk cannot cut through what looks alike: what
     attention alone makes of a plain background is many pieces.
     """
-    words = walk_words(A)
     flow = atom_flows(A, rough.tokens)
     groups = shortest(flow, np.random.default_rng(seed))
-    if count is not None:
+    if count is None:
+        groups = merge_below(flow, groups, LEAST_SAVING)
+    else:
         start = groups if groups.max() + 1 >= count else np.arange(len(flow))
         groups = merge_to(flow, start, count)
-    tokens, length = sweep(A, compact(groups[rough.tokens]), words, keep=count is not None)
-    return Segmentation(tokens, length, -words)
+    return sweep(A, compact(groups[rough.tokens]), keep=count is not None)
 
 
 def _levels(
@@ -170,23 +174,24 @@ def _levels(
     count: int | None,
     backend: str,
     seed: int,
-) -> list[tuple[str, AttentionMap, Segmentation]]:
+) -> list[tuple[str, Segmentation]]:
     if compare is not None:
+        # Attention has no like tokens of its own to begin with: atoms are those of likeness.
+        by = likeness_of(found) if compare == "qk" else compare
+        near = nearest_tokens(likeness(found, OBJECTS, by, backend=backend))
         if temperature is None and compare != "qk":
-            temperature = PART_TEMPERATURE
+            temperature = part_temperature(found, compare, near)
         A = cross_map(found, found, compare=compare, temperature=temperature, backend=backend)
-        likeness = part_map(found, backend=backend) if compare == "qk" else A
-        return [(compare, A, walk_segments(A, find_atoms(likeness), count=count, seed=seed))]
-    A, atoms, objects = image_objects(
+        return [(compare, walk_segments(A, find_atoms(near), count=count, seed=seed))]
+    near, objects = image_objects(
         found, temperature=temperature, count=count, backend=backend, seed=seed
     )
-    fine = part_map(found, backend=backend)
-    parts = nested(objects.tokens, walk_segments(fine, atoms, seed=seed).tokens, found.grid)
+    fine = likeness(found, part_temperature(found, likeness_of(found), near), backend=backend)
+    made = walk_segments(fine, find_atoms(near), seed=seed)
+    parts = nested(objects.tokens, made.tokens, found.grid)
     pieces = connected(parts, objects.tokens, found.grid)
-    pieces = without_single(pieces, objects.tokens, soft_assignment(fine, pieces))
-    words = walk_words(fine)
-    length = codelength(atom_flows(fine, pieces), words)
-    return [("objects", A, objects), ("parts", fine, Segmentation(pieces, length, -words))]
+    pieces = without_single(pieces, objects.tokens, fine)
+    return [("objects", objects), ("parts", told_by(fine, pieces))]
 
 
 def image_objects(
@@ -196,16 +201,17 @@ def image_objects(
     count: int | None = None,
     backend: str = "auto",
     seed: int = 0,
-) -> tuple[AttentionMap, np.ndarray, Segmentation]:
-    """The walk of objects, the atoms of the image [N], and its objects."""
-    likeness = part_map(found, LIKENESS_TEMPERATURE, backend=backend)
-    atoms = find_atoms(likeness)
-    rough = walk_segments(likeness, atoms, seed=seed)
+) -> tuple[Tensor, Segmentation]:
+    """The nearest other token of each by likeness, [N], and the image's objects."""
+    like = likeness(found, OBJECTS, backend=backend)
+    near = nearest_tokens(like)
+    atoms = find_atoms(near)
+    rough = walk_segments(like, atoms, seed=seed)
     if count is not None and rough.count < count:
-        rough = walk_segments(likeness, atoms, count=count, seed=seed)
+        rough = walk_segments(like, atoms, count=count, seed=seed)
     attention = cross_map(found, found, compare="qk", temperature=temperature, backend=backend)
-    A = AttentionMap.average([attention, likeness], [1 - LIKE_STEPS, LIKE_STEPS])
-    return A, atoms, object_segments(A, rough, count=count, seed=seed)
+    A = AttentionMap.average([attention, like], [1 - LIKE_STEPS, LIKE_STEPS])
+    return near, object_segments(A, rough, count=count, seed=seed)
 
 
 def _of_map(A: AttentionMap, count: int | None, seed: int) -> Segments:
@@ -216,24 +222,23 @@ def _of_map(A: AttentionMap, count: int | None, seed: int) -> Segments:
     if count is not None and count > A.shape[1]:
         raise ValueError(f"count={count}: the map has {A.shape[1]} tokens; wanted at most as many")
     with torch.no_grad():
-        made = walk_segments(A, find_atoms(A), count=count, seed=seed)
-        return _finish(None, grid, [("segments", A, made)], False)
+        made = walk_segments(A, find_atoms(nearest_tokens(A)), count=count, seed=seed)
+        return _finish(None, grid, [("segments", made)], False)
 
 
 def _finish(
     image: Image | None,
     grid: tuple[int, int],
-    levels: list[tuple[str, AttentionMap, Segmentation]],
+    levels: list[tuple[str, Segmentation]],
     boundaries: bool,
 ) -> Segments:
     """Levels with their pixels, and how they hang together."""
     size = grid if image is None else (int(image.shape[0]), int(image.shape[1]))
     voters = patches(image) if boundaries and image is not None else None
     made: list[Level] = []
-    for name, A, found in levels:
-        share = soft_assignment(A, found.tokens)
-        labels = pixel_labels(share, grid, size, voters)
-        own = share[torch.arange(len(found.tokens)), torch.from_numpy(found.tokens)]
+    for name, found in levels:
+        labels = pixel_labels(found.share, grid, size, voters)
+        own = found.share[torch.arange(len(found.tokens)), torch.from_numpy(found.tokens)]
         parents = None
         if made:
             above = made[-1]

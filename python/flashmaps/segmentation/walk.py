@@ -30,11 +30,13 @@ class Segmentation:
         tokens: [N] int64, 0 to count - 1.
         codelength: bits a step of the walk (the map equation).
         alone: bits a step if there were one segment: the entropy of where the walk is.
+        share: [N, count] float32, of each token's flow, what goes to each segment; rows sum to 1.
     """
 
     tokens: np.ndarray
     codelength: float
     alone: float
+    share: Tensor
 
     @property
     def count(self) -> int:
@@ -42,17 +44,20 @@ class Segmentation:
         return int(self.tokens.max()) + 1
 
 
-def find_atoms(A: AttentionMap) -> np.ndarray:
+def nearest_tokens(A: AttentionMap) -> Tensor:
+    """The nearest other token of each, by ``A``: [N] int64; of a single token, itself."""
+    if A.shape[1] < 2:
+        return torch.zeros(A.shape[1], dtype=torch.int64)
+    return nearest_others(A)[1][0, :, 0].cpu()
+
+
+def find_atoms(nearest: Tensor) -> np.ndarray:
     """Connected components of every token's nearest other token: [N] int64.
 
-    Each holds at least two tokens. They are what segments are made of at first; ``A`` should be of
-    like with like (keys on keys, features on features), whose map has no hubs.
+    Each holds at least two tokens. They are what segments are made of at first. ``nearest``: [N],
+    by a map of like with like (keys on keys, features on features), which has no hubs.
     """
-    count = A.shape[1]
-    if count < 2:
-        return np.zeros(count, dtype=np.int64)
-    nearest = nearest_others(A)[1][0, :, 0].cpu().numpy()
-    return components(count, nearest)
+    return components(len(nearest), nearest.numpy())
 
 
 def components(count: int, to: np.ndarray) -> np.ndarray:
@@ -80,10 +85,17 @@ def atom_flows(A: AttentionMap, labels: np.ndarray) -> np.ndarray:
     return symmetric(group_flows(A, given, given)[0])
 
 
-def walk_words(A: AttentionMap) -> float:
-    """sum_i plogp(pi_i), pi the share of its time that the walk spends on each token."""
-    pi = 1.0 + A.column_sum()[0].double().cpu().numpy()
-    return float(plogp(pi / pi.sum()).sum())
+def told_by(A: AttentionMap, tokens: np.ndarray) -> Segmentation:
+    """The walk told by given segments: [N], 0 to count - 1. Two passes over the map."""
+    labels = torch.from_numpy(tokens)
+    x = one_hot(labels.to(A.device), int(tokens.max()) + 1, A.dtype)
+    flow = symmetric_product(A, x)[0].cpu()  # of each token, to each segment
+    between = torch.zeros(flow.shape[1], flow.shape[1], dtype=torch.float64)
+    between.index_add_(0, labels, flow.double())
+    pi = flow.double().sum(1)
+    words = float(plogp((pi / pi.sum()).numpy()).sum())
+    share = (flow / flow.sum(1, keepdim=True)).float()
+    return Segmentation(tokens, codelength(symmetric(between), words), -words, share)
 
 
 def walk_segments(
@@ -99,45 +111,30 @@ def walk_segments(
     shorter. With ``count`` segments are joined, those first whose border costs most bits, or atoms
     are, where that is more than the code wants.
     """
-    rng = np.random.default_rng(seed)
-    words = walk_words(A)
     atoms = _joined(A, atoms)
     flow = atom_flows(A, atoms)
-    groups = shortest(flow, rng)
+    groups = shortest(flow, np.random.default_rng(seed))
     if count is not None:
         start = groups if groups.max() + 1 >= count else np.arange(len(flow))
         groups = merge_to(flow, start, count)
-    tokens = compact(groups[atoms])
-    tokens, length = sweep(A, tokens, words, keep=count is not None)
-    return Segmentation(tokens, length, -words)
+    return sweep(A, compact(groups[atoms]), keep=count is not None)
 
 
-def sweep(
-    A: AttentionMap, tokens: np.ndarray, words: float, *, keep: bool = False
-) -> tuple[np.ndarray, float]:
+def sweep(A: AttentionMap, tokens: np.ndarray, *, keep: bool = False) -> Segmentation:
     """Sweeps of single tokens to the segment they flow to most, while the code gets shorter.
 
-    ``keep``: only sweeps that leave no segment empty. Returns labels [N] and the code length.
+    ``keep``: only sweeps that leave no segment empty.
     """
-    length = codelength(atom_flows(A, tokens), words)
+    best = told_by(A, tokens)
     for _ in range(_SWEEPS):
-        new = soft_assignment(A, tokens).argmax(1).numpy()
-        if keep and len(np.unique(new)) < tokens.max() + 1:
+        new = best.share.argmax(1).numpy()
+        if keep and len(np.unique(new)) < best.count:
             break
-        new = compact(new)
-        found = codelength(atom_flows(A, new), words)
-        if found >= length - _LEAST:
+        found = told_by(A, compact(new))
+        if found.codelength >= best.codelength - _LEAST:
             break
-        tokens, length = new, found
-    return tokens, length
-
-
-def soft_assignment(A: AttentionMap, tokens: np.ndarray) -> Tensor:
-    """What share of each token's flow goes to each segment: [N, k] float32, rows sum to 1."""
-    labels = torch.from_numpy(tokens).to(A.device)
-    x = one_hot(labels, int(tokens.max()) + 1, A.dtype)
-    share = symmetric_product(A, x)[0]
-    return (share / share.sum(1, keepdim=True)).float().cpu()
+        best = found
+    return best
 
 
 def _joined(A: AttentionMap, atoms: np.ndarray) -> np.ndarray:
