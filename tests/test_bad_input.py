@@ -22,6 +22,7 @@ from flashmaps.diffusion.images import fit_size, load_image
 from flashmaps.diffusion.loading import load_model
 from flashmaps.files import check_folder, write_json
 from flashmaps.matching.settings import FILE, MatchSettings, settings_of
+from flashmaps.parts.result import Parts
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_pipeline import tiny_pipeline
@@ -272,6 +273,21 @@ COMMANDS = [
     ("world --category unicorn", "categories: there is no 'unicorn'"),
     ("world --seed x", "Invalid value for '--seed'"),
     ("world --out /dev/null", "--out '/dev/null' must end in .png"),
+    ("complete", "Missing argument 'image'"),
+    ("complete {photo}", "Missing argument 'parts'"),
+    ("complete {photo} {room}/nowhere", "holds no parts: there is no parts.json"),
+    ("complete {photo} {room}/taken", "holds no parts: there is no parts.json"),
+    ("complete {photo} {room} --samples x", "Invalid value for '--samples'"),
+    ("complete {photo} {room} --out {room}/taken", "holds other files ('a.txt'), which flashmaps"),
+    ("eval completion --split train", "world is scored on its splits 'test' and 'validation'"),
+    ("eval completion --pairs 0", "pairs must be a whole number >= 1, got 0"),
+    ("eval completion --images 1", "images must be a whole number >= 2, got 1"),
+    ("eval completion --image-size 0", "size must be a whole number from 16 to 1024, got 0"),
+    ("eval completion --points 4", "--points: not an option of eval completion"),
+    ("eval completion --labels x", "--labels: not an option of eval completion"),
+    ("eval completion --resamples 0", "resamples must be a whole number from 1 to 1000000"),
+    ("eval completion --data {room}/nowhere", "data: there is no folder"),
+    ("eval completion --data {room}", "is in none of the layouts that are known"),
     ("demo --out {room}/taken", "holds other files ('a.txt'), which flashmaps has not written"),
     ("demo --size -1", "both sides must be at least one pixel"),
     ("demo --size 0", "both sides must be at least one pixel"),
@@ -475,6 +491,47 @@ CALLS = [
     (lambda: check_folder("/dev/null", "match"), "is a file; give a folder to write to"),
     (lambda: write_json("/dev/null", 1), "is no ordinary file; give a file to write to"),
     (lambda: write_json("/proc/x", 1), "cannot be written"),
+]
+
+
+def strangers():
+    """Parts of a model that is not there, and a collection of one grey image."""
+    word = torch.zeros(1, 1, 4)
+    return Parts(
+        names=("<part-0>",), embeddings=word, category="<thing>", category_embedding=word[0],
+        model="builtin", weights="others", size=(32, 32), layers=("*.attn2",), timestep=1,
+        head=torch.zeros(2, 3), norms=torch.zeros(1, 2), presence=torch.zeros(4),
+        images=(np.zeros((32, 32, 3), np.uint8),), labels=(np.zeros((32, 32), np.int16),),
+    )  # fmt: skip
+
+
+def completed(**given):
+    return lambda: fm.complete(np.zeros((32, 32)), strangers(), **given)
+
+
+ON, CORNER = np.ones((32, 32), bool), np.eye(32, dtype=bool)
+CALLS += [
+    (
+        lambda: fm.complete(np.zeros((32, 32)), "parts"),
+        "parts is a str; wanted what fm.learn_parts",
+    ),
+    (completed(samples=0), "samples must be a whole number from 1 to 64, got 0"),
+    (completed(samples=65), "samples must be a whole number from 1 to 64, got 65"),
+    (completed(seed=-1), "seed must be a whole number"),
+    (completed(steps=0), "steps must be a whole number from 1 to 1000, got 0"),
+    (completed(guidance=NAN), "guidance must be a finite number from 0 to 100"),
+    (completed(strength=0), "strength must be a finite number from 0.05 to 1, got 0"),
+    (completed(steps=3), "steps=3 at strength=0.3 leave no step to take: give more of either"),
+    (completed(progress=1), "progress must be True or False, got 1"),
+    (completed(visible=np.zeros((32, 32))), "visible is empty: no pixel of it is set"),
+    (completed(occluder=np.zeros((32, 32))), "occluder is empty: no pixel of it is set"),
+    (completed(visible=ON[:16]), "visible is 32 x 16 pixels, the image 32 x 32"),
+    (completed(visible="nowhere.png"), "visible: there is no file 'nowhere.png'"),
+    (
+        completed(visible=CORNER, occluder=ON),
+        "the occluder covers all that is visible: nothing of the object is seen",
+    ),
+    (completed(visible=ON, occluder=CORNER), "these parts are words of 'builtin'"),
 ]
 
 

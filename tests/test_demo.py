@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from flashmaps.app import costs, demo, report
+from flashmaps.app import costs, demo, demo_completion, report
 from flashmaps.diffusion.features import features
 from flashmaps.matching.match import match_features
 from tiny_pipeline import tiny_pipeline
@@ -24,6 +24,8 @@ def done(pipe, tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "SCENES", 2)
+        patch.setattr(demo_completion, "EXEMPLARS", 2)
+        patch.setattr(demo_completion, "STEPS", 4)
         results = demo.run(out, model=pipe, size=64, layers="up_blocks.2.*.attn1")
     return out, results
 

@@ -56,7 +56,9 @@ if TYPE_CHECKING:
     from flashmaps.explorer.widget import explore
     from flashmaps.matching.match import match
     from flashmaps.matching.result import Match
+    from flashmaps.parts.completion import complete
     from flashmaps.parts.find import FoundParts, find_parts
+    from flashmaps.parts.imagined import Completion
     from flashmaps.parts.learn import learn_parts
     from flashmaps.parts.memory import PartsPlan, plan_parts
     from flashmaps.parts.result import Parts
@@ -70,6 +72,7 @@ __version__ = "0.1.0"
 # What is above the maps loads when it is first asked for: maps alone are quick to import.
 _LATER = {
     "CoSegments": "flashmaps.segmentation.collection",
+    "Completion": "flashmaps.parts.imagined",
     "CrossSelfAttnProcessor": "flashmaps.diffusion.cross_self",
     "Entry": "flashmaps.diffusion.entry",
     "FoundParts": "flashmaps.parts.find",
@@ -85,6 +88,7 @@ _LATER = {
     "WordMaps": "flashmaps.diffusion.words",
     "batch": "flashmaps.batches.run",
     "capture": "flashmaps.diffusion.capture",
+    "complete": "flashmaps.parts.completion",
     "cosegment": "flashmaps.segmentation.cosegment",
     "explore": "flashmaps.explorer.widget",
     "find_parts": "flashmaps.parts.find",
@@ -104,6 +108,7 @@ __all__ = [
     "Ceilings",
     "Chain",
     "CoSegments",
+    "Completion",
     "Composition",
     "CrossSelfAttnProcessor",
     "Cycles",
@@ -130,6 +135,7 @@ __all__ = [
     "chain",
     "checks",
     "collection_product",
+    "complete",
     "compose",
     "cosegment",
     "cycles",

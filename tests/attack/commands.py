@@ -46,6 +46,9 @@ LINES = {
     "cosegment": "cosegment {photo} {other} " + TINY,
     "parts": "parts {photo} {other} --steps 1 " + TINY,
     "segments": "eval segments --pairs 1 --image-size 32 --resamples 10 --model {tiny}",
+    "completion": "eval completion --pairs 1 --images 2 --image-size 32 --resamples 10 --model "
+    "{nowhere}",
+    "complete": "complete {photo} {nowhere}",
     # These take long where they work: they get something wrong besides.
     "study": "study --model {nowhere}",
     "demo": "demo --model {nowhere}",
@@ -77,6 +80,11 @@ OPTIONS = {
                  "--resamples": NUMBERS, "--image-size": NUMBERS, "--split": TEXTS,
                  "--compare": TEXTS, "--device": TEXTS, "--data": "paths", "--model": "paths",
                  "--out": "paths"},
+    "completion": {"--seed": NUMBERS, "--pairs": NUMBERS, "--points": NUMBERS,
+                   "--resamples": NUMBERS, "--image-size": NUMBERS, "--images": NUMBERS,
+                   "--split": TEXTS, "--data": "paths", "--out": "paths"},
+    "complete": {"--samples": NUMBERS, "--seed": NUMBERS, "--steps": NUMBERS, "--visible": "paths",
+                 "--occluder": "paths", "--model": "paths", "--out": "paths"},
     "study": {"--points": NUMBERS, "--seed": NUMBERS, "--noises": NUMBERS, "--size": NUMBERS,
               "--timestep": NUMBERS, "--compare": TEXTS, "--device": TEXTS, "--out": "paths"},
     "demo": {"--size": NUMBERS, "--timestep": NUMBERS, "--seed": NUMBERS, "--compare": TEXTS,

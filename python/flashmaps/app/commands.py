@@ -25,6 +25,9 @@ from flashmaps.app.arguments import (
     Timestep,
 )
 from flashmaps.app.batch_command import batch
+from flashmaps.app.completion_commands import BENCHMARK as COMPLETION
+from flashmaps.app.completion_commands import complete
+from flashmaps.app.completion_commands import evaluate as evaluate_completion
 from flashmaps.app.explore_command import explore
 from flashmaps.app.part_commands import PART_BENCHMARKS, parts
 from flashmaps.app.part_commands import evaluate as evaluate_parts
@@ -48,7 +51,9 @@ def make_app() -> typer.Typer:
         pretty_exceptions_enable=False,
         help="Numbers from attention maps that are never built.",
     )
-    for command in (match, explore, batch, segment, cosegment, parts, demo, world, doctor, bench):
+    for command in (
+        match, explore, batch, segment, cosegment, parts, complete, demo, world, doctor, bench,
+    ):  # fmt: skip
         app.command()(friendly(command))
     app.command("eval")(friendly(evaluate))
     app.command("study")(friendly(study))
@@ -143,15 +148,15 @@ def evaluate(
         str,
         typer.Argument(
             help="world, stereo, warps, spair, pf-pascal, pf-willow, cub; or segments, cosegments, "
-            "segments-warps, segments-stereo; or parts."
+            "segments-warps, segments-stereo; or parts, completion."
         ),
     ],
     pairs: Annotated[
         int | None,
         typer.Option(
-            help="How many pairs; or scenes of segments, collections of cosegments, categories of "
-            "parts.",
-            show_default="50; 1000 of cub; 200 of segments; all of the others",
+            help="How many pairs; or scenes of segments and completion, collections of cosegments, "
+            "categories of parts.",
+            show_default="50; 1000 of cub; 200 of segments; 96 of completion; all of the others",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Draws the pairs, the warps and the points.")] = 0,
@@ -213,7 +218,8 @@ def evaluate(
     images: Annotated[
         int | None,
         typer.Option(
-            help="Of cosegments and parts: images in a collection.", show_default="8; 16 of parts"
+            help="Of cosegments, parts and completion: images in a collection.",
+            show_default="8; 16 of parts and completion",
         ),
     ] = None,
     ablation: Annotated[
@@ -238,7 +244,7 @@ def evaluate(
     from flashmaps.app.doctor import require
     from flashmaps.evaluation.run import evaluate as run
 
-    if benchmark in (*BENCHMARKS, *PART_BENCHMARKS):
+    if benchmark in (*BENCHMARKS, *PART_BENCHMARKS, COMPLETION):
         others = {
             "points": points, "layers": layers, "timestep": timestep, "noise_seed": noise_seed,
             "different_noise": different_noise, "prompt": prompt, "size": size, "compare": compare,
@@ -254,6 +260,14 @@ def evaluate(
                 out, count=pairs, seed=seed, split=split, image_size=image_size, model=model,
                 resamples=resamples, overwrite=overwrite, images=images, ablation=ablation,
                 others={**given, **{name: v for name, v in more.items() if v is not None}},
+            )  # fmt: skip
+            return
+        if benchmark == COMPLETION:
+            unmeant = {"features": features, "labels": labels, "ablation": ablation}
+            evaluate_completion(
+                out, count=pairs, seed=seed, split=split, image_size=image_size, model=model,
+                resamples=resamples, overwrite=overwrite, data=data, images=images,
+                others={**given, **{name: v for name, v in unmeant.items() if v}},
             )  # fmt: skip
             return
         evaluate_segments(

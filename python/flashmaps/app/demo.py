@@ -1,6 +1,7 @@
 """The main job, shown: a real stereo pair and pairs of drawn scenes, matched beside the truth.
 
-And segments of a photograph and of a collection (:mod:`flashmaps.app.demo_segments`).
+And segments of a photograph and of a collection (:mod:`flashmaps.app.demo_segments`), and at last
+one hidden animal imagined whole (:mod:`flashmaps.app.demo_completion`).
 
 The stereo pair and its true disparity are those of :mod:`flashmaps.evaluation.stereo`; the scenes
 are of the world's test split.
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from flashmaps import evaluation
 from flashmaps.app import costs
+from flashmaps.app.demo_completion import ShownCompletion
 from flashmaps.app.demo_segments import ShownSegments
 from flashmaps.diffusion.features import BUILTIN, Features, features, load_model
 from flashmaps.diffusion.loading import name_of
@@ -80,7 +82,7 @@ def run(
     started = time.perf_counter()
     with (
         whole_folder(out, KIND) as folder,  # from the first, so that it is refused before the work
-        tqdm(total=9, disable=not progress, bar_format=_BAR) as bar,
+        tqdm(total=10, disable=not progress, bar_format=_BAR) as bar,
     ):
 
         def step(name: str) -> None:
@@ -120,6 +122,10 @@ def run(
         scenes = _Scenes(pipe, settings, backend)
         step("segmenting")
         segments = ShownSegments(pipe, left, backend)
+        step("imagining a hidden animal")
+        # SDXL has two text encoders, which the inpainting here does not know.
+        one_encoder = getattr(pipe, "text_encoder_2", None) is None
+        completion = ShownCompletion(pipe) if one_encoder else None
         step("measuring time and memory")
         cost = {name: costs.measure(left, right, name, backend=backend) for name in costs.METHODS}
         step("drawing and writing the report")
@@ -131,6 +137,7 @@ def run(
             "methods": methods,
             "scenes": scenes.results,
             "segments": segments.results,
+            "completion": None if completion is None else completion.results,
             "maps": {
                 **{READING[name]: _map_statistics(each) for name, each in matches.items()},
                 f"untrained, {READING[settings.compare]}": _map_statistics(fresh),
@@ -140,7 +147,7 @@ def run(
             "seconds": {"model": feature_seconds, "matching": match_seconds},
         }
         results["seconds"]["before_drawing"] = time.perf_counter() - started
-        _write(folder, matches, match, pair, scenes, segments, results)
+        _write(folder, matches, match, pair, scenes, segments, completion, results)
         bar.update()
     return results
 
@@ -343,6 +350,7 @@ def _write(
     pair: StereoPair,
     scenes: _Scenes,
     segments: ShownSegments,
+    completion: ShownCompletion | None,
     results: dict[str, Any],
 ) -> None:
     from flashmaps.app import report
@@ -377,6 +385,8 @@ def _write(
             highlighted=[name for name in methods if name.startswith(tuple(READING.values()))],
         ),
     }
+    if completion is not None:
+        figures["completion"] = completion.figure()
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
     report.write(folder / "report.html", results, folder)

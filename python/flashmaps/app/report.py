@@ -59,6 +59,12 @@ CAPTIONS = {
         "Mapping density (MD)",
         "Where many source tokens choose the same target token, matching has collapsed.",
     ),
+    "completion": (
+        "A hidden animal, imagined whole",
+        "A drawn scene with one animal behind other things; the same without them; the whole as a "
+        "collection of its kind has it, filled by inpainting; the convex hull of what is seen; and "
+        "what inpainting gives with an empty prompt.",
+    ),
     "methods": ("Compared with simpler ways", "All methods choose among the same tokens."),
 }
 

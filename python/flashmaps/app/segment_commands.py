@@ -223,7 +223,8 @@ def _views(benchmark: str, count: int | None, seed: int) -> Any:
     return Stereo(points=ALL, seed=seed)
 
 
-def _world_split(split: str) -> str:
+def world_split(split: str) -> str:
+    """A split of the world that may be scored on; ValueError for another."""
     if split not in ("test", "validation"):
         raise ValueError(f"split={split!r}; world is scored on its splits 'test' and 'validation'")
     return split
@@ -238,7 +239,7 @@ def _scenes(
     if data is not None:  # their test splits have no labels: the one meant is the usual one
         return LabelFolder(data, split=None if split == "test" else split, count=count)
     side = SIDE if image_size is None else image_size
-    return WorldScenes(_world_split(split), 200 if count is None else count, seed, side)
+    return WorldScenes(world_split(split), 200 if count is None else count, seed, side)
 
 
 def _collections(
@@ -251,4 +252,4 @@ def _collections(
     if data is not None:
         return CubCollections(data, split=split, images=many, count=count)
     side = SIDE if image_size is None else image_size
-    return WorldCollections(_world_split(split), many, seeds=4, side=side, count=count)
+    return WorldCollections(world_split(split), many, seeds=4, side=side, count=count)
