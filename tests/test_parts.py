@@ -347,9 +347,10 @@ def test_patches_cover_what_is_said() -> None:
     labels = collection()[1]
     masks = part_masks(labels, 3, (SIDE, SIDE))
     images = [np.full((SIDE, SIDE, 3), -1.0) for _ in labels]
-    changed, shares = occluded(images, masks, 0)
-    for image, mask, share in zip(changed, masks.numpy(), shares, strict=True):
+    changed, shares, rest = occluded(images, masks, 0)
+    for image, mask, share, left in zip(changed, masks.numpy(), shares, rest, strict=True):
         free = (image == -1).all(2)
+        np.testing.assert_array_equal(left, mask * free)
         np.testing.assert_allclose(share, (mask * free).sum((1, 2)) / mask.sum((1, 2)), rtol=1e-6)
     assert bool((shares < 1).any())
 

@@ -2,10 +2,10 @@
 
 Two to four things stand before it, and 15 to 60 % of it is hidden.
 
-A part is missing where less than a quarter of what it has within the frame is seen, and seen where
-at least half is; what lies between is not scored. AUROC over all parts of all scenes, of 1 minus
-the probability of `fm.find_parts`; beside it the rival that looks at nothing: parts that are small
-in the collection are missing.
+A part is missing where less than a quarter of what would be seen of it without them is, and seen
+where at least half is; what lies between is not scored. AUROC over all parts of all scenes, of 1
+minus the probability of `fm.find_parts`; beside it the rival that looks at nothing: parts that are
+small in the collection are missing.
 """
 
 from __future__ import annotations
@@ -52,14 +52,18 @@ def missing_scores(
 
 
 def visible_shares(scene: Scene, category: str) -> np.ndarray:  # [parts]
-    """Of each part, alike ones together, the share that is seen of what lies within the frame."""
+    """Of each part, alike ones together, the share that is seen of what nothing before it hides.
+
+    What the object hides of itself counts on neither side. NaN where nothing would be seen.
+    """
     names, group = part_groups(category)
     index = scene.find(category)
+    free = scene.uncovered(index)
     shares = np.full(len(names), np.nan)
     for part in range(len(names)):
         own = [name for name, g in zip(scene.instances[index].parts, group, strict=True)
                if g == part]  # fmt: skip
-        whole = np.any([scene.amodal(index, name) for name in own], 0)
+        whole = np.any([free.mask(index, name) for name in own], 0)
         seen = np.any([scene.mask(index, name) for name in own], 0)
         if whole.any():
             shares[part] = seen.sum() / whole.sum()

@@ -8,8 +8,8 @@ Three numbers for each part p, of one image:
            the collection: (L(prompt without p) - L(prompt)) / mean
 
 and a logistic regression of them, one for all parts. It is fitted without labels: the images of the
-collection are shown again with patches of plain colour pasted over them, and what the patches cover
-is known from the collection's own masks.
+collection are shown again with patches, plain or striped, pasted over them, and what the patches
+cover is known from the collection's own masks.
 """
 
 from __future__ import annotations
@@ -73,14 +73,14 @@ def _noise(pipe: Any, latents: Tensor, prompt: str, words: Words) -> Tensor:  # 
 
 def occluded(
     images: Sequence[np.ndarray], masks: Tensor, seed: int
-) -> tuple[list[np.ndarray], Tensor]:
-    """Images [h, w, 3] with patches over them, and what share of each part is still seen, [n, P].
+) -> tuple[list[np.ndarray], Tensor, Tensor]:
+    """Images [h, w, 3] with patches over them; the share of each part still seen, [n, P]; masks.
 
-    Two to four ellipses or rectangles of plain colour, about parts drawn by chance. NaN for parts
-    that the image did not show before.
+    Two to four ellipses or rectangles, plain or striped, about parts drawn by chance. The share is
+    NaN for parts that the image did not show before. The masks are what is left of the given ones.
     """
     rng = np.random.default_rng(seed)
-    changed, shares = [], []
+    changed, shares, rest = [], [], []
     for image, mask in zip(images, masks.numpy(), strict=True):
         height, width = image.shape[:2]
         y, x = np.mgrid[:height, :width]
@@ -97,13 +97,16 @@ def occluded(
             a, b = (rng.uniform(0.08, 0.22, 2) * (width, height)).tolist()
             u, v = (x - cx) / a, (y - cy) / b
             patch = (u * u + v * v < 1) if rng.random() < 0.5 else (abs(u) < 1) & (abs(v) < 1)
-            picture[patch] = rng.random(3)
+            colours, wave = rng.random((2, 3)), rng.normal(0, 0.6, 2)
+            stripes = (np.sin(wave[0] * x + wave[1] * y) > 0) & (rng.random() < 0.6)
+            picture[patch] = np.where(stripes[..., None], colours[0], colours[1])[patch]
             covered |= patch
         left = (mask * ~covered).sum((1, 2))
         with np.errstate(invalid="ignore", divide="ignore"):
             shares.append(np.where(areas > 0, left / areas, np.nan))
         changed.append(picture)
-    return changed, torch.from_numpy(np.stack(shares)).float()
+        rest.append(mask * ~covered)
+    return changed, torch.from_numpy(np.stack(shares)).float(), torch.from_numpy(np.stack(rest))
 
 
 def beside(raw: Tensor, norms: Tensor) -> Tensor:
@@ -137,7 +140,7 @@ def fit_presence(
     shares = masks.mean((2, 3)).sum(0) / counted
     gains = (plain[..., 2] * there).sum(0) / counted
     norms = torch.stack((shares.clamp_min(_LEAST).log(), gains.clamp_min(1e-6)), 1)
-    changed, left = occluded(images, masks, seed)
+    changed, left, _ = occluded(images, masks, seed)
     evidence = torch.cat((beside(plain, norms)[there], beside(of(changed), norms).flatten(0, 1)))
     seen_share = torch.cat((torch.ones(int(there.sum())), left.flatten()))
     kept = torch.isfinite(seen_share) & ((seen_share < MISSING) | (seen_share >= SEEN))
