@@ -36,7 +36,7 @@ from flashmaps.segmentation.segment import see
 
 SAMPLES = 4
 MOST_SAMPLES = 64
-STEPS, GUIDANCE, STRENGTH = 20, 3.0, 0.3  # chosen on five scenes of the validation split
+STEPS, GUIDANCE, STRENGTH = 20, 3.0, 0.3  # see docs/parts.md
 _SEEN: weakref.WeakKeyDictionary[Parts, list[Exemplar]] = weakref.WeakKeyDictionary()
 _FEW = 8  # pixels of a part where exemplars put it; fewer are no part
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# All chosen on scenes of the world's validation split, as said in docs/parts.md.
+# Chosen on scenes of the world's validation split, as said in docs/parts.md.
 SLACK = 0.09  # places: how far off a match may be before it counts little
 _EDGE = 1 / 64  # places: how soft an outline is
 _REACH = 12 / 64  # places: depths are cut off there
