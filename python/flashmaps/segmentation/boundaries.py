@@ -20,6 +20,7 @@ from flashmaps.maps.grids import Grid
 # (`flashmaps eval segments --split validation`). In a larger picture a patch of equal contrast
 # is as large a share of the picture: the scale goes with the pixels of a side.
 _SCALE, _SIGMA, _SMALLEST, _SIDE = 50, 0.5, 10, 128
+_ENTRIES = 2**18  # pixels that are added up together: a few MB
 _LONGEST = 384  # pixels a side that patches are looked for at: 40 MB; finer borders are theirs
 
 
@@ -74,12 +75,15 @@ def patch_weights(voters: np.ndarray, grid: Grid) -> Any:
     )
     count, tokens = int(voters.max()) + 1, grid[0] * grid[1]
     total = csr_array((count, tokens), dtype=np.float32)
-    for r in (0, 1):  # a corner at a time: each has an entry for every pixel
-        for c in (0, 1):
-            index = rows[r][:, None] * grid[1] + columns[c]
-            weight = down[r][:, None] * across[c]
-            ends = (voters.ravel(), index.ravel())
-            total = total + csr_array((weight.ravel(), ends), shape=(count, tokens))
+    step = max(1, _ENTRIES // voters.shape[1])
+    for start in range(0, voters.shape[0], step):  # each corner has an entry for every pixel
+        strip = slice(start, start + step)
+        for r in (0, 1):
+            for c in (0, 1):
+                index = rows[r][strip, None] * grid[1] + columns[c]
+                weight = down[r][strip, None] * across[c]
+                ends = (voters[strip].ravel(), index.ravel())
+                total = total + csr_array((weight.ravel(), ends), shape=(count, tokens))
     return total
 
 
