@@ -286,7 +286,7 @@ def test_no_object(pipe: Any) -> None:
     rng = np.random.default_rng(0)
     images = [rng.random((SIDE, SIDE, 3)).astype(np.float32) for _ in range(2)]
     found = fm.cosegment(images, model=pipe, size=SIDE)
-    bare = replace(found, parts=tuple(replace(p, border=1.0) for p in found.parts))
+    bare = replace(found, parts=tuple(replace(p, border=2.0) for p in found.parts))
     with pytest.raises(ValueError, match="no object"):
         fm.learn_parts(images, segments=bare, model=pipe, size=SIDE, progress=False)
 

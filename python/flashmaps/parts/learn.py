@@ -36,7 +36,7 @@ from flashmaps.files import Run, check_folder, open_run
 from flashmaps.matching.settings import fingerprint
 from flashmaps.parts.head import fit_head
 from flashmaps.parts.losses import LOSSES, noise_errors, step_losses
-from flashmaps.parts.presence import fit_presence, occluded
+from flashmaps.parts.presence import fit_presence
 from flashmaps.parts.reading import seen
 from flashmaps.parts.regions import hard_labels, part_masks, shown
 from flashmaps.parts.result import KIND, Parts, check_word
@@ -360,16 +360,12 @@ def _result(
     embedding = training.best.detach().float()
     prompt = " ".join(("a", *job.names))
     masks = job.masks[:, 1:].float().cpu()
-    # Patches over the images too, so that what stands before a thing is read as no part of it.
-    covered, _, left = occluded(pictures, masks, job.seed + 1)
-    with torch.no_grad():
-        latents = [*job.latents[:, None], *(encode(job.pipe, [each]) for each in covered)]
     logs = torch.cat([
-        seen(job.pipe, each, [prompt], job.words(embedding), job.names, layers=job.layers,
+        seen(job.pipe, each[None], [prompt], job.words(embedding), job.names, layers=job.layers,
              timestep=READ_AT, seeds=READ_SEEDS)
-        for each in latents
+        for each in job.latents
     ])  # fmt: skip
-    head = fit_head(logs.float().cpu(), torch.cat((masks, left.float())))
+    head = fit_head(logs.float().cpu(), masks)
     norms, weights = fit_presence(
         job.pipe, pictures, masks, job.words(embedding), job.names, job.layers, READ_AT, head,
         gain=True, seed=job.seed,
