@@ -531,7 +531,7 @@ CALLS += [
         completed(visible=CORNER, occluder=ON),
         "the occluder covers all that is visible: nothing of the object is seen",
     ),
-    (completed(visible=ON, occluder=CORNER), "these parts are words of another model (builtin, weights others)"),
+    (completed(visible=ON, occluder=CORNER), "these parts are words of another model"),
 ]
 
 
