@@ -40,3 +40,6 @@ def test_it_runs(path: Path, tmp_path: Path) -> None:
     resources = {"metadata": {"path": str(tmp_path)}}
     client = nbclient.NotebookClient(book, timeout=900, kernel_name="python3", resources=resources)
     client.execute()  # raises what a cell raises
+    if path.stem == "matching":
+        shown = [each for each in book.cells[-1].outputs if each.output_type == "execute_result"]
+        assert "application/vnd.jupyter.widget-view+json" in shown[0]["data"]
