@@ -35,6 +35,7 @@ def test_segment_writes_labels_and_a_page_for_each_image(photos, tmp_path):
     assert result.exit_code == 0, result.output
     for name in ("0000", "0001"):
         assert np.asarray(Image.open(out / name / "objects.png")).shape == (64, 64)
+    assert "\n0b.png: " in result.output and "\\n" not in result.output
     assert 'href="0001/index.html"' in (out / "index.html").read_text("utf-8")
     again = run("segment", photos / "0a.png", "--size", 64, "--count", 3, "--out", out)
     assert again.exit_code == 0, again.output

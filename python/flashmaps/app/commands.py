@@ -12,7 +12,6 @@ from typing import Annotated
 import typer
 
 from flashmaps.app.arguments import (
-    OWN,
     Backend,
     Compare,
     Device,
@@ -25,22 +24,14 @@ from flashmaps.app.arguments import (
     Timestep,
 )
 from flashmaps.app.batch_command import batch
-from flashmaps.app.completion_commands import BENCHMARK as COMPLETION
 from flashmaps.app.completion_commands import complete
-from flashmaps.app.completion_commands import evaluate as evaluate_completion
+from flashmaps.app.eval_command import NEEDED, evaluate
 from flashmaps.app.explore_command import explore
-from flashmaps.app.part_commands import PART_BENCHMARKS, parts
-from flashmaps.app.part_commands import evaluate as evaluate_parts
-from flashmaps.app.segment_commands import BENCHMARKS, cosegment, segment
-from flashmaps.app.segment_commands import evaluate as evaluate_segments
-from flashmaps.app.terminal import friendly, plain, print_tables, quiet_libraries
+from flashmaps.app.part_commands import parts
+from flashmaps.app.segment_commands import cosegment, segment
+from flashmaps.app.terminal import friendly, plain, print_tables, quiet_libraries, say
 from flashmaps.arguments import whole
 from flashmaps.escapes import printable
-
-# Packages that evaluating a way of matching takes.
-EVALUATION = (
-    "diffusers", "transformers", "skimage", "sklearn", "scipy", "matplotlib", "pyarrow",
-)  # fmt: skip
 
 
 def make_app() -> typer.Typer:
@@ -107,9 +98,7 @@ def match(
             shown = f"{value:.4g}" if isinstance(value, float) else str(value)
         table.add_row(name.replace("_", " "), plain(shown))
     console.print(table)
-    console.print(
-        plain(f"Written to {printable(out)}: match.json, correspondences.safetensors and pictures.")
-    )
+    say(f"Written to {printable(out)}: match.json, correspondences.safetensors and pictures.")
 
 
 def demo(
@@ -141,167 +130,6 @@ def demo(
         console.print()
     page = Path(out, "report.html").absolute().as_uri()  # which escapes all that is not plain
     console.print(plain(f"Report: {page}"), soft_wrap=True)
-
-
-def evaluate(
-    benchmark: Annotated[
-        str,
-        typer.Argument(
-            help="world, stereo, warps, spair, pf-pascal, pf-willow, cub; or segments, cosegments, "
-            "segments-warps, segments-stereo; or parts, completion."
-        ),
-    ],
-    pairs: Annotated[
-        int | None,
-        typer.Option(
-            help="How many pairs; or scenes of segments and completion, collections of cosegments, "
-            "categories of parts.",
-            show_default="50; 1000 of cub; 200 of segments; 96 of completion; all of the others",
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Draws the pairs, the warps and the points.")] = 0,
-    points: Annotated[
-        int | None,
-        typer.Option(
-            help="Points of a pair, where the truth is dense.", show_default="256; 4096 of stereo"
-        ),
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Folder of a public benchmark, as it is published.")
-    ] = None,
-    split: Annotated[
-        str,
-        typer.Option(
-            help="Split: test, val or trn of a public benchmark; test or validation of world."
-        ),
-    ] = "test",
-    image_size: Annotated[
-        int | None,
-        typer.Option(
-            help="Pixels a side of the images that world draws.",
-            show_default="256; 128 of segments",
-        ),
-    ] = None,
-    model: Model = "builtin",
-    layers: Layers = None,
-    timestep: Timestep = None,
-    noise_seed: Seed = None,
-    different_noise: Annotated[
-        bool, typer.Option("--different-noise", help="Noise of its own for every image.")
-    ] = False,
-    prompt: Annotated[
-        str, typer.Option(help="Text the model sees; {category} stands for the pair's.")
-    ] = "",
-    size: Size = None,
-    compare: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="kk, qq, qk or features, as in match; may be repeated.",
-            show_default=f"{OWN}, or kk",
-        ),
-    ] = None,
-    device: Device = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, float16 or bfloat16.", show_default="as it is")
-    ] = None,
-    backend: Backend = "auto",
-    resamples: Annotated[int, typer.Option(help="Resamples of the bootstrap.")] = 1000,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder to write.", show_default="flashmaps-eval-BENCHMARK")
-    ] = None,
-    features: Annotated[
-        Path | None, typer.Option(help="Of segments: folder that keeps features for the next run.")
-    ] = None,
-    labels: Annotated[
-        Path | None, typer.Option(help="Of segments: label PNGs of another method, to score too.")
-    ] = None,
-    images: Annotated[
-        int | None,
-        typer.Option(
-            help="Of cosegments, parts and completion: images in a collection.",
-            show_default="8; 16 of parts and completion",
-        ),
-    ] = None,
-    ablation: Annotated[
-        bool,
-        typer.Option(
-            "--ablation",
-            help="Of cosegments: links weighed otherwise, too. Of parts: all losses, three seeds.",
-        ),
-    ] = False,
-    no_rivals: Annotated[
-        bool,
-        typer.Option("--no-rivals", help="Of segments: our own ways alone."),
-    ] = False,
-    overwrite: Overwrite = False,
-) -> None:
-    """Score matches, and what predicts wrong ones, on a benchmark, beside baselines.
-
-    An interrupted run goes on where it was when the same command is given again.
-    """
-    from rich.console import Console
-
-    from flashmaps.app.doctor import require
-    from flashmaps.evaluation.run import evaluate as run
-
-    if benchmark in (*BENCHMARKS, *PART_BENCHMARKS, COMPLETION):
-        others = {
-            "points": points, "layers": layers, "timestep": timestep, "noise_seed": noise_seed,
-            "different_noise": different_noise, "prompt": prompt, "size": size, "compare": compare,
-            "device": device, "dtype": dtype, "backend": None if backend == "auto" else backend,
-        }  # fmt: skip
-        given = {name: v for name, v in others.items() if v or type(v) is int}
-        if benchmark in PART_BENCHMARKS:
-            more = {
-                "data": data, "features": features, "labels": labels,
-                "no_rivals": no_rivals or None,
-            }  # fmt: skip
-            evaluate_parts(
-                out, count=pairs, seed=seed, split=split, image_size=image_size, model=model,
-                resamples=resamples, overwrite=overwrite, images=images, ablation=ablation,
-                others={**given, **{name: v for name, v in more.items() if v is not None}},
-            )  # fmt: skip
-            return
-        if benchmark == COMPLETION:
-            unmeant = {"features": features, "labels": labels, "ablation": ablation}
-            evaluate_completion(
-                out, count=pairs, seed=seed, split=split, image_size=image_size, model=model,
-                resamples=resamples, overwrite=overwrite, data=data, images=images,
-                others={**given, **{name: v for name, v in unmeant.items() if v}},
-            )  # fmt: skip
-            return
-        evaluate_segments(
-            benchmark, out, count=pairs, seed=seed, split=split, image_size=image_size, model=model,
-            resamples=resamples, overwrite=overwrite, data=data, features=features, labels=labels,
-            images=images, ablation=ablation, no_rivals=no_rivals, others=given,
-        )  # fmt: skip
-        return
-
-    for name, value in (
-        ("features", features),
-        ("labels", labels),
-        ("images", images),
-        ("ablation", ablation or None),
-        ("no-rivals", no_rivals or None),
-    ):
-        if value is not None:
-            raise ValueError(f"--{name}: not an option of eval {benchmark}")
-    require(*EVALUATION)
-    quiet_libraries()
-    folder = Path(f"flashmaps-eval-{benchmark}") if out is None else out
-    results = run(
-        benchmark, folder, pairs=pairs, points=points, seed=seed, data=data, split=split,
-        image_size=image_size, model=model, compare=compare or None, layers=layers or None,
-        timestep=timestep or None, prompt=prompt, seeds=noise_seed or None, size=size,
-        same_noise=False if different_noise else None, device=device, dtype=dtype, backend=backend,
-        resamples=resamples, overwrite=overwrite, progress=True,
-    )  # fmt: skip
-    from flashmaps.evaluation.markdown import tables
-
-    print_tables(tables(results))
-    Console().print(
-        plain(f"Written to {printable(folder)}: results.md, results.json, points.parquet, plots.")
-    )
 
 
 def study(
@@ -346,14 +174,13 @@ def study(
     Chooses on the validation split and scores the choice once on the test split. An interrupted
     study goes on where it was when the same command is given again.
     """
-    from rich.console import Console
 
     from flashmaps.app.doctor import require
     from flashmaps.evaluation.search import NOISES, TIMESTEPS
     from flashmaps.evaluation.study import study as run
     from flashmaps.matching.options import COMPARE
 
-    require(*EVALUATION)
+    require(*NEEDED)
     quiet_libraries()
     results = run(
         out, model=model, pairs=pairs, points=points, test_pairs=test_pairs, seed=seed,
@@ -363,12 +190,9 @@ def study(
     from flashmaps.evaluation.study_report import tables
 
     print_tables(tables(results))
-    console = Console()
-    console.print(
-        plain(f"Written to {printable(out)}: match-settings.json, results.md, results.json, plots.")
-    )
+    say(f"Written to {printable(out)}: match-settings.json, results.md, results.json, plots.")
     if keep:
-        console.print("match-settings.json lies beside the model's weights too.")
+        say("match-settings.json lies beside the model's weights too.")
 
 
 def world(

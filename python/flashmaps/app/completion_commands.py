@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from flashmaps.app.arguments import Out
-from flashmaps.app.terminal import print_tables, quiet_libraries
+from flashmaps.app.arguments import OF_MATCHES, Asked, Out
+from flashmaps.app.terminal import print_tables, quiet_libraries, say
 from flashmaps.escapes import printable
 
-BENCHMARK = "completion"
 _NEEDED = ("diffusers", "transformers", "PIL", "matplotlib", "skimage", "scipy")
 _SCENES = 96
 
@@ -37,8 +36,6 @@ def complete(
     out: Out = Path("flashmaps-completion"),
 ) -> None:
     """Imagine the whole of an object that is partly hidden, by the parts of a collection."""
-    from rich.console import Console
-
     from flashmaps.app.doctor import require
     from flashmaps.files import check_folder
     from flashmaps.parts.completion import complete as complete_image
@@ -60,33 +57,11 @@ def complete(
         if imagined
         else "Nothing of the object is hidden, as far as the collection tells."
     )
-    Console().print(
-        printable(f"{told} Written to {out}: index.html, samples, masks and numbers."),
-        markup=False,
-        highlight=False,
-    )
+    say(f"{told} Written to {printable(out)}: index.html, samples, masks and numbers.")
 
 
-def evaluate(
-    out: Path | None,
-    *,
-    count: int | None,
-    seed: int,
-    split: str,
-    image_size: int | None,
-    model: Any,
-    resamples: int,
-    overwrite: bool,
-    data: Path | None,
-    images: int | None,
-    others: dict[str, Any],
-) -> None:
-    """`flashmaps eval completion`, on the world or a data set of amodal masks.
-
-    ``others``: options that were given and mean nothing here.
-    """
-    from rich.console import Console
-
+def evaluate(asked: Asked) -> None:
+    """`flashmaps eval completion`, on the world or a data set of amodal masks."""
     from flashmaps.app.doctor import require
     from flashmaps.app.segment_commands import world_split
     from flashmaps.arguments import whole
@@ -94,27 +69,23 @@ def evaluate(
     from flashmaps.evaluation.completion import evaluate_completion, tables
     from flashmaps.evaluation.hidden_objects import EXEMPLARS, SIDE, HiddenObjects, WorldHidden
 
-    if data is not None and image_size is not None:
-        others = {"image_size": image_size, **others}
-    if others:
-        told = ", ".join(f"--{name.replace('_', '-')}" for name in others)
-        raise ValueError(f"{told}: not an option of eval completion")
-    many = whole("images", EXEMPLARS if images is None else images, 2)
-    count = None if count is None else whole("pairs", count, 1)
+    drawn = () if asked.data is None else ("image_size",)
+    asked.refuse(*drawn, *OF_MATCHES, "features", "labels", "ablation", "no_rivals")
+    many = whole("images", EXEMPLARS if asked.images is None else asked.images, 2)
+    count = None if asked.pairs is None else whole("pairs", asked.pairs, 1)
     require(*_NEEDED)
     quiet_libraries()
     objects: HiddenObjects
-    if data is None:
-        objects = WorldHidden(
-            world_split(split), _SCENES if count is None else count, seed,
-            SIDE if image_size is None else image_size, many,
-        )  # fmt: skip
+    if asked.data is None:
+        side = SIDE if asked.image_size is None else asked.image_size
+        count = _SCENES if count is None else count
+        objects = WorldHidden(world_split(asked.split), count, asked.seed, side, many)
     else:
-        given = None if split == "test" else split
-        objects = AmodalFolder(data, split=given, count=count, exemplars=many)
-    folder = Path("flashmaps-eval-completion") if out is None else out
+        split = None if asked.split == "test" else asked.split
+        objects = AmodalFolder(asked.data, split=split, count=count, exemplars=many)
     results = evaluate_completion(
-        objects, folder, model=model, resamples=resamples, overwrite=overwrite, progress=True
-    )
+        objects, asked.folder, model=asked.model, resamples=asked.resamples,
+        overwrite=asked.overwrite, progress=True,
+    )  # fmt: skip
     print_tables(tables(results))
-    Console().print(printable(f"Written to {folder}: results.md, results.json."), markup=False)
+    say(f"Written to {printable(asked.folder)}: results.md, results.json.")

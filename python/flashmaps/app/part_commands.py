@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from flashmaps.app.arguments import Model, Out, Overwrite, Size
+from flashmaps.app.arguments import OF_MATCHES, Asked, Model, Out, Overwrite, Size
 from flashmaps.app.segment_commands import Images, image_files
-from flashmaps.app.terminal import print_tables, quiet_libraries
+from flashmaps.app.terminal import print_tables, quiet_libraries, say
 from flashmaps.escapes import printable
 
-PART_BENCHMARKS = ("parts",)
 _NEEDED = ("diffusers", "transformers", "PIL", "matplotlib", "skimage")
 
 
@@ -34,8 +33,6 @@ def parts(
 
     An interrupted run goes on where it was when the same command is given again.
     """
-    from rich.console import Console
-
     from flashmaps.app.doctor import require
     from flashmaps.files import check_folder
     from flashmaps.parts.learn import learn_parts
@@ -49,34 +46,14 @@ def parts(
         files, model=model, loss=loss, steps=steps, batch=batch, tokens=tokens, seed=seed,
         size=size, folder=out, overwrite=overwrite,
     )  # fmt: skip
-    told = f"{found.count} parts of {len(files)} images: {', '.join(found.names)}. Written to {out}"
-    Console().print(
-        printable(f"{told}: index.html, and a textual inversion for each word."),
-        markup=False,
-        highlight=False,
+    say(
+        f"{found.count} parts of {len(files)} images: {', '.join(found.names)}. Written to "
+        f"{printable(out)}: index.html, and a textual inversion for each word."
     )
 
 
-def evaluate(
-    out: Path | None,
-    *,
-    count: int | None,
-    seed: int,
-    split: str,
-    image_size: int | None,
-    model: Any,
-    resamples: int,
-    overwrite: bool,
-    images: int | None,
-    ablation: bool,
-    others: dict[str, Any],
-) -> None:
-    """`flashmaps eval parts`: words learned from the world's images, scored on others.
-
-    ``others``: options that were given and mean nothing here.
-    """
-    from rich.console import Console
-
+def evaluate(asked: Asked) -> None:
+    """`flashmaps eval parts`: words learned from the world's images, scored on others."""
     from flashmaps.app.doctor import require
     from flashmaps.arguments import whole
     from flashmaps.evaluation.part_scenes import IMAGES
@@ -84,20 +61,19 @@ def evaluate(
     from flashmaps.parts.losses import LOSSES
     from flashmaps.world import CATEGORIES
 
-    if others:
-        told = ", ".join(f"--{name.replace('_', '-')}" for name in others)
-        raise ValueError(f"{told}: not an option of eval parts")
+    asked.refuse(*OF_MATCHES, "data", "features", "labels", "no_rivals")
     require(*_NEEDED, "sklearn", "scipy")
     quiet_libraries()
     names = tuple(CATEGORIES)
-    if count is not None:
-        names = names[: whole("pairs", count, 1, len(names))]
-    folder = Path("flashmaps-eval-parts") if out is None else out
+    if asked.pairs is not None:
+        names = names[: whole("pairs", asked.pairs, 1, len(names))]
     results = evaluate_parts(
-        folder, split=split, categories=names, seed=seed, model=model, resamples=resamples,
-        overwrite=overwrite, images=IMAGES if images is None else images,
-        size=128 if image_size is None else image_size, losses=LOSSES if ablation else ("both",),
-        seeds=SEEDS if ablation else 1, progress=True,
+        asked.folder, split=asked.split, categories=names, seed=asked.seed, model=asked.model,
+        resamples=asked.resamples, overwrite=asked.overwrite,
+        images=IMAGES if asked.images is None else asked.images,
+        size=128 if asked.image_size is None else asked.image_size,
+        losses=LOSSES if asked.ablation else ("both",), seeds=SEEDS if asked.ablation else 1,
+        progress=True,
     )  # fmt: skip
     print_tables(tables(results))
-    Console().print(printable(f"Written to {folder}: results.md, results.json."), markup=False)
+    say(f"Written to {printable(asked.folder)}: results.md, results.json.")

@@ -9,8 +9,18 @@ from typing import Annotated, Any
 
 import typer
 
-from flashmaps.app.arguments import Backend, Layers, Model, Out, Seed, Size, Timestep
-from flashmaps.app.terminal import print_tables, quiet_libraries
+from flashmaps.app.arguments import (
+    OF_MATCHES,
+    Asked,
+    Backend,
+    Layers,
+    Model,
+    Out,
+    Seed,
+    Size,
+    Timestep,
+)
+from flashmaps.app.terminal import print_tables, quiet_libraries, say
 from flashmaps.escapes import printable
 
 BENCHMARKS = ("segments", "cosegments", "segments-warps", "segments-stereo")
@@ -58,8 +68,6 @@ def _command(
         backend: Backend = "auto",
         out: Out = Path(out_folder),
     ) -> None:
-        from rich.console import Console
-
         from flashmaps.app.doctor import require
         from flashmaps.files import check_folder
 
@@ -73,11 +81,7 @@ def _command(
             "backend": backend,
         }  # fmt: skip
         told = work(files, arguments, out)
-        Console().print(
-            printable(f"{told}Written to {out}: index.html, labels, pictures and numbers."),
-            markup=False,
-            highlight=False,
-        )
+        say(f"{told}Written to {printable(out)}: index.html, labels, pictures and numbers.")
 
     command.__name__, command.__doc__ = name, about
     return command
@@ -105,7 +109,7 @@ def _segment_each(files: list[Path], arguments: dict[str, Any], out: Path) -> st
             shown.append((f"{number:04d}", each.name, told))
         if len(files) > 1:
             _write_index(new / "index.html", shown)
-    return "".join(f"{name}: {told}\n" for _, name, told in shown)
+    return "".join(f"{printable(name)}: {told}\n" for _, name, told in shown)
 
 
 def _cosegment_all(files: list[Path], arguments: dict[str, Any], out: Path) -> str:
@@ -141,86 +145,58 @@ def _write_index(path: Path, shown: list[tuple[str, str, str]]) -> None:
     )
 
 
-def evaluate(
-    benchmark: str,
-    out: Path | None,
-    *,
-    count: int | None,
-    seed: int,
-    split: str,
-    image_size: int | None,
-    model: Any,
-    resamples: int,
-    overwrite: bool,
-    data: Path | None,
-    features: Path | None,
-    labels: Path | None,
-    images: int | None,
-    ablation: bool,
-    no_rivals: bool,
-    others: dict[str, Any],
-) -> None:
-    """`flashmaps eval` of segments and cosegments, on the world or a data set, and of two views.
-
-    ``others``: options that were given and mean nothing here.
-    """
-    from rich.console import Console
-
+def evaluate(asked: Asked) -> None:
+    """`flashmaps eval` of segments and cosegments, on the world or a data set, and of two views."""
     from flashmaps.app.doctor import require
     from flashmaps.evaluation import segment_consistency as views
     from flashmaps.evaluation.cosegments import evaluate_cosegments
     from flashmaps.evaluation.segments import evaluate_segments, tables
 
+    benchmark = asked.benchmark
     of_views = benchmark in ("segments-warps", "segments-stereo")
-    for name, value, meant in (
-        ("data", data, not of_views),
-        ("features", features, not of_views),
-        ("labels", labels, benchmark == "segments"),
-        ("images", images, benchmark == "cosegments"),
-        ("ablation", ablation or None, benchmark == "cosegments"),
-        ("no_rivals", no_rivals or None, not of_views),
-        ("seed", seed or None, benchmark != "cosegments"),  # its collections are those of 0 to 3
-        ("image_size", image_size, not of_views and data is None),
-    ):
-        if value is not None and not meant:
-            others = {name: value, **others}
-    if others:
-        told = ", ".join(f"--{name.replace('_', '-')}" for name in others)
-        raise ValueError(f"{told}: not an option of eval {benchmark}")
+    unmeant = {
+        "data": of_views,
+        "features": of_views,
+        "labels": benchmark != "segments",
+        "images": benchmark != "cosegments",
+        "ablation": benchmark != "cosegments",
+        "no_rivals": of_views,
+        "seed": benchmark == "cosegments",  # its collections are those of 0 to 3
+        "image_size": of_views or asked.data is not None,
+    }
+    asked.refuse(*(name for name, refused in unmeant.items() if refused), *OF_MATCHES)
     require(*_NEEDED, "skimage", "sklearn", "scipy")
     quiet_libraries()
-    folder = Path(f"flashmaps-eval-{benchmark}") if out is None else out
     given: dict[str, Any] = {
-        "model": model, "resamples": resamples, "overwrite": overwrite, "progress": True,
+        "model": asked.model, "resamples": asked.resamples, "overwrite": asked.overwrite,
+        "progress": True,
     }  # fmt: skip
     show = tables
     if of_views:
         show = views.tables
-        results = views.evaluate_consistency(_views(benchmark, count, seed), folder, **given)
-    elif benchmark == "segments":
-        scenes = _scenes(data, split, count, seed, image_size)
-        given |= {"features": features, "rivals": not no_rivals}
-        results = evaluate_segments(scenes, folder, labels=labels, **given)
+        results = views.evaluate_consistency(_views(asked), asked.folder, **given)
     else:
-        collections = _collections(data, split, count, image_size, images)
-        given |= {"features": features, "rivals": not no_rivals}
-        results = evaluate_cosegments(collections, folder, ablation=ablation, **given)
+        given |= {"features": asked.features, "rivals": not asked.no_rivals}
+        if benchmark == "segments":
+            given["labels"] = asked.labels
+            results = evaluate_segments(_scenes(asked), asked.folder, **given)
+        else:
+            given["ablation"] = asked.ablation
+            results = evaluate_cosegments(_collections(asked), asked.folder, **given)
     print_tables(show(results))
-    Console().print(printable(f"Written to {folder}: results.md, results.json."), markup=False)
+    say(f"Written to {printable(asked.folder)}: results.md, results.json.")
 
 
-def _views(benchmark: str, count: int | None, seed: int) -> Any:
+def _views(asked: Asked) -> Any:
     from flashmaps.evaluation.segment_consistency import ALL
     from flashmaps.evaluation.stereo import Stereo
     from flashmaps.evaluation.warps import Warps
 
-    if benchmark == "segments-warps":
-        return Warps(
-            56 if count is None else count, points=ALL, seed=seed
-        )  # each photograph under each kind
-    if count not in (None, 1):
-        raise ValueError(f"pairs={count}: stereo is a single pair")
-    return Stereo(points=ALL, seed=seed)
+    if asked.benchmark == "segments-warps":  # each photograph under each kind
+        return Warps(56 if asked.pairs is None else asked.pairs, points=ALL, seed=asked.seed)
+    if asked.pairs not in (None, 1):
+        raise ValueError(f"pairs={asked.pairs}: stereo is a single pair")
+    return Stereo(points=ALL, seed=asked.seed)
 
 
 def world_split(split: str) -> str:
@@ -230,26 +206,24 @@ def world_split(split: str) -> str:
     return split
 
 
-def _scenes(
-    data: Path | None, split: str, count: int | None, seed: int, image_size: int | None
-) -> Any:
+def _scenes(asked: Asked) -> Any:
     from flashmaps.evaluation.label_folders import LabelFolder
     from flashmaps.evaluation.segment_scenes import SIDE, WorldScenes
 
-    if data is not None:  # their test splits have no labels: the one meant is the usual one
-        return LabelFolder(data, split=None if split == "test" else split, count=count)
-    side = SIDE if image_size is None else image_size
-    return WorldScenes(world_split(split), 200 if count is None else count, seed, side)
+    if asked.data is not None:  # their test splits have no labels: the one meant is the usual one
+        split = None if asked.split == "test" else asked.split
+        return LabelFolder(asked.data, split=split, count=asked.pairs)
+    side = SIDE if asked.image_size is None else asked.image_size
+    count = 200 if asked.pairs is None else asked.pairs
+    return WorldScenes(world_split(asked.split), count, asked.seed, side)
 
 
-def _collections(
-    data: Path | None, split: str, count: int | None, image_size: int | None, images: int | None
-) -> Any:
+def _collections(asked: Asked) -> Any:
     from flashmaps.evaluation.cub_parts import CubCollections
     from flashmaps.evaluation.segment_scenes import COLLECTION, SIDE, WorldCollections
 
-    many = COLLECTION if images is None else images
-    if data is not None:
-        return CubCollections(data, split=split, images=many, count=count)
-    side = SIDE if image_size is None else image_size
-    return WorldCollections(world_split(split), many, seeds=4, side=side, count=count)
+    many = COLLECTION if asked.images is None else asked.images
+    if asked.data is not None:
+        return CubCollections(asked.data, split=asked.split, images=many, count=asked.pairs)
+    side = SIDE if asked.image_size is None else asked.image_size
+    return WorldCollections(world_split(asked.split), many, seeds=4, side=side, count=asked.pairs)

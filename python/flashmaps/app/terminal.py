@@ -62,6 +62,13 @@ def plain(text: object) -> Any:
     return Text(printable(text, lines=True))
 
 
+def say(text: str) -> None:
+    """A line for the reader, in which nothing is markup; paths come through ``printable``."""
+    from rich.console import Console
+
+    Console(highlight=False).print(plain(text), soft_wrap=True)
+
+
 def print_tables(tables: list[tuple[str, list[str], list[list[str]]]]) -> None:
     """Titled tables of text, the first column to the left."""
     from rich.console import Console
