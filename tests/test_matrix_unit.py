@@ -37,6 +37,34 @@ def test_both_builds_agree(
         torch.testing.assert_close(one, other, rtol=bound, atol=bound)
 
 
+@pytest.mark.skipif("amx" not in BUILDS, reason="this processor has no matrix unit that we use")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dims", [(64, 64), (40, 40), (40, 64), (33, 33)], ids=str)
+@pytest.mark.parametrize("strided", [False, True])
+def test_the_way_home_too(
+    strided: bool, dims: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Return probabilities: the map back by the unit as well, where its heads are as long."""
+    generator = torch.Generator().manual_seed(sum(dims))
+    sizes, scores = ((50, 97), (97, 50)), 0.0
+    pairs = []
+    for (rows, keys), dim in zip(sizes, dims, strict=True):
+        query, key = (
+            torch.randn(2, 3, n, dim, generator=generator).to(dtype) for n in (rows, keys)
+        )
+        scores = max(scores, float((query.float() @ key.float().mT).abs().max()) / dim**0.5)
+        pairs.append((query.mT.contiguous().mT if strided else query, key))
+    found = []
+    for build in ("amx", "avx512"):
+        monkeypatch.setattr(cpu, "_C", OneBuild(build))
+        there, back = (fm.AttentionMap(*pair, backend="cpu") for pair in pairs)
+        found.append((there @ back).diagonal())
+        monkeypatch.undo()
+    # As above, for the probabilities of both maps.
+    bound = 2 * float((4 + max(dims)) * torch.finfo(torch.float32).eps * (1 + scores))
+    torch.testing.assert_close(found[0], found[1], rtol=bound, atol=0)
+
+
 @pytest.mark.skipif(not BUILDS, reason="the C++ extension is not built")
 def test_a_thread_is_woken_for_work_that_is_worth_it() -> None:
     before = torch.get_num_threads()

@@ -7,17 +7,20 @@ The modules flashmaps._C and flashmaps._cuda for that Python, and a Triton cache
 `session.py --quick` checks and times, compiled for the card here, where none is (warm.py). A cache
 is hit only by the very triton that filled it, so its Python should have the card's: without
 --python an environment is made (build/carried-env) of the versions below. build/ is not for git.
+
+Compiled kernels stay in build/carried-cache, so a command that was stopped goes on where it was;
+those of other sources or another triton are deleted.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -93,30 +96,40 @@ def _program(python: str) -> str:
     return found if Path(found).exists() else python
 
 
-def triton_cache(python: str, out: Path, architecture: str, parts: list[str], jobs: int) -> int:
+def kept_cache(folder: Path, versions: str, parts: list[str]) -> Path:
+    """Where kernels of these sources, versions and parts are kept; others' are deleted."""
+    told = hashlib.sha256(f"{versions} {sorted(parts)}".encode())
+    for file in sorted((tree.ROOT / "kernels").glob("*")):
+        if file.suffix in (".py", ".json"):
+            told.update(file.read_bytes())
+    cache = folder / told.hexdigest()[:16]
+    cache.mkdir(parents=True, exist_ok=True)
+    for other in folder.iterdir():
+        if other != cache:
+            shutil.rmtree(other)
+    return cache
+
+
+def triton_cache(python: str, out: Path, cache: Path, arguments: list[str], jobs: int) -> int:
     """Fill a cache and pack it; how many kernels it has."""
-    with tempfile.TemporaryDirectory() as folder:
-        cache = Path(folder) / "cache"
-        command = (python, str(Path(__file__).with_name("warm.py")), architecture, *parts)
-        workers = [
-            subprocess.Popen(
-                [*command, "--share", f"{number}/{jobs}"],
-                env={**os.environ, "TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"},
-                cwd=folder,
-            )
-            for number in range(jobs)
-        ]
-        for worker in workers:
-            if worker.wait() != 0:
-                raise SystemExit("the Triton cache could not be filled: see above")
-        count = len([*cache.glob("*/*.cubin")])
-        # Intermediate code is not read again; whoever wants it compiles anew.
-        for text in cache.glob("*/*"):
-            if text.suffix in (".ttir", ".ttgir", ".llir", ".source"):
-                text.write_text("")
-        packed = out / "triton-cache.tar.xz"
-        run("tar", "-cJf", str(packed), "-C", str(cache), ".", XZ_OPT="-9e")
-    return count
+    command = (python, str(Path(__file__).with_name("warm.py")), *arguments)
+    workers = [
+        subprocess.Popen(
+            [*command, "--share", f"{number}/{jobs}"],
+            env={**os.environ, "TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"},
+            cwd=cache,
+        )
+        for number in range(jobs)
+    ]
+    statuses = [worker.wait() for worker in workers]
+    if any(statuses):
+        raise SystemExit("the Triton cache could not be filled: see above; it goes on from there")
+    # Intermediate code is not read again; whoever wants it compiles anew.
+    for text in cache.glob("*/*"):
+        if text.suffix in (".ttir", ".ttgir", ".llir", ".source"):
+            text.write_text("")
+    run("tar", "-cJf", str(out / "triton-cache.tar.xz"), "-C", str(cache), ".", XZ_OPT="-9e")
+    return len([*cache.glob("*/*.cubin")])
 
 
 def main() -> None:
@@ -136,12 +149,14 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     python = options.python or environment(tree.ROOT / "build/carried-env")
     modules(python, out, options.architecture, emulated=options.emulated)
-    kernels = 0
-    if options.kernels:
-        kernels = triton_cache(python, out, options.architecture, options.kernels, options.jobs)
     what = "import json, platform, torch, triton; print(json.dumps([platform.python_version(), "
     versions = json.loads(run(python, "-c", what + "torch.__version__, triton.__version__]))"))
     said = dict(zip(("python", "torch", "triton"), versions, strict=True))
+    kernels = 0
+    if options.kernels:
+        arguments = [options.architecture, *options.kernels]
+        cache = kept_cache(tree.ROOT / "build/carried-cache", str(said), arguments)
+        kernels = triton_cache(python, out, cache, arguments, options.jobs)
     files = {file.name: file.stat().st_size for file in sorted(out.iterdir()) if file.is_file()}
     told = {**said, "architecture": options.architecture, "kernels": kernels}
     (out / "carried.json").write_text(json.dumps(told, indent=1) + "\n")

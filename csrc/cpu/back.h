@@ -2,7 +2,9 @@
 #pragma once
 
 #include <limits>
+#include <type_traits>
 
+#include "cpu/matrix_unit.h"
 #include "cpu/reducers.h"
 #include "cpu/tile.h"
 #include "cpu/typed.h"
@@ -22,6 +24,7 @@ inline Target<T> known_target(T* mean, T weight) {
 // broadcast. 2^(score - lse) needs no other key of it.
 template <class T>
 class BackTile {
+  static constexpr bool kUnit = !std::is_same_v<UnitOf<T>, NoUnit>;
   static constexpr int R = kRows<T>, L = kLanes<T>;
   // Keys of the map that are made at once.
   static constexpr std::int64_t kBackKeys = kBlock;
@@ -29,17 +32,27 @@ class BackTile {
  public:
   BackTile() = default;
   // `line_mass`: T [P, M, lines] of the map back, or 0 where it is not normalised.
-  BackTile(Workspace& w, const Map<T>& back, std::uintptr_t line_mass)
+  // `unit`: of the matrix unit, where it makes the scores.
+  BackTile(Workspace& w, const Map<T>& back, std::uintptr_t line_mass, const UnitShape& unit)
       : back_(&back), lines_(back.problem), line_mass_(line_mass) {
-    query_ = Buffer<T>(w, back.problem.heads * back.problem.dim * R);
+    if constexpr (kUnit) {
+      if (unit.used()) unit_ = Unit(w, unit, back.problem.heads);
+    }
+    if (!unit.used()) query_ = Buffer<T>(w, back.problem.heads * back.problem.dim * R);
     tile_ = Buffer<T>(w, kBackKeys * R);
   }
 
   void load(const Strip& s) {
     const Problem& b = back_->problem;
+    const std::int64_t of = back_->key_index(s.map);
     for (std::int64_t h = 0; h < b.heads; ++h) {
-      pack_lanes<T>(back_->key, back_->key_index(s.map), h, s.i0, s.valid, back_->scale,
-                    query_ + h * b.dim * R);
+      if constexpr (kUnit) {
+        if (unit_.shape.used()) {
+          unit_.load(back_->key, of, h, s.i0, s.valid);
+          continue;
+        }
+      }
+      pack_lanes<T>(back_->key, of, h, s.i0, s.valid, back_->scale, query_ + h * b.dim * R);
     }
     const T* bias = back_->key_bias(s.map);
     for (int r = 0; r < R; ++r) {
@@ -65,14 +78,10 @@ class BackTile {
       SoftmaxLanes<T> lanes;
       for (int v = 0; v < kWidth; ++v) lanes.shift[v] = shift_[v];
       const Target<T> to = known_target<T>(tile_, back_->weight(h));
-      const T* lanes_k = query_ + h * b.dim * R;
-      const std::int64_t of = back_->query_index(s.map);
       if (h == 0) {
-        score_keys<T, Mode::KnownFirst>(lanes_k, back_->query, of, h, j0, j1, negative - j0, lanes,
-                                        to, convert);
+        score<Mode::KnownFirst>(s, h, j0, j1, negative - j0, lanes, to, convert);
       } else {
-        score_keys<T, Mode::KnownLater>(lanes_k, back_->query, of, h, j0, j1, negative - j0, lanes,
-                                        to, convert);
+        score<Mode::KnownLater>(s, h, j0, j1, negative - j0, lanes, to, convert);
       }
     }
     if (line_mass_ != 0) normalize(s, j0, count);
@@ -80,6 +89,20 @@ class BackTile {
   }
 
  private:
+  template <Mode mode>
+  void score(const Strip& s, std::int64_t h, std::int64_t j0, std::int64_t j1, const T* bias,
+             SoftmaxLanes<T>& lanes, const Target<T>& to, T* convert) {
+    const std::int64_t of = back_->query_index(s.map);
+    if constexpr (kUnit) {
+      if (unit_.shape.used()) {
+        unit_.template score<mode>(back_->query, of, h, j0, j1, back_->scale, bias, lanes, to);
+        return;
+      }
+    }
+    score_keys<T, mode>(query_ + h * back_->problem.dim * R, back_->query, of, h, j0, j1, bias,
+                        lanes, to, convert);
+  }
+
   void normalize(const Strip& s, std::int64_t j0, std::int64_t count) {
     const T* mass =
         pointer<const T>(line_mass_) + (s.map * back_->problem.queries + j0) * lines_.count;
@@ -95,6 +118,7 @@ class BackTile {
   std::uintptr_t line_mass_ = 0;
   Lanes<T> shift_ = {};
   Buffer<T> query_;  // [H][d][R]
+  UnitOf<T> unit_;   // or as the matrix unit takes them
   Buffer<T> tile_;   // [kBackKeys][R]
 };
 

@@ -139,16 +139,6 @@ struct Plan {
   }
 };
 
-// The matrix unit, where this build knows it and the numbers are its own.
-struct NoUnit {};
-#if FLASHMAPS_MATRIX_UNIT
-template <class T>
-using UnitOf = std::conditional_t<std::is_same_v<T, float>, Unit, NoUnit>;
-#else
-template <class T>
-using UnitOf = NoUnit;
-#endif
-
 // One thread's buffers and the making of blocks of the mean map.
 template <class T>
 class Worker {
@@ -170,7 +160,10 @@ class Worker {
     if (plan.normalized) line_mass_ = Buffer<T>(w, plan.lines.count * R);
     const Outputs& out = plan.out;
     if (out.return_probability != 0) {
-      back_ = BackTile<T>(w, *plan.back, plan.operands.partner_line_mass);
+      // The unit's registers are set up for one shape.
+      const bool alike = UnitShape::of(plan.operands.partner) == plan.choice.unit;
+      back_ = BackTile<T>(w, *plan.back, plan.operands.partner_line_mass,
+                          alike ? plan.choice.unit : UnitShape{});
     }
     rows_.shape = {p.queries, p.keys, T(1) / T(plan.lines.count)};
     rows_.entropy.out = pointer<T>(out.entropy);

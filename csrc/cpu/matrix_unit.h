@@ -2,13 +2,16 @@
 //
 // A tile of 16 keys, rows as they lie in memory, times 16 queries, packed in pairs, is a tile of
 // sums in float32 with the queries in the lanes: what score_tile has after its product. Products of
-// bfloat16 are exact in float32. A float16 is the sum of two bfloat16s, and their four products are
-// summed from the smallest on.
+// bfloat16 are exact in float32. A float16 is the sum of two bfloat16s, and its product four.
+//
+// Not for float32, which would be three bfloat16s and six products: packed queries and split keys
+// then fill the first-level cache, and the vectors were faster.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/simd.h"
 #include "cpu/tile.h"
@@ -30,12 +33,14 @@ struct UnitShape {
   int steps = 0;  // of 32 numbers of a head
   int rest = 0;   // numbers beyond them
 
+  bool operator==(const UnitShape&) const = default;
   bool used() const { return parts > 0; }
   std::int64_t blocks() const { return steps + (rest > 0 ? 1 : 0); }
+  std::int64_t width() const { return 32 * blocks(); }
   // bfloat16s of the packed queries of a head.
   std::int64_t packed() const { return parts * blocks() * kWidth * kUnitBlock; }
-  // bfloat16s of a tile of keys that are copied.
-  std::int64_t copied() const { return parts * kUnitKeys * 32 * blocks(); }
+  // bfloat16s of a tile of keys that is prepared.
+  std::int64_t prepared() const { return parts * kUnitKeys * width(); }
 
   // For these tokens, if the unit takes them: dtype and shape decide, never strides, so that the
   // same numbers give the same bits however they lie.
@@ -64,7 +69,7 @@ class UnitState {
       config.bytes[t] = 64;
       config.rows[t] = 16;
     }
-    if (shape.rest > 0) {  // 6: keys, 7: queries
+    if (shape.rest > 0) {  // of numbers in one part. 6: keys, 7: queries
       config.bytes[6] = std::uint16_t(2 * shape.rest);
       config.rows[7] = std::uint8_t(shape.rest / 2);
     }
@@ -80,46 +85,16 @@ class UnitState {
   bool used_;
 };
 
-// Rows start .. start + count as pairs: [parts][steps and rest][W][16 pairs][16 queries][2].
-inline void pack_pairs(const Tokens<float>& tokens, std::int64_t b, std::int64_t h,
-                       std::int64_t start, std::int64_t count, const UnitShape& shape,
-                       std::uint16_t* to) {
-  std::memset(to, 0, std::size_t(shape.packed()) * 2);
-  const std::int64_t part = shape.blocks() * kWidth * kUnitBlock;
-  const auto* data = static_cast<const std::uint16_t*>(tokens.data) + tokens.offset(b, h);
-  for (std::int64_t r = 0; r < count; ++r) {
-    const std::uint16_t* row = data + (start + r) * tokens.strides[2];
-    std::uint16_t* lane = to + r / 16 * kUnitBlock + r % 16 * 2;
-    for (std::int64_t x = 0; x < tokens.dim; ++x) {
-      std::uint16_t* at = lane + x / 32 * kWidth * kUnitBlock + x % 32 / 2 * 32 + x % 2;
-      const std::uint16_t number = row[x * tokens.strides[3]];
-      if (shape.parts == 1) {
-        *at = number;
-        continue;
-      }
-      const float whole = widen<float>(Half{number});
-      std::uint32_t bits;
-      std::memcpy(&bits, &whole, 4);
-      at[0] = std::uint16_t(bits >> 16);
-      bits &= 0xffff0000u;
-      float high;
-      std::memcpy(&high, &bits, 4);
-      const float low = whole == high ? 0.0f : whole - high;  // exact; infinities have none
-      std::memcpy(&bits, &low, 4);
-      at[part] = std::uint16_t(bits >> 16);
-    }
-  }
-}
-
 // Some rows of float16 as two bfloat16s: [2][16][32 steps].
 inline void split_halves(const std::uint16_t* rows, std::int64_t stride, std::int64_t count,
-                         std::int64_t dim, const UnitShape& shape, std::uint16_t* to) {
-  const std::int64_t width = 32 * shape.steps;
+                         std::int64_t dim, std::int64_t width, std::uint16_t* to) {
   std::uint16_t* low = to + kUnitKeys * width;
   for (std::int64_t j = 0; j < count; ++j) {
     for (std::int64_t x = 0; x < width; x += 16) {
       const std::int64_t left = std::clamp<std::int64_t>(dim - x, 0, 16);
       const auto mask = __mmask16((1u << left) - 1);
+      // Keys come from afar, strip after strip: asked for two tiles ahead.
+      if (x % 32 == 0) __builtin_prefetch(rows + (j + 2 * kUnitKeys) * stride + x);
       const __m256i halves = _mm256_maskz_loadu_epi16(mask, rows + j * stride + x);
       const __m512 whole = _mm512_cvtph_ps(halves);
       const __m512i high = _mm512_and_si512(_mm512_castps_si512(whole), _mm512_set1_epi32(-65536));
@@ -131,6 +106,58 @@ inline void split_halves(const std::uint16_t* rows, std::int64_t stride, std::in
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + j * width + x), upper(high));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(low + j * width + x),
                           upper(_mm512_castps_si512(rest)));
+    }
+  }
+}
+
+// Sixteen tokens as the unit reads them: rows `stride` bfloat16s apart, their parts `part` apart.
+struct UnitRows {
+  const std::uint16_t* rows = nullptr;
+  std::int64_t stride = 0, part = 0;
+};
+
+// Tokens j .. j + count of head h, where they lie or in `to`, of which rows r0 .. r1 are made; the
+// rows beyond count are zeros. `gathered` is for tokens whose numbers lie apart.
+inline UnitRows prepare_rows(const Tokens<float>& tokens, std::int64_t b, std::int64_t h,
+                             std::int64_t j, std::int64_t count, std::int64_t r0, std::int64_t r1,
+                             const UnitShape& shape, std::uint16_t* to, std::uint16_t* gathered) {
+  const std::int64_t width = shape.width(), stride = tokens.strides[2], apart = tokens.strides[3];
+  const std::int64_t from = tokens.offset(b, h) + j * stride;
+  if (shape.parts == 1 && count == kUnitKeys && apart == 1) {
+    return {static_cast<const std::uint16_t*>(tokens.data) + from, stride, 0};
+  }
+  const UnitRows made{to, width, kUnitKeys * width};
+  if (count < kUnitKeys && r0 == 0) std::memset(to, 0, std::size_t(shape.prepared()) * 2);
+  const std::int64_t some = std::min(r1, count) - r0;
+  if (some <= 0) return made;
+  to += r0 * width;
+  const std::uint16_t* rows = static_cast<const std::uint16_t*>(tokens.data) + from + r0 * stride;
+  const bool split = shape.parts == 2;
+  if (!split || apart != 1) {
+    std::uint16_t* row = split ? gathered : to;
+    for (std::int64_t r = 0; r < some; ++r, row += width) {
+      for (std::int64_t x = 0; x < tokens.dim; ++x) row[x] = rows[r * stride + x * apart];
+    }
+  }
+  if (split && apart == 1) split_halves(rows, stride, some, tokens.dim, width, to);
+  if (split && apart != 1) split_halves(gathered, width, some, tokens.dim, width, to);
+  return made;
+}
+
+// Prepared rows as pairs of numbers, queries beside each other: query r of block w of a head's
+// [parts][steps and rest][W][16 pairs][16 queries][2].
+inline void pack_pairs(const UnitRows& from, std::int64_t count, std::int64_t w,
+                       const UnitShape& shape, std::uint16_t* to) {
+  for (int k = 0; k < shape.parts; ++k) {
+    for (std::int64_t block = 0; block < shape.blocks(); ++block) {
+      const std::uint16_t* rows = from.rows + k * from.part + 32 * block;
+      std::uint16_t* pairs = to + ((k * shape.blocks() + block) * kWidth + w) * kUnitBlock;
+      const int filled = block < shape.steps ? 16 : shape.rest / 2;
+      for (int x = 0; x < filled; ++x, pairs += 32, rows += 2) {
+        for (std::int64_t r = 0; r < count; ++r) {
+          std::memcpy(pairs + 2 * r, rows + r * from.stride, 4);
+        }
+      }
     }
   }
 }
@@ -148,37 +175,49 @@ inline void split_halves(const std::uint16_t* rows, std::int64_t stride, std::in
                : "r"(to), "r"(std::int64_t(stride))   \
                : "memory")
 
-// to = [16 keys][R queries] of keys `stride` bytes apart; parts of keys are `part` apart.
+// Slices `first` .. `last` of the products of a tile of keys, to = [16 keys][R queries] when the
+// last is done. A slice is 32 numbers of a head and one part of the queries; it keeps the unit busy
+// for a hundred cycles or so, while the vectors do other things.
 [[gnu::noinline]] __attribute__((target("amx-tile,amx-bf16"))) inline void multiply_tiles(
-    const std::uint16_t* keys, std::int64_t stride, std::int64_t part, const std::uint16_t* queries,
-    const UnitShape& shape, float* to) {
+    const UnitRows& keys, const std::uint16_t* queries, const UnitShape& shape, int first, int last,
+    float* to) {
   static_assert(kWidth == 3 && kRows<float> == 48);
-  asm volatile("tilezero %%tmm0; tilezero %%tmm1; tilezero %%tmm2" : : : "memory");
-  const std::int64_t of_queries = shape.blocks() * kWidth * kUnitBlock;
-  for (int k = shape.parts - 1; k >= 0; --k) {
-    for (int n = shape.parts - 1; n >= 0; --n) {
-      const std::uint16_t* row = keys + k * part;
-      const std::uint16_t* pairs = queries + n * of_queries;
-      for (int step = 0; step < shape.steps; ++step, row += 32, pairs += kWidth * kUnitBlock) {
+  if (first == 0) asm volatile("tilezero %%tmm0; tilezero %%tmm1; tilezero %%tmm2" : : : "memory");
+  const std::int64_t of_queries = shape.blocks() * kWidth * kUnitBlock, stride = 2 * keys.stride;
+  const int slices = int(shape.blocks()) * shape.parts;
+  for (int slice = first; slice < last; ++slice) {
+    const int step = slice / shape.parts, n = slice % shape.parts;
+    const std::uint16_t* pairs = queries + n * of_queries + step * kWidth * kUnitBlock;
+    const std::uint16_t* row = keys.rows + 32 * step;
+    if (shape.parts == 1 && step < shape.steps) {
+      FLASHMAPS_LOAD(3, row, stride);
+      FLASHMAPS_LOAD(4, pairs, 64);
+      FLASHMAPS_MULTIPLY(0, 3, 4);
+      FLASHMAPS_LOAD(5, pairs + kUnitBlock, 64);
+      FLASHMAPS_MULTIPLY(1, 3, 5);
+      FLASHMAPS_LOAD(4, pairs + 2 * kUnitBlock, 64);
+      FLASHMAPS_MULTIPLY(2, 3, 4);
+    } else if (step < shape.steps) {
+      FLASHMAPS_LOAD(4, pairs, 64);
+      FLASHMAPS_LOAD(5, pairs + kUnitBlock, 64);
+      FLASHMAPS_LOAD(7, pairs + 2 * kUnitBlock, 64);
+      for (int k = 0; k < shape.parts; ++k, row += keys.part) {
         FLASHMAPS_LOAD(3, row, stride);
-        FLASHMAPS_LOAD(4, pairs, 64);
         FLASHMAPS_MULTIPLY(0, 3, 4);
-        FLASHMAPS_LOAD(5, pairs + kUnitBlock, 64);
         FLASHMAPS_MULTIPLY(1, 3, 5);
-        FLASHMAPS_LOAD(4, pairs + 2 * kUnitBlock, 64);
-        FLASHMAPS_MULTIPLY(2, 3, 4);
+        FLASHMAPS_MULTIPLY(2, 3, 7);
       }
-      if (shape.rest > 0) {
-        FLASHMAPS_LOAD(6, row, stride);
-        FLASHMAPS_LOAD(7, pairs, 64);
-        FLASHMAPS_MULTIPLY(0, 6, 7);
-        FLASHMAPS_LOAD(7, pairs + kUnitBlock, 64);
-        FLASHMAPS_MULTIPLY(1, 6, 7);
-        FLASHMAPS_LOAD(7, pairs + 2 * kUnitBlock, 64);
-        FLASHMAPS_MULTIPLY(2, 6, 7);
-      }
+    } else {
+      FLASHMAPS_LOAD(6, row, stride);
+      FLASHMAPS_LOAD(7, pairs, 64);
+      FLASHMAPS_MULTIPLY(0, 6, 7);
+      FLASHMAPS_LOAD(7, pairs + kUnitBlock, 64);
+      FLASHMAPS_MULTIPLY(1, 6, 7);
+      FLASHMAPS_LOAD(7, pairs + 2 * kUnitBlock, 64);
+      FLASHMAPS_MULTIPLY(2, 6, 7);
     }
   }
+  if (last < slices) return;
   FLASHMAPS_STORE(to, 192, 0);
   FLASHMAPS_STORE(to + 16, 192, 1);
   FLASHMAPS_STORE(to + 32, 192, 2);
@@ -212,44 +251,79 @@ template <Mode mode, int J>
 // A thread's part of it: queries packed, and tiles that wait to be used.
 struct Unit {
   UnitShape shape;
-  Buffer<std::uint16_t> queries;  // [H][packed]
-  Buffer<std::uint16_t> copied;   // keys that are converted, or the last few
-  Buffer<float> products;         // two tiles [16][R]: one is made while the other is used
+  Buffer<std::uint16_t> queries;   // [H][packed]
+  Buffer<std::uint16_t> prepared;  // two tiles of keys: one is made while the other is multiplied
+  Buffer<std::uint16_t> gathered;  // a tile of numbers that lie apart
+  Buffer<float> products;          // two tiles [16][R]: one is made while the other is used
 
   Unit() = default;
   Unit(Workspace& w, const UnitShape& of, std::int64_t heads)
       : shape(of),
         queries(w, heads * of.packed()),
-        copied(w, of.copied()),
+        prepared(w, 2 * of.prepared()),
+        gathered(w, of.parts == 2 ? kUnitKeys * of.width() : 0),
         products(w, 2 * kUnitKeys * kRows<float>) {}
 
+  // Rows i0 .. i0 + valid are the queries of head h.
   void load(const Tokens<float>& tokens, std::int64_t b, std::int64_t h, std::int64_t i0,
             std::int64_t valid) {
-    pack_pairs(tokens, b, h, i0, valid, shape, queries + h * shape.packed());
+    std::uint16_t* to = queries + h * shape.packed();
+    std::memset(to, 0, std::size_t(shape.packed()) * 2);
+    for (std::int64_t w = 0; w < kWidth && kUnitKeys * w < valid; ++w) {
+      const std::int64_t count = std::min(kUnitKeys, valid - kUnitKeys * w);
+      pack_pairs(prepare_rows(tokens, b, h, i0 + kUnitKeys * w, count, 0, kUnitKeys, shape,
+                              prepared, gathered),
+                 count, w, shape, to);
+    }
   }
 
-  // As score_keys; scale is in log2 units.
+  // As score_keys; scale is in log2 units. While the vectors exponentiate a tile, the unit makes
+  // the products of the next one, and the one after it is prepared: half a tile of each by turns,
+  // so that all three are within what the processor looks ahead.
   template <Mode mode>
   void score(const Tokens<float>& keys, std::int64_t b, std::int64_t h, std::int64_t j0,
              std::int64_t j1, float scale, const float* key_bias, SoftmaxLanes<float>& s,
              const Target<float>& to) {
-    constexpr std::int64_t kTile = kUnitKeys * kRows<float>;
-    multiply(keys, b, h, j0, j1, products);
+    constexpr std::int64_t kTile = kUnitKeys * kRows<float>, kHalf = kUnitKeys / 2;
+    const std::uint16_t* of_head = queries + h * shape.packed();
+    const int slices = int(shape.blocks()) * shape.parts;
+    int buffer = 0;
+    const auto prepare = [&](std::int64_t j, std::int64_t r0, std::int64_t r1) {
+      return prepare_rows(keys, b, h, j, std::min(kUnitKeys, j1 - j), r0, r1, shape,
+                          prepared + buffer * shape.prepared(), gathered);
+    };
+    UnitRows next = prepare(j0, 0, kUnitKeys), after;
+    multiply_tiles(next, of_head, shape, 0, slices, products);
+    if (j0 + kUnitKeys < j1) {
+      buffer = 1;
+      next = prepare(j0 + kUnitKeys, 0, kUnitKeys);
+    }
     for (std::int64_t j = j0, n = 0; j < j1; j += kUnitKeys, n ^= 1) {
       const std::int64_t end = std::min(j + kUnitKeys, j1);
-      if (end < j1) multiply(keys, b, h, end, j1, products + (n ^ 1) * kTile);
-      if constexpr (mode != Mode::Lse) fetch<mode>(to, end - j0);
-      const float* from = products + n * kTile;
-      std::int64_t i = j;
-      const auto keep = [&]<int J>() {
-        const float* bias = key_bias == nullptr ? nullptr : key_bias + i;
-        keep_products<mode, J>(from, scale, bias, s, to, i - j0);
-        from += J * kRows<float>;
-        i += J;
-      };
-      while (i + kTileKeys <= end) keep.template operator()<kTileKeys>();
-      while (i + 2 <= end) keep.template operator()<2>();
-      while (i < end) keep.template operator()<1>();
+      buffer ^= 1;
+      for (int half = 0; half < 2; ++half) {
+        if (end < j1) {
+          multiply_tiles(next, of_head, shape, half == 0 ? 0 : slices / 2,
+                         half == 0 ? slices / 2 : slices, products + (n ^ 1) * kTile);
+        }
+        if (end + kUnitKeys < j1) {
+          after = prepare(end + kUnitKeys, half * kHalf, (half + 1) * kHalf);
+        }
+        if constexpr (mode != Mode::Lse) fetch<mode>(to, end - j0 + half * kHalf);
+        std::int64_t i = j + half * kHalf;
+        const std::int64_t until = std::min(i + kHalf, end);
+        const float* from = products + n * kTile + half * kHalf * kRows<float>;
+        const auto keep = [&]<int J>() {
+          const float* bias = key_bias == nullptr ? nullptr : key_bias + i;
+          keep_products<mode, J>(from, scale, bias, s, to, i - j0);
+          from += J * kRows<float>;
+          i += J;
+        };
+        while (i + kTileKeys <= until) keep.template operator()<kTileKeys>();
+        while (i + 2 <= until) keep.template operator()<2>();
+        while (i < until) keep.template operator()<1>();
+      }
+      next = after;
       if constexpr (!is_known(mode)) {
         if (end == j1 || (end - j0) % kKeyChunk == 0) s.fold();
       }
@@ -257,44 +331,15 @@ struct Unit {
   }
 
  private:
-  // The lines of the strips that the next tile will need.
+  // Lines of the strips that the next tile will need.
   template <Mode mode>
-  static void fetch(const Target<float>& to, std::int64_t done) {
+  static void fetch(const Target<float>& to, std::int64_t key) {
     constexpr bool reads_e = mode == Mode::Second || mode == Mode::Later;
     constexpr bool reads_mean = mode == Mode::Later || mode == Mode::KnownLater;
-    for (std::int64_t x = 0; x < kUnitKeys * kRows<float>; x += 16) {
-      if constexpr (reads_e) __builtin_prefetch(to.e + done * kRows<float> + x, 1);
-      if constexpr (reads_mean) __builtin_prefetch(to.mean + done * kRows<float> + x, 1);
+    for (std::int64_t x = 0; x < kUnitKeys / 2 * kRows<float>; x += 16) {
+      if constexpr (reads_e) __builtin_prefetch(to.e + key * kRows<float> + x, 1);
+      if constexpr (reads_mean) __builtin_prefetch(to.mean + key * kRows<float> + x, 1);
     }
-  }
-
-  void multiply(const Tokens<float>& keys, std::int64_t b, std::int64_t h, std::int64_t j,
-                std::int64_t j1, float* to) {
-    const std::int64_t count = std::min(kUnitKeys, j1 - j), stride = keys.strides[2];
-    const auto* rows =
-        static_cast<const std::uint16_t*>(keys.data) + keys.offset(b, h) + j * stride;
-    const std::uint16_t* of_head = queries + h * shape.packed();
-    const std::int64_t apart = keys.strides[3];  // numbers of a key
-    if (shape.parts == 1 && count == kUnitKeys && apart == 1) {
-      multiply_tiles(rows, 2 * stride, 0, of_head, shape, to);
-      return;
-    }
-    const std::int64_t width = 32 * shape.blocks();
-    if (count < kUnitKeys) std::memset(copied, 0, std::size_t(shape.copied()) * 2);
-    // Float16s are split where they lie, or where their low parts will.
-    std::uint16_t* gathered = copied + (shape.parts - 1) * kUnitKeys * width;
-    if (shape.parts == 1 || apart != 1) {
-      for (std::int64_t row = 0; row < count; ++row) {
-        for (std::int64_t x = 0; x < keys.dim; ++x) {
-          gathered[row * width + x] = rows[row * stride + x * apart];
-        }
-      }
-    }
-    if (shape.parts == 2) {
-      const bool here = apart == 1;
-      split_halves(here ? rows : gathered, here ? stride : width, count, keys.dim, shape, copied);
-    }
-    multiply_tiles(copied, 2 * width, kUnitKeys * width, of_head, shape, to);
   }
 };
 
@@ -304,6 +349,16 @@ struct UnitState {
   explicit UnitState(const UnitShape&) {}
 };
 
+#endif
+
+// The matrix unit, where this build knows it and the numbers are its own.
+struct NoUnit {};
+#if FLASHMAPS_MATRIX_UNIT
+template <class T>
+using UnitOf = std::conditional_t<std::is_same_v<T, float>, Unit, NoUnit>;
+#else
+template <class T>
+using UnitOf = NoUnit;
 #endif
 
 }  // namespace

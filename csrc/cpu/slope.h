@@ -40,7 +40,7 @@ class Slope {
       : problem_(p), given_(g), has_back_(back != nullptr) {
     left_ = Buffer<T>(w, g.left == 0 ? 0 : g.columns * R);
     pooled_ = Buffer<T>(w, g.pooled == 0 ? 0 : g.num_cells * R);
-    if (has_back_) back_ = BackTile<T>(w, *back, g.partner_line_mass);
+    if (has_back_) back_ = BackTile<T>(w, *back, g.partner_line_mass, UnitShape{});
   }
 
   void load_strip(const Strip& s) {
