@@ -222,7 +222,8 @@ def reduce_kernel(
         if total is not None or (entropy is not None and KEYS_KEPT):
             b_total += tl.sum(tile, 1)
         if plogp is not None or entropy is not None:
-            b_plogp = add_xlogx(b_plogp, tile * share, FAST_LOG)
+            FLOORED: tl.constexpr = HEADS > 0 and weights is None
+            b_plogp = add_xlogx(b_plogp, tile * share, FAST_LOG, FLOORED)
         if top is not None or argtop is not None:
             best, where = best_of(tile, index, there, EVEN)
             b_top, b_argtop = better(b_top, b_argtop, best, where)

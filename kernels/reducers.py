@@ -13,9 +13,9 @@ from flashmaps.kernels.tile import NO_INDEX, TINY, xlog2x
 
 
 @triton.jit
-def add_xlogx(plogp, tile, FAST_LOG: tl.constexpr):
+def add_xlogx(plogp, tile, FAST_LOG: tl.constexpr, FLOORED: tl.constexpr):
     """sum_j p_j log2 p_j, from which the entropy of a row or a column is made."""
-    return plogp + tl.sum(xlog2x(tile, FAST_LOG), 1)
+    return plogp + tl.sum(xlog2x(tile, FAST_LOG, FLOORED), 1)
 
 
 @triton.jit

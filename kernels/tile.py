@@ -37,9 +37,15 @@ def log2(x, FAST_LOG: tl.constexpr):
 
 
 @triton.jit
-def xlog2x(x, FAST_LOG: tl.constexpr):
-    """x log2 x with 0 log 0 = 0. Below the smallest normal number x weighs nothing."""
-    return x * log2(tl.maximum(x, TINY), FAST_LOG)
+def xlog2x(x, FAST_LOG: tl.constexpr, FLOORED: tl.constexpr = False):
+    """x log2 x with 0 log 0 = 0. Below the smallest normal number x weighs nothing.
+
+    FLOORED: there is none below it.
+    """
+    if FLOORED:
+        return x * log2(x, FAST_LOG)
+    else:
+        return x * log2(tl.maximum(x, TINY), FAST_LOG)
 
 
 @triton.jit
@@ -275,8 +281,17 @@ def resident_tile(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`mean_tile` of whole tiles without a bias, the log-sum-exp known, kept tokens at hand."""
-    tile = tl.zeros((kept_index.shape[0], streamed_index.shape[0]), tl.float32)
+    """`mean_tile` of whole tiles without a bias, the log-sum-exp known, kept tokens at hand.
+
+    Without weights a head's 1 / H is in its exponent, exp2(scale log2(e) q k - (lse log2(e) + log2
+    H)), and no element is below TINY, where the sum begins.
+    """
+    R: tl.constexpr = kept_index.shape[0]
+    C: tl.constexpr = streamed_index.shape[0]
+    if weights is not None:
+        tile = tl.zeros((R, C), tl.float32)
+    else:
+        tile = tl.full((R, C), TINY, tl.float32)
     for head in tl.static_range(HEADS):
         columns = load_tokens(
             streamed + head * streamed_head, streamed_offset, streamed_token, streamed_dim,
@@ -289,6 +304,8 @@ def resident_tile(
         else:
             of_query = tl.load(known + kept_index)
         of_query = tl.where(of_query == float("-inf"), float("inf"), of_query) * LOG2_E
+        if weights is None:
+            of_query += tl.log2(tl.cast(HEADS, tl.float32))
         if KEYS_KEPT:
             part = tl.exp2(scores * scale - of_query[None, :])
         else:
@@ -297,10 +314,7 @@ def resident_tile(
             tile += tl.load(weights + head) * part
         else:
             tile += part
-    if weights is not None:
-        return tile
-    else:
-        return tile * (1.0 / HEADS)
+    return tile
 
 
 @triton.jit
