@@ -293,3 +293,28 @@ def test_a_batch_shows_views_of_one_example_with_little_noise_and_the_cleaner_of
     pictures = two.clean[:6, 0, 0, 0].long() % 10
     assert pictures.tolist() == 3 * [FIRST] + 3 * [VIEW]
     assert torch.equal(two.example[:6], two.viewed.repeat(2))
+
+
+def test_shifted_views_still_say_where_each_cell_comes_from():
+    side, count = 8, 6
+    generator = torch.Generator().manual_seed(0)
+    centres = (torch.arange(side) + 0.5) / side
+    y, x = torch.meshgrid(centres, centres, indexing="ij")
+    place = torch.stack([x, y], -1).expand(count, side, side, 2)
+    turned = place.flip(2)  # the views are mirrored
+    numbered = torch.arange(count).view(-1, 1, 1, 1).expand(count, 1, side, side)
+    first = torch.cat([place.permute(0, 3, 1, 2), numbered], 1)
+    pictures = torch.cat([first, first.flip(3)])
+    shifted, where = views.moved(pictures, turned, 0.4, generator)
+    known = ((where >= 0) & (where <= 1)).all(-1)
+    assert 0.2 < known.float().mean() < 1
+    new, view = shifted.split(count)
+    cells = (where * side).long().clamp(0, side - 1)
+    rows = torch.arange(count)[:, None, None]
+    there = new.permute(0, 2, 3, 1)[rows, cells[..., 1], cells[..., 0]]
+    seen = view.permute(0, 2, 3, 1)
+    assert torch.equal(there[known], seen[known])  # the same point of the same picture
+    bare = new[:, 2] != numbered[:, 0]
+    assert bare.any() and torch.equal(new[:, 2][bare], numbered.roll(1, 0)[:, 0][bare].float())
+    still, same = views.moved(pictures, turned, 0.0, generator)
+    assert torch.equal(still, pictures) and torch.equal(same, turned)

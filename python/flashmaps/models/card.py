@@ -87,6 +87,8 @@ AGREEMENT = """
 A share of {:g} of each batch is seen without captions in views: a picture, and the same one warped
 and in other colours. Cosines of block outputs, and the attention of one view's queries to the
 other's keys, have to find what the warp says (weight {:g}): `flashmaps.models.agreement`."""
+SHIFTS = """
+Each is shifted on its own, by up to {:g} of a side, so that place is no help."""
 WALKS = """
 Also by way of a third view, another picture of the same object, and back (weight {:g})."""
 FREE = """
@@ -112,6 +114,8 @@ def _losses(rows: list[dict[str, Any]]) -> str:
     found = MUTUAL.format(last["mutual"]) if last["mutual"] > 0 else ""
     if last["agreement"] > 0 or last["walks"] > 0:
         found += AGREEMENT.format(last["views"], last["agreement"])
+        if last.get("shift", 0) > 0:
+            found += SHIFTS.format(last["shift"])
     if last["walks"] > 0:
         found += WALKS.format(last["walks"])
     told = max(row.get("alignment", 0) for row in rows)
@@ -153,6 +157,7 @@ def trainings(work: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
         "mutual": args.mutual,
         "views": args.views,
         "views' colours": COLOURS_OF_VIEWS,
+        "shift": args.shift,
         "agreement": args.agreement,
         "walks": args.walks,
         "alignment": args.alignment,

@@ -225,6 +225,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--vae-crop", type=int, help="pixels a side that the VAE is shown; a multiple of 16")
     add("--views", type=float, help="share of a batch in three views that have to agree")
     add("--agreement", type=float, help="weight of views' losses on features and attention")
+    add("--shift", type=float, default=0.4, help="largest shift of pictures in views, in sides")
     add("--walks", type=float, help="weight of the loss on walks to the same object and back")
     add("--mutual", type=float, help="share of a batch in pairs that see each other")
     add("--alignment", type=float, help="weight of the loss of flashmaps.models.alignment; 0: none")

@@ -23,6 +23,7 @@ from .batch import STEPS, Rows, draw
 from .loop import Loop
 from .mutual import Mutual, share_attention
 from .pictures import FIRST
+from .views import moved
 
 SNR_GAMMA = 5.0  # steps with less noise than that count less: nearly all they ask for is noise
 LOSS_WEIGHT = f"min(1, {SNR_GAMMA:g} / SNR)"
@@ -32,6 +33,7 @@ AGREEING = (
     "up_blocks.2.attentions.0.transformer_blocks.0",
 )
 _HELD_OUT = 99  # a purpose for generators that no step uses
+_MOVES = 7  # that of shifts
 
 
 def train_unet(
@@ -122,8 +124,9 @@ def train_unet(
         plain = [told_of.pop(name)[-rows.plain :] for name in alignment.LAYERS if told_of]
         if reader is not None:
             clean, ids, t, noise = (x[rows.views] for x in given)
+            clean, there = moved(clean, where[shown.viewed], args.shift, loop.generator(_MOVES))
             seen = reader.look(parts.unet, scheduler.add_noise(clean, noise, t), t, text(ids))
-            losses, found = disagreement(seen, where[shown.viewed])
+            losses, found = disagreement(seen, there)
             total = total + args.agreement * (losses["features"] + losses["attention"]) / 2
             if args.walks > 0:
                 total = total + args.walks * losses["walks"]

@@ -1,4 +1,4 @@
-"""Other views of a picture: warps that are known, and changes of colour.
+"""Other views of a picture: warps and shifts that are known, and changes of colour.
 
 A view is made from the pixels alone. So where each of its points comes from is known without anyone
 having said what the picture shows, which is all that :mod:`flashmaps.models.agreement` asks.
@@ -11,12 +11,14 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 _UPRIGHT = 0.75  # share of the views that are turned by a little; the others by any angle
 _REPAINTED, _TURNED = 0.5, 0.2  # shares of the views whose colours change so
 _SOFT = 0.06  # deviation of what counts as one colour, all channels in 0 to 1
 _PATTERNED = 0.25  # share of a repainted view's colours that get a pattern
 _BENDS = 5  # a side: the grid of random shifts that bends a view
+_NOWHERE = -8.0  # a point that is outside of every picture
 
 
 def warped(
@@ -57,6 +59,47 @@ def warped(
     view = seen[0].permute(1, 2, 0).round().clamp(0, 255).byte().numpy()
     mean = F.avg_pool2d(source, size // cells)[0].permute(1, 2, 0)
     return view, mean.clamp(-8, 8).numpy().astype(np.float16)
+
+
+def moved(
+    pictures: Tensor, where: Tensor, largest: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """First pictures and their views, each shifted, before another one's picture.
+
+    A network knows where in its input it is, by its padding. While views lie nearly where the
+    first pictures do, it can agree with itself by place and needs to see nothing; so each picture
+    is shifted on its own. What comes bare shows the next example: what may be mistaken for it.
+
+    Args:
+        pictures: [k n, c, h, h]: n first pictures, views last; latents, since a shift is of cells.
+        where: [n, h, h, 2], see :func:`warped`, of the views.
+        largest: of a shift along x or y, in sides; an even number of cells, so that tokens of
+            half the side move whole.
+        generator: all chance.
+
+    Returns both anew: ``where`` points at the shifted first pictures.
+    """
+    count, side = len(pictures), pictures.shape[-1]
+    kinds = count // len(where)
+    steps = int(largest * side / 2)
+    device = pictures.device
+    shift = 2 * torch.randint(-steps, steps + 1, (count, 2), generator=generator, device=device)
+    cells = torch.arange(side, device=device)
+    x, y = (cells - shift[:, axis, None] for axis in (0, 1))  # [k n, h]: which cell comes here
+    inside = ((x >= 0) & (x < side))[:, None, :] & ((y >= 0) & (y < side))[:, :, None]
+    place = (y.clamp(0, side - 1)[:, :, None], x.clamp(0, side - 1)[:, None, :])
+    each = torch.arange(count, device=device)[:, None, None]
+    others = pictures.unflatten(0, (kinds, -1)).roll(1, 1).flatten(0, 1)
+    shifted = torch.where(
+        inside[:, None], pictures[each, :, place[0], place[1]].permute(0, 3, 1, 2), others
+    )
+    views = slice(count - len(where), None)
+    points = where.float()
+    known = ((points >= 0) & (points <= 1)).all(-1)
+    rows = torch.arange(len(where), device=device)[:, None, None]
+    here = rows, place[0][views], place[1][views]
+    points = points[here] + shift[: len(where), None, None] / side
+    return shifted, points.masked_fill(~(inside[views] & known[here])[..., None], _NOWHERE)
 
 
 def recoloured(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
