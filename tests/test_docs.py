@@ -9,6 +9,8 @@ import io
 import pkgutil
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +179,15 @@ def test_named_extras_exist() -> None:
     known = tomllib.loads(text_of("pyproject.toml"))["project"]["optional-dependencies"]
     found = re.findall(r"pip install '\.\[(\w+)\]'", text_of("README.md"))
     assert found and set(found) <= set(known)
+
+
+def test_the_measured_table_is_that_of_the_newest_run() -> None:
+    """README's numbers come from one run of the benchmarks, whose file it names."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benches/readme.py")],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    file, _, table = done.stdout.partition("\n")
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert table.strip() in readme
+    assert f"(benches/results/{file.removesuffix('.json')}.md)" in readme
