@@ -74,3 +74,24 @@ def test_host(host: Callable[..., None], backend: str, call: str) -> None:
         for _ in range(3):  # arranges and compiles
             run()
         host(backend, call, run)
+
+
+def test_host_of_the_way_back(host: Callable[..., None]) -> None:
+    """From the gradients of entropy and expectation to those of Q and K.
+
+    Few tokens: what torch adds up on the way is done by this machine, and should cost little.
+    """
+    query, key = (torch.randn(1, 5, 256, 64).half().requires_grad_() for _ in range(2))
+    with silent("triton"), torch.enable_grad():
+        from flashmaps.kernels import backward as way_back
+
+        given: list[Any] = []
+        real = way_back.backward
+        with mock.patch.object(way_back, "backward", lambda *a: given.extend(a) or real(*a)):
+            lazy = fm.AttentionMap(query, key, key_grid=(16, 16), backend="triton")
+            found = lazy.reduce("entropy", "expectation")
+            loss = found.entropy.sum() + found.expectation.sum()
+            torch.autograd.grad(loss, (query, key))
+        for _ in range(3):
+            real(*given)
+        host("triton", "back", lambda: real(*given))

@@ -67,7 +67,7 @@ def plan(problem: Problem, request: Request) -> Cost:
 
 def reduce(problem: Problem, request: Request) -> dict[str, Tensor]:
     """Every requested field; see `reference.reduce` for what each one is."""
-    return _play(_tape(problem, request), problem, request)
+    return play(_tape(problem, request), tensors_of(problem, request), problem.query.device)
 
 
 def _tape(problem: Problem, request: Request) -> Tape:
@@ -89,11 +89,10 @@ def _settings_here(device: torch.device) -> Settings:
     return settings_here(device)
 
 
-def _play(tape: Tape, problem: Problem, request: Request) -> dict[str, Tensor]:
+def play(tape: Tape, tensors: tuple[Tensor | None, ...], device: torch.device) -> dict[str, Tensor]:
+    """What a tape does, on the tensors of a call."""
     from flashmaps.kernels.run import context_of
 
-    device = problem.query.device
-    tensors = tensors_of(problem, request)
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         outputs = tape.play(tensors, device, context_of(device))
     else:
@@ -139,4 +138,5 @@ def compose(first: Problem, second: Problem, request: Request) -> dict[str, Tens
 
         return composing.record(first, second, request, here)
 
-    return _play(_tapes.get(call_key(first, both, here, "compose"), record), first, both)
+    tape = _tapes.get(call_key(first, both, here, "compose"), record)
+    return play(tape, tensors_of(first, both), first.query.device)

@@ -27,8 +27,9 @@ from flashmaps.kernels.views import (
     tile_constants,
     wide,
 )
-from flashmaps.maps.gpu import LOG2_E, WORKSPACE, on_meta
+from flashmaps.maps.gpu import LOG2_E, WORKSPACE
 from flashmaps.maps.problem import Gradient, Problem, empty_gradients
+from flashmaps.maps.tape import Recorder, Tape, gradient_without_memory
 from torch import Tensor
 
 # Of g and what it is made from, unless there is a budget: 2048 queries by 4096 keys.
@@ -111,29 +112,32 @@ def _tiling(problem: Problem, run: Run) -> Tiling:
     return run.settings.tiling("gradient", problem.query.dtype, problem.query.shape[3])
 
 
-def run_for_gradient(gradient: Gradient, settings: Settings) -> tuple[Run, int]:
-    """A run, and the bytes that it may take."""
-    budget = gradient.memory_budget
-    if budget is None:
-        return Run(settings), STRIP_BYTES + WORKSPACE
-    return Run(settings, limit=min(WORKSPACE, budget)), budget
+def record(problem: Problem, gradient: Gradient, settings: Settings) -> Tape:
+    """All that a way back takes: nothing runs, and tensors may be on "meta"."""
+    recorder = Recorder()
+    run, room = Run(settings, recorder=recorder), STRIP_BYTES + WORKSPACE
+    run.launch = run.record
+    if gradient.memory_budget is not None:
+        room = gradient.memory_budget
+        run.limit = min(WORKSPACE, room)
+    there, asked, inputs = gradient_without_memory(problem, gradient, recorder)
+    into = backward(there, asked, run, room)
+    return recorder.tape(inputs, into, run.workspace, run.scores)
 
 
 def dry_run(problem: Problem, gradient: Gradient, settings: Settings) -> tuple[list[Launch], int]:
-    """(launches, workspace in bytes): nothing runs, and tensors may be on "meta"."""
-    found: list[Launch] = []
-    terms = {name: tensor.to("meta") for name, tensor in gradient.tensors().items()}
-    partner = None if gradient.partner is None else on_meta(gradient.partner)
-    gradient = replace(gradient, **terms, partner=partner)  # type: ignore[arg-type]
-    run, room = run_for_gradient(gradient, settings)
-    run.launch = found.append
-    backward(on_meta(problem), gradient, run, room)
-    return found, run.workspace
+    """(launches, workspace in bytes) of a way back."""
+    tape = record(problem, gradient, settings)
+    return tape.launches, tape.workspace
 
 
 def backward(problem: Problem, gradient: Gradient, run: Run, room: int) -> dict[str, Tensor]:
     """Every gradient that is wanted; see `reference_backward.backward` for what each one is."""
-    into = {name: out.zero_() for name, out in empty_gradients(problem, gradient).items()}
+    into = empty_gradients(problem, gradient)
+    for out in into.values():
+        if run.recorder is not None:
+            run.recorder.make(out)
+        run.compute(torch.zero_, out)
     made: list[Tensor] = []
     problem = with_lse(problem, None, run, made, needed=True)
     gradient = _contiguous(gradient, run)
@@ -153,9 +157,9 @@ def _contiguous(gradient: Gradient, run: Run) -> Gradient:
     copies = {}
     for name, tensor in gradient.tensors().items():
         if not tensor.is_contiguous():
-            copies[name] = tensor.contiguous()
+            copies[name] = run.contiguous(tensor)
             run.hold(tensor.numel() * tensor.element_size())
-    return replace(gradient, **copies)  # type: ignore[arg-type]
+    return replace(gradient, **copies)
 
 
 def _strip(of: _Pass, maps: slice, rows: slice) -> None:
@@ -163,7 +167,7 @@ def _strip(of: _Pass, maps: slice, rows: slice) -> None:
     run, p = of.run, of.problem.some_maps(maps).query_rows(rows.start, rows.stop)
     assert p.lse is not None
     lse = run.empty(*p.lse.shape, like=p.query)
-    lse.copy_(p.lse)
+    run.compute(Tensor.copy_, lse, p.lse)
     p = p._replace(lse=lse)
     g = _slope(of, p, maps, rows)
     inner = run.empty(*lse.shape, like=lse)
@@ -181,7 +185,7 @@ def _strip(of: _Pass, maps: slice, rows: slice) -> None:
     programs = p.batch * p.heads * blocks
     run.launch(Launch(inner_kernel, programs, arguments | at | more, tiling, kind, scores=p.scores))
     if "head_weights" in of.into:
-        of.into["head_weights"] += inner.sum((0, 2))
+        run.compute(lambda into, part: into.add_(part.sum((0, 2))), of.into["head_weights"], inner)
     parts, products = _products(p, run)
     if "query" in of.into:
         out = of.into["query"] if p.pairs is not None else of.into["query"][maps]
@@ -255,22 +259,27 @@ def _keys(
     run.launch(Launch(key_kernel, programs * splits, made, tiling, "gradient", scores=scores))
     if out is not None and splits > 1:
         run.hold(4 * out[0].numel())
-        _add(of.into["key"], out.sum(0), p, maps)
+        _add(of.into["key"], out, (0,), p, maps, run)
         run.hold(-4 * out[0].numel())
         run.release(out)
     if bias is not None:
         run.hold(4 * bias[0, :, 0].numel())
-        _add(of.into["bias"], bias.sum((0, 2)), p, maps)
+        _add(of.into["bias"], bias, (0, 2), p, maps, run)
         run.hold(-4 * bias[0, :, 0].numel())
         run.release(bias)
 
 
-def _add(into: Tensor, part: Tensor, p: Problem, maps: slice) -> None:
-    """Of a strip's keys: ``part`` [maps, ...]."""
+def _add(
+    into: Tensor, parts: Tensor, over: tuple[int, ...], p: Problem, maps: slice, run: Run
+) -> None:
+    """Of a strip's keys: sums of ``parts`` ``over`` some dimensions, [maps, ...]."""
     if p.pairs is None:
-        into[maps] += part
+        run.compute(lambda into, parts: into.add_(parts.sum(over)), into[maps], parts)
     else:
-        into.index_add_(0, p.pairs[:, 1], part)
+        run.compute(
+            lambda into, parts, keys: into.index_add_(0, keys, parts.sum(over)),
+            into, parts, p.pairs[:, 1],
+        )  # fmt: skip
 
 
 def _slope(of: _Pass, p: Problem, maps: slice, rows: slice) -> Tensor:
@@ -283,13 +292,13 @@ def _slope(of: _Pass, p: Problem, maps: slice, rows: slice) -> Tensor:
         launch_reduce(View(p, mass), {"dense": g}, "dense", run)
     if mass is not None:
         printed = run.empty(*shape, like=p.query)
-        printed.copy_(g)
+        run.compute(Tensor.copy_, printed, g)
         made.append(printed)
     back, partner = None, of.partner
     if partner is not None:
         partner = partner.some_maps(maps)
         back = run.empty(*shape, like=p.query)
-        bias = None if partner.bias is None else partner.bias[:, rows].contiguous()
+        bias = None if partner.bias is None else run.contiguous(partner.bias[:, rows])
         run.hold(0 if bias is None else 4 * bias.numel())
         some = partner._replace(key=partner.key[:, :, rows], bias=bias)
         launch_reduce(View(some, None, keys_kept=True), {"dense": back}, "dense", run)

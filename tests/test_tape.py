@@ -109,6 +109,27 @@ def test_triton_gets_the_addresses_of_each_call() -> None:
             seen.clear()
 
 
+def test_the_way_back_gets_the_addresses_of_each_call() -> None:
+    """The tape of a way back is recorded once, and its gradients are new tensors."""
+    pytest.importorskip("triton")
+    from flashmaps.kernels import backend
+
+    given = [torch.randn(1, 2, 80, 16).half().requires_grad_() for _ in range(3)]
+    with mocked_launches.triton() as seen:
+        found = []
+        for query, key in ((given[0], given[1]), (given[1], given[2]), (given[2], given[0])):
+            seen.clear()
+            entropy = fm.AttentionMap(query, key, backend="triton").reduce("entropy").entropy
+            made = backend._tapes
+            found.append(torch.autograd.grad(entropy.sum(), (query, key)))
+            launches = dict(seen)
+        assert len([*made]) == 2  # the way there, the way back
+        for kernel in ("inner_kernel", "query_kernel", "key_kernel"):
+            assert launches[kernel]["query"] == given[2].data_ptr()
+            assert launches[kernel]["key"] == given[0].data_ptr()
+        assert len({grad.data_ptr() for pair in found for grad in pair}) == 6
+
+
 def test_triton_kernels_are_given_what_they_take() -> None:
     """Arguments go to the driver by place, and every parameter has one."""
     pytest.importorskip("triton")

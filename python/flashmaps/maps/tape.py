@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flashmaps.maps.problem import Problem, Request
+from flashmaps.maps.problem import Gradient, Problem, Request
 
 _MOST = 256  # tapes that a thread keeps
 
@@ -238,29 +238,39 @@ def tensors_of(problem: Problem, request: Request) -> tuple[Tensor | None, ...]:
 def call_key(problem: Problem, request: Request, *more: Hashable) -> Hashable:
     """What decides how a call is arranged: equal keys are arranged alike."""
     back = request.partner
-    told: list[Hashable] = [
-        None if each is None else (each.shape, each.stride(), each.dtype, _odd(each))
-        for each in tensors_of(problem, request)
-    ]
     return (
-        *told, *problem[6:], None if back is None else back[6:], request.names, request.k,
-        request.num_cells, request.memory_budget, problem.query.device, *more,
+        *_told(tensors_of(problem, request)), *problem[6:], None if back is None else back[6:],
+        request.names, request.k, request.num_cells, request.memory_budget,
+        problem.query.device, *more,
     )  # fmt: skip
 
 
-def without_memory(
-    problem: Problem, request: Request, recorder: Recorder
-) -> tuple[Problem, Request, list[int | None]]:
-    """The call on stand-ins, and the slots of its tensors in the order of `tensors_of`."""
+def _told(tensors: tuple[Tensor | None, ...]) -> Iterator[Hashable]:
+    for each in tensors:
+        yield None if each is None else (each.shape, each.stride(), each.dtype, _odd(each))
+
+
+def _stand_ins(
+    tensors: tuple[Tensor | None, ...], recorder: Recorder
+) -> tuple[list[Tensor | None], list[int | None]]:
+    """Tensors without memory, and their slots."""
     slots: list[int | None] = []
     made: list[Tensor | None] = []
-    for tensor in tensors_of(problem, request):
+    for tensor in tensors:
         if tensor is None:
             slots.append(None)
             made.append(None)
         else:
             made.append(recorder.given(tensor))
             slots.append(len(recorder._bases) - 1)
+    return made, slots
+
+
+def without_memory(
+    problem: Problem, request: Request, recorder: Recorder
+) -> tuple[Problem, Request, list[int | None]]:
+    """The call on stand-ins, and the slots of its tensors in the order of `tensors_of`."""
+    made, slots = _stand_ins(tensors_of(problem, request), recorder)
     back = request.partner
     there = Problem._make((*made[:6], *problem[6:]))
     partner = None if back is None else Problem._make((*made[9:15], *back[6:]))
@@ -273,6 +283,46 @@ def without_memory(
         ),
         slots,
     )  # fmt: skip
+
+
+# The same for the way back.
+
+_TERMS = tuple(
+    each.name
+    for each in fields(Gradient)
+    if each.name not in ("wanted", "partner", "memory_budget")
+)
+
+
+def tensors_of_gradient(problem: Problem, gradient: Gradient) -> tuple[Tensor | None, ...]:
+    """The tensors that a way back is given, always in this order."""
+    back = gradient.partner
+    return (
+        *problem[:6], *((None,) * 6 if back is None else back[:6]),
+        *(getattr(gradient, name) for name in _TERMS),
+    )  # fmt: skip
+
+
+def gradient_key(problem: Problem, gradient: Gradient, *more: Hashable) -> Hashable:
+    """What decides how a way back is arranged."""
+    back = gradient.partner
+    return (
+        *_told(tensors_of_gradient(problem, gradient)), *problem[6:],
+        None if back is None else back[6:], gradient.wanted, gradient.memory_budget,
+        problem.query.device, "back", *more,
+    )  # fmt: skip
+
+
+def gradient_without_memory(
+    problem: Problem, gradient: Gradient, recorder: Recorder
+) -> tuple[Problem, Gradient, list[int | None]]:
+    """The way back on stand-ins, and the slots of its tensors."""
+    made, slots = _stand_ins(tensors_of_gradient(problem, gradient), recorder)
+    back = gradient.partner
+    there = Problem._make((*made[:6], *problem[6:]))
+    partner = None if back is None else Problem._make((*made[6:12], *back[6:]))
+    terms = dict(zip(_TERMS, made[12:], strict=True))
+    return there, replace(gradient, partner=partner, **terms), slots  # type: ignore[arg-type]
 
 
 class Tapes:
