@@ -59,6 +59,7 @@ def test_missing_parts_on_known_answers() -> None:
             "visible": [*shares.tolist(), None], "probability": [*shares.tolist(), 0.5],
             "hidden": [False] * 5, "size": [0.1] * 5,
             "area": [*noise[0], 0.0], "peak": [*noise[1], 0.0], "gain": [*noise[2], 0.0],
+            "sight": [0.0] * 5,
         })  # fmt: skip
     found = missing_summary(scenes)
     assert found["scores"]["find_parts"]["auroc"] == 1
@@ -143,3 +144,15 @@ def test_a_run_goes_on_and_tells_what_there_is(
     assert len(tables(results)) >= 3 and "Part" in (out / "results.md").read_text()
     with pytest.raises(ValueError, match="size: 32 there, 48 now"):
         evaluate_parts(out, **{**asked, "size": 48})
+
+
+def test_pictures_are_read_row_by_row(tmp_path: Path) -> None:
+    from flashmaps.evaluation.part_pictures import _write, read_pictures
+    from flashmaps.files import open_run
+
+    rng = np.random.default_rng(0)
+    rows = [[rng.integers(0, 256, (6, 8, 3)).astype(np.uint8) for _ in range(3)] for _ in range(2)]
+    with open_run(tmp_path / "run", "parts-evaluation", {}) as run:
+        _write(run, "drawn/some", rows)
+        found = read_pictures(run, "drawn/some", (6, 8))
+    np.testing.assert_array_equal(np.array(found), np.array(rows))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import flashmaps as fm
@@ -15,11 +16,14 @@ from flashmaps.diffusion.latents import encode, noised, prediction_target, to_le
 from flashmaps.diffusion.learned_words import prompt_states
 from flashmaps.parts.head import fit_head
 from flashmaps.parts.losses import column_divergence, noise_errors, step_losses
+from flashmaps.parts.pasted import pasted
 from flashmaps.parts.places import expected_places, similarity
-from flashmaps.parts.presence import _logistic, occluded, presence
+from flashmaps.parts.presence import logistic
 from flashmaps.parts.reading import probabilities
 from flashmaps.parts.regions import hard_labels, part_masks
 from flashmaps.parts.result import Parts
+from flashmaps.parts.sight import _principal, fit_sight
+from flashmaps.segmentation.segment import see
 from tiny_pipeline import tiny_pipeline
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -343,24 +347,48 @@ def test_expected_places_of_a_shifted_copy() -> None:
     assert np.isnan(expected_places(masks, np.array([False, False]), labels)).all()
 
 
-def test_patches_cover_what_is_said() -> None:
-    labels = collection()[1]
-    masks = part_masks(labels, 3, (SIDE, SIDE))
-    images = [np.full((SIDE, SIDE, 3), -1.0) for _ in labels]
-    changed, shares, rest = occluded(images, masks, 0)
-    for image, mask, share, left in zip(changed, masks.numpy(), shares, rest, strict=True):
-        free = (image == -1).all(2)
-        np.testing.assert_array_equal(left, mask * free)
-        np.testing.assert_allclose(share, (mask * free).sum((1, 2)) / mask.sum((1, 2)), rtol=1e-6)
-    assert bool((shares < 1).any())
+def test_things_cover_what_is_said() -> None:
+    """Pixels change under things alone; they hide some of the object; where is none, none is."""
+    images, labels = collection()
+    others = [each.astype(np.float32) / 255 for each in images]
+    rng = np.random.default_rng(0)
+    for image, own in zip(others, labels, strict=True):
+        changed, front = pasted(image, own, others, rng)
+        np.testing.assert_array_equal(changed[~front], image[~front])
+        assert front[own >= 0].any() and changed.min() >= 0 and changed.max() <= 1
+        same, nothing = pasted(image, np.full_like(own, -1), others, rng)
+        assert same is image and not nothing.any()
+
+
+def test_sight_tells_a_part_from_one_that_is_covered(pipe: Any) -> None:
+    """A red and a blue square, and the blue one covered: it is less probable then, whatever the
+    model is."""
+    images, labels = collection(6)
+    shown = [each.astype(np.float32) / 255 for each in images]
+    sight = fit_sight(pipe, shown, [each.astype(np.int16) for each in labels], 2)
+    covered = shown[2].copy()
+    covered[labels[2] == 1] = (0.9, 0.9, 0.1)
+    plain, hidden = (sight.read(pipe, see(pipe, [image])[0]) for image in (shown[2], covered))
+    torch.testing.assert_close(plain.sum(0), torch.ones(plain.shape[1:]))
+    (before, _), (after, _) = sight.probability(plain), sight.probability(hidden)
+    assert sight.weights[0] > 0 and after[1] < before[1]
+
+
+def test_principal_directions_hold_what_varies() -> None:
+    """Of 100 features that lie in two directions, 64 directions keep all."""
+    x = torch.randn(400, 2) @ torch.randn(2, 100)
+    some = SimpleNamespace(output=x[None, None], query=None)
+    directions = _principal([some])
+    assert directions is not None and directions.shape == (100, 64)
+    torch.testing.assert_close(x @ directions @ directions.T, x, atol=1e-3, rtol=1e-3)
 
 
 def test_presence_rises_with_its_evidence() -> None:
     """The regression that says how evidence counts, on evidence that is plain."""
     drawn = torch.Generator().manual_seed(0)
     y = torch.rand(200, generator=drawn) < 0.8
-    x = torch.randn(200, 3, generator=drawn)
+    x = torch.randn(200, 1, generator=drawn)
     x[:, 0] += 3 * y
-    weights = _logistic(x, y.float())
-    told = presence(x, weights)
-    assert float(((told >= 0.5) == y).float().mean()) > 0.85 and weights[0] > 0
+    slope, bias = logistic(x, y.float())
+    told = torch.sigmoid(x[:, 0] * slope + bias)
+    assert float(((told >= 0.5) == y).float().mean()) > 0.85 and slope > 0

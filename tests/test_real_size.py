@@ -145,6 +145,63 @@ def test_a_step_of_learning_parts(tmp_path, capsys):
 
 
 @torch.no_grad()
+def test_a_completion(tmp_path, capsys):
+    """`fm.complete` in bfloat16 with two exemplars, one sample and two steps with guidance."""
+    import numpy as np
+    from flashmaps.diffusion.capture import find_layers
+    from flashmaps.matching.settings import fingerprint
+    from tiny_pipeline import tiny_pipeline
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("needs Linux's account of peak memory")
+    pipe = tiny_pipeline(tmp_path / "tokenizer")
+    text = CLIPTextConfig(
+        vocab_size=len(pipe.tokenizer), hidden_size=1024, intermediate_size=4096,
+        num_hidden_layers=2, num_attention_heads=16, bos_token_id=pipe.tokenizer.bos_token_id,
+        eos_token_id=pipe.tokenizer.eos_token_id, pad_token_id=pipe.tokenizer.pad_token_id,
+    )  # fmt: skip
+    pipe.unet = sd2_unet().bfloat16()
+    pipe.text_encoder = CLIPTextModel(text).eval().requires_grad_(False).bfloat16()
+    pipe.vae.bfloat16()
+    side = 64 * 4  # the tiny VAE's latents are a quarter
+    rows, columns = np.indices((side, side))
+    whole = (rows - 120) ** 2 + (columns - 130) ** 2 < 70**2
+    picture = np.where(whole[..., None], (200, 60, 40), (40, 120, 60)).astype(np.uint8)
+    labels = np.where(whole, np.where(rows < 120, 0, 1), -1).astype(np.int16)
+    layers = find_layers(pipe.unet, "*.attn2")
+    count = 2
+    parts = fm.Parts(
+        names=("<part-0>", "<part-1>"), embeddings=torch.randn(count, 1, 1024),
+        category="<thing>", category_embedding=torch.randn(1, 1024), model="",
+        weights=fingerprint(pipe), size=(side, side), layers=tuple(layers), timestep=100,
+        head=torch.randn(count + 1, len(layers) * (count + 5) + 1), norms=torch.ones(count, 2),
+        images=(picture, picture[:, ::-1].copy()),
+        labels=(labels, labels[:, ::-1].copy()),
+    )  # fmt: skip
+    front = (rows > 130) & (columns > 100) & (columns < 170)
+    image = np.where(front[..., None], 90, picture).astype(np.uint8)
+
+    def run():
+        return fm.complete(
+            image, parts, visible=whole & ~front, occluder=front, model=pipe, samples=1, steps=2,
+            strength=1.0,
+        )  # fmt: skip
+
+    before = resident.status("VmRSS")
+    seconds, peak, made = measured(run)
+    assert made.hidden.any()
+    assert np.array_equal(made.images[0][~made.hidden], made.image[~made.hidden])
+    with capsys.disabled():
+        print(
+            "\nSD2's UNet, 64 x 64, bfloat16: a completion, two exemplars, one sample of two steps "
+            f"{seconds:.0f} s; peak {peak / 1e9:.2f} GB, {(peak - before) / 1e9:.2f} of it in the "
+            "completion"
+        )
+    assert peak < 12e9
+
+
+@torch.no_grad()
 def test_a_step_with_every_statistic(unet, inputs, capsys):
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("needs Linux's account of peak memory")

@@ -23,7 +23,7 @@ from flashmaps.diffusion.latents import encode
 from flashmaps.diffusion.threads import fit_threads
 from flashmaps.evaluation.bootstrap import RESAMPLES, check_resampling, interval, resample
 from flashmaps.evaluation.part_missing import missing_scores, missing_tables
-from flashmaps.evaluation.part_pictures import Judge, picture_scores
+from flashmaps.evaluation.part_pictures import Judge, draw_of_word, draw_pictures, picture_scores
 from flashmaps.evaluation.part_scenes import HELD_OUT, IMAGES, PartImages, lone_images
 from flashmaps.evaluation.part_scores import (
     nearest_category,
@@ -68,8 +68,18 @@ class Job:
 
     @property
     def drawn(self) -> str:
-        """Its pictures and their scores, without .png and .json."""
+        """Its pictures, without .png."""
         return f"drawn/{self.masks}-{self.loss}-{self.seed}-{self.category}"
+
+    @property
+    def named(self) -> str:
+        """What is said of its pictures, without .json."""
+        return self.drawn.replace("drawn/", "named/")
+
+    @property
+    def missing(self) -> str:
+        """Its words on scenes that hide their object, without .json."""
+        return self.drawn.replace("drawn/", "missing/")
 
 
 def jobs(categories: Sequence[str], losses: Sequence[str], seeds: int) -> list[Job]:
@@ -154,19 +164,13 @@ def evaluate_parts(
                     if not common_parts(segments):
                         run.write_json(f"{job.name}.json", {"failed": "no part in common"})
                         continue
-                learned, pairs, row = _learn(
-                    run, pipe, job, own, segments, split, held_out, size, learning
-                )
-                if job.seed == 0 and job.loss == todo[0].loss and scenes:
-                    row["missing"] = missing_scores(
-                        pipe, learned, job.category, pairs, split, scenes, size
-                    )
+                row = _learn(run, pipe, job, own, segments, split, held_out, size, learning)
                 run.write_json(f"{job.name}.json", row)
             results = _told(run, asked, todo, resamples, seed)
-            if job == todo[len(names) - 1] and pictures:  # the first of each category are there
-                _draw(run, pipe, todo[: len(names)], pictures, progress)
-        if pictures:
-            _draw(run, pipe, [each for each in todo if each.seed == 0], pictures, progress)
+            if job == todo[len(names) - 1]:  # the first of each category are there
+                _use(run, pipe, todo[: len(names)], split, size, pictures, scenes, progress)
+        first = [each for each in todo if each.seed == 0]
+        _use(run, pipe, first, split, size, pictures, scenes, progress)
         results = _told(run, asked, todo, resamples, seed)
     return results
 
@@ -181,22 +185,39 @@ def _told(
     return results
 
 
-def _draw(run: Run, pipe: Any, some: Sequence[Job], count: int, progress: bool) -> None:
-    """Pictures from the words of jobs that are done."""
+def _use(
+    run: Run, pipe: Any, some: Sequence[Job], split: str, size: int, pictures: int, scenes: int,
+    progress: bool,
+) -> None:  # fmt: skip
+    """What the words of jobs that are done are good for: parts told missing, pictures made."""
     from tqdm.auto import tqdm
 
-    judge = Judge(run)
-    for job in tqdm(some, desc="pictures", disable=not progress):
-        if not run.whole(f"{job.drawn}.json") and (run.folder / job.name / "parts.json").is_file():
-            learned = Parts.load(run.child(job.name))
-            found = picture_scores(pipe, learned, job.category, judge, count, run, job.drawn)
-            run.write_json(f"{job.drawn}.json", found)
+    judge = Judge(run) if pictures else None
+    for job in tqdm(some, desc="words in use", disable=not progress):
+        if not (run.folder / job.name / "parts.json").is_file():
+            continue
+        learned = Parts.load(run.child(job.name))
+        if scenes and job.loss == some[0].loss and not run.whole(f"{job.missing}.json"):
+            own = lone_images(job.category, split, len(learned.images), size=size)
+            pairs = pair_up(learned.labels, own.labels)
+            found = missing_scores(pipe, learned, job.category, pairs, split, scenes, size)
+            run.write_json(f"{job.missing}.json", {"scenes": found})
+        if judge is None:
+            continue
+        word = f"drawn/word-{job.category}"
+        for name, draw in ((job.drawn, draw_pictures), (word, draw_of_word)):
+            if not run.whole(f"{name}.png"):
+                draw(pipe, learned, job.category, pictures, run, name)
+        if not run.whole(f"{job.named}.json"):
+            files = {"learned": job.drawn, "word": word}
+            scores = picture_scores(pipe, learned, job.category, judge, run, files)
+            run.write_json(f"{job.named}.json", scores)
 
 
 def _learn(
     run: Run, pipe: Any, job: Job, own: PartImages, segments: Any, split: str, held_out: int,
     size: int, learning: dict[str, Any] | None,
-) -> tuple[Parts, dict[int, int], dict[str, Any]]:  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
     learned = learn_parts(
         list(own.images), segments=segments, model=pipe, loss=job.loss, seed=job.seed, size=size,
         folder=run.child(job.name), progress=False, **(learning or {}),
@@ -217,14 +238,13 @@ def _learn(
     }
     pairs = pair_up(learned.labels, own.labels)
     nearest, rank = nearest_category(pipe, learned.category_embedding)
-    row = {
+    return {
         "noise": told,
         "nearest": nearest,
         "rank": rank,
         "count": learned.count,
         **part_scores(pipe, learned, held, pairs),
     }
-    return learned, pairs, row
 
 
 def summarise(run: Run, todo: Sequence[Job], resamples: int, seed: int) -> dict[str, Any]:
@@ -237,8 +257,12 @@ def summarise(run: Run, todo: Sequence[Job], resamples: int, seed: int) -> dict[
             if "failed" in row:
                 failed.append({"category": job.category, "why": row["failed"]})
                 continue
-            if (run.folder / f"{job.drawn}.json").is_file():
-                row["pictures"] = json.loads((run.folder / f"{job.drawn}.json").read_text("utf-8"))
+            row.pop("missing", None)
+            if run.whole(f"{job.named}.json"):
+                row["pictures"] = json.loads((run.folder / f"{job.named}.json").read_text("utf-8"))
+            if run.whole(f"{job.missing}.json"):
+                told = json.loads((run.folder / f"{job.missing}.json").read_text("utf-8"))
+                row["missing"] = told["scenes"]
             rows.append({"category": job.category, "loss": job.loss, "seed": job.seed,
                          "masks": job.masks, **_scored(row, resamples, seed)})  # fmt: skip
     groups: dict[str, Any] = {}
@@ -300,10 +324,31 @@ def _group(rows: list[dict[str, Any]], seed: int) -> dict[str, Any]:
     drawn = [row["pictures"] for row in rows if "pictures" in row]
     if drawn:
         out["pictures"] = {
-            key: float(np.mean([each[key] for each in drawn])) for key in ("named", "named_parts")
-        }
+            key: float(np.mean([each[key] for each in drawn]))
+            for key in (
+                "judge", "named", "named_parts", "named_word", "read_category", "read_parts",
+                "read_word",
+            )
+        }  # fmt: skip
         out["pictures"]["count"] = int(sum(each["count"] for each in drawn))
     return out
+
+
+def _pictures(groups: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Generated pictures: named right, and parts read in them, by the words they are made from."""
+    body = [
+        [name, str(each["pictures"]["count"]), f"{each['pictures']['judge']:.2f}",
+         *(f"{each['pictures'][f'{what}_{of}' if of else what]:.2f}"
+           for what, keys in (("named", ("", "parts", "word")),
+                              ("read", ("category", "parts", "word")))
+           for of in keys)]
+        for name, each in groups.items() if "pictures" in each
+    ]  # fmt: skip
+    header = [
+        "loss, masks", "pictures", "the judge is right about scenes", "named right: learned word",
+        "all words", "true word", "parts read: learned word", "all words", "true word",
+    ]  # fmt: skip
+    return [("Pictures", header, body)] if body else []
 
 
 def tables(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -322,7 +367,7 @@ def tables(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]
             f"{each['nearest_right']} of {each['learnings']}",
             "-" if drawn is None else f"{drawn['named']:.2f} / {drawn['named_parts']:.2f}",
         ])  # fmt: skip
-    out = [("Means over categories and seeds", header, body)]
+    out = [("Means over categories and seeds", header, body), *_pictures(results["groups"])]
     for name in results["groups"]:
         loss, masks = name.split(", ")
         rows = [

@@ -21,9 +21,11 @@ from flashmaps.diffusion.images import Image, load_image, resize
 from flashmaps.diffusion.latents import encode
 from flashmaps.files import whole_folder, write_json
 from flashmaps.parts.places import expected_places
-from flashmaps.parts.presence import beside, presence, raw_evidence
+from flashmaps.parts.presence import beside, raw_evidence
 from flashmaps.parts.result import Parts
+from flashmaps.parts.sight import sight_of
 from flashmaps.segmentation import pictures
+from flashmaps.segmentation.segment import see
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,9 +39,10 @@ class FoundParts:
 
     Attributes:
         image: [h, w, 3] as given. names: of the parts.
-        masks: [P, h, w] float32, how probable each part is at each pixel.
+        masks: [P, h, w] float32, how probable each part is seen at each pixel, read from features
+            (:mod:`flashmaps.parts.sight`).
         probability: [P] that it is seen: at least half of it, where it is in the picture.
-        evidence: [P, 3], see :mod:`flashmaps.parts.presence`.
+        evidence: [P, 4], see :mod:`flashmaps.parts.presence`.
         state: "present" where the probability is one half or more; else "hidden" where the parts
             that are seen say that it lies within the picture, "absent" where they say that it lies
             outside, or nothing is seen.
@@ -125,8 +128,9 @@ def find_parts(
 ) -> FoundParts:
     """Find learned parts in an image: where each is, and whether it is seen at all.
 
-    Two passes of the model for where words are attended to, and one for each part for how much
-    worse the noise is explained without its word.
+    Of the model one pass for features, two for where words are attended to, and one for each part
+    for how much worse the noise is explained without its word. The first call with a collection
+    also looks at its images, three times each (:mod:`flashmaps.parts.sight`).
 
     Args:
         image: as for :func:`flashmaps.match`.
@@ -148,25 +152,26 @@ def find_each(
     images: Sequence[Image], parts: Parts, pipe: Any, *, threshold: float = 0.5
 ) -> list[FoundParts]:
     """As :func:`find_parts`, of images that are read, with a model that is loaded."""
-    made = []
+    made, sight = [], sight_of(parts, pipe)
     for picture in images:
         latent = encode(pipe, [resize(picture, parts.fitted(pipe, picture))])
-        raw, planes = raw_evidence(
-            pipe, latent, parts.words, tuple(parts.words), parts.layers, parts.timestep, parts.head,
-            gain=True,
-        )  # fmt: skip
-        evidence = beside(raw, parts.norms)
-        probability = presence(evidence, parts.presence)[0].numpy()
+        raw, _ = raw_evidence(
+            pipe, latent, parts.words, tuple(parts.words), parts.layers, parts.timestep, parts.head
+        )
+        planes = sight.read(pipe, see(pipe, [picture])[0])
+        told, peak = sight.probability(planes)
+        evidence = torch.cat((beside(raw, parts.norms)[0], peak[:, None]), 1).numpy()
+        probability = told.numpy()
         height, width = picture.shape[:2]
-        full = F.interpolate(planes, (height, width), mode="bilinear", align_corners=False)
-        masks = full[0, :-1].numpy()
+        full = F.interpolate(
+            planes[None, :-2], (height, width), mode="bilinear", align_corners=False
+        )
+        masks = full[0].numpy()
         seen = probability >= threshold
         places = expected_places(masks, seen, parts.labels)
         state = tuple(_state(bool(s), place) for s, place in zip(seen, places, strict=True))
         pixels = places * (width, height) - 0.5
-        made.append(
-            FoundParts(picture, parts.names, masks, probability, evidence[0].numpy(), state, pixels)
-        )
+        made.append(FoundParts(picture, parts.names, masks, probability, evidence, state, pixels))
     return made
 
 

@@ -10,11 +10,13 @@ _DECAY = 1e-3  # of the weights, beside a mean loss of cells
 _ROUNDS = 100
 
 
-def fit_head(logs: Tensor, masks: Tensor) -> Tensor:  # [P + 1, layers W + 1]
+def fit_head(
+    logs: Tensor, masks: Tensor, *, decay: float = _DECAY, rounds: int = _ROUNDS
+) -> Tensor:  # [P + 1, layers W + 1]
     """The head of :func:`flashmaps.parts.reading.probabilities`.
 
     Multinomial logistic regression, by L-BFGS: cross-entropy between softmax(W [x, 1]) and what the
-    masks say of a cell, each part's share of it and the rest, + 1e-3 |W|^2 without the bias.
+    masks say of a cell, each part's share of it and the rest, + decay |W|^2 without the bias.
 
     Args:
         logs: [n, layers, W, h, w], log relative attention. masks: [n, P, H, W] in 0..1.
@@ -27,12 +29,12 @@ def fit_head(logs: Tensor, masks: Tensor) -> Tensor:  # [P + 1, layers W + 1]
     mean, spread = x.mean(0), x.std(0).clamp_min(1e-6)
     x = (x - mean) / spread
     head = torch.zeros(wanted.shape[1], x.shape[1] + 1, dtype=torch.float64, requires_grad=True)
-    search = torch.optim.LBFGS([head], max_iter=_ROUNDS, line_search_fn="strong_wolfe")
+    search = torch.optim.LBFGS([head], max_iter=rounds, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         search.zero_grad()
         found = F.cross_entropy(x @ head[:, :-1].T + head[:, -1], wanted)
-        total = found + _DECAY * head[:, :-1].square().sum()
+        total = found + decay * head[:, :-1].square().sum()
         total.backward()
         return total
 

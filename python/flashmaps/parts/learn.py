@@ -36,7 +36,7 @@ from flashmaps.files import Run, check_folder, open_run
 from flashmaps.matching.settings import fingerprint
 from flashmaps.parts.head import fit_head
 from flashmaps.parts.losses import LOSSES, noise_errors, step_losses
-from flashmaps.parts.presence import fit_presence
+from flashmaps.parts.presence import fit_norms
 from flashmaps.parts.reading import seen
 from flashmaps.parts.regions import hard_labels, part_masks, shown
 from flashmaps.parts.result import KIND, Parts, check_word
@@ -366,10 +366,9 @@ def _result(
         for each in job.latents
     ])  # fmt: skip
     head = fit_head(logs.float().cpu(), masks)
-    norms, weights = fit_presence(
-        job.pipe, pictures, masks, job.words(embedding), job.names, job.layers, READ_AT, head,
-        gain=True, seed=job.seed,
-    )  # fmt: skip
+    norms = fit_norms(
+        job.pipe, pictures, masks, job.words(embedding), job.names, job.layers, READ_AT, head
+    )
     height, width = pictures[0].shape[:2]
     return Parts(
         names=job.names[1:],
@@ -383,7 +382,6 @@ def _result(
         timestep=READ_AT,
         head=head,
         norms=norms,
-        presence=weights,
         images=tuple(np.rint(each * 255).astype(np.uint8) for each in pictures),
         labels=tuple(hard_labels(masks)),
         losses=tuple(training.losses),

@@ -60,8 +60,7 @@ class Parts:
         layers: cross-attention layers that are read; timestep: of the noise they are read at.
         head: [P + 1, layers (P + 5) + 1], from the attention to all words to the probability of
             each part and of none, see :func:`flashmaps.parts.reading.probabilities`.
-        norms: [P, 2] and presence: [4], what evidence of a part is set beside and what it says, see
-            :mod:`flashmaps.parts.presence`.
+        norms: [P, 2], what evidence of a part is set beside, see :mod:`flashmaps.parts.presence`.
         images: of the collection, uint8 [h, w, 3] each, in ``size``.
         labels: of each image [h, w] int16, the part that each pixel shows, -1 for none.
         losses: of each step.
@@ -79,7 +78,6 @@ class Parts:
     timestep: int
     head: Tensor
     norms: Tensor
-    presence: Tensor
     images: tuple[np.ndarray, ...]
     labels: tuple[np.ndarray, ...]
     losses: tuple[float, ...] = ()
@@ -183,7 +181,6 @@ class Parts:
                 "labels": torch.from_numpy(np.stack(self.labels)),
                 "head": self.head.contiguous(),
                 "norms": self.norms.contiguous(),
-                "presence": self.presence.contiguous(),
                 "losses": torch.tensor(self.losses, dtype=torch.float64),
             },
             folder / _COLLECTION,
@@ -241,7 +238,6 @@ class Parts:
                 timestep=int(about["timestep"]),
                 head=tensors["head"],
                 norms=tensors["norms"],
-                presence=tensors["presence"],
                 images=tuple(tensors["images"].numpy()),
                 labels=tuple(tensors["labels"].numpy()),
                 losses=tuple(tensors["losses"].tolist()),
