@@ -12,7 +12,12 @@ import pytest
 import torch
 from flashmaps.evaluation.part_missing import missing_summary, visible_shares
 from flashmaps.evaluation.part_scenes import lone_images, part_groups
-from flashmaps.evaluation.part_scores import nearest_category, noise_loss, pair_up
+from flashmaps.evaluation.part_scores import (
+    _right,
+    nearest_category,
+    noise_loss,
+    pair_up,
+)
 from flashmaps.evaluation.parts import FOUND, TRUE, evaluate_parts, jobs, tables
 from flashmaps.world import CATEGORIES, Options, Split
 from tiny_pipeline import tiny_pipeline
@@ -141,9 +146,18 @@ def test_a_run_goes_on_and_tells_what_there_is(
     assert len(results["failed"]) + len(results["rows"]) == 3
     for row in results["rows"]:
         assert 0 <= row["accuracy"]["mean"] <= 1
+        assert ("sight_accuracy" in row) == (row["loss"] == "both")
     assert len(tables(results)) >= 3 and "Part" in (out / "results.md").read_text()
     with pytest.raises(ValueError, match="size: 32 there, 48 now"):
         evaluate_parts(out, **{**asked, "size": 48})
+
+
+def test_a_pixel_is_right_whose_largest_plane_is_its_part() -> None:
+    truth = torch.tensor([[[0, 0, 1, 1], [-1, 1, 1, -1]]])
+    planes = torch.stack([(truth[0] == 1).float(), (truth[0] == 0) * 0.9 + 0.05])[None]
+    assert _right(planes, truth, {0: 1, 1: 0}) == [6]  # learned part 0 is the true part 1
+    assert _right(planes, truth, {0: 1}) == [4]  # a part that is none of the true ones
+    assert _right(planes, truth, {0: 0, 1: 1}) == [0]
 
 
 def test_pictures_are_read_row_by_row(tmp_path: Path) -> None:

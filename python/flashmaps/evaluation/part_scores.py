@@ -26,6 +26,8 @@ from flashmaps.evaluation.part_scenes import PartImages
 from flashmaps.parts.losses import noise_errors
 from flashmaps.parts.reading import probabilities, seen
 from flashmaps.parts.result import Parts
+from flashmaps.parts.sight import sight_of
+from flashmaps.segmentation.segment import see
 from flashmaps.world import CATEGORIES
 
 TIMESTEPS = (300, 500, 700, 900)
@@ -97,25 +99,38 @@ def part_scores(
         found.append(probabilities(logs[-1], parts.head))
     attention = torch.cat(logs).mean(1)[:, 1 : 1 + parts.count].cpu()
     probable = torch.cat(found).cpu()
-    known = torch.tensor([pairs.get(p, -2) for p in range(parts.count)])
-
     on = truth >= 0
-
-    def right(planes: Tensor) -> list[int]:
-        full = F.interpolate(planes, size, mode="bilinear", align_corners=False)
-        hit: Tensor = (known[full.argmax(1)] == truth) & on
-        return hit.sum((1, 2)).tolist()
-
     thing = F.interpolate(1 - probable[:, -1:], size, mode="bilinear", align_corners=False)[:, 0]
     mine, most = thing > 0.5, int(truth[on].bincount().argmax())
     return {
         "pixels": on.sum((1, 2)).tolist(),
-        "right": right(probable[:, :-1]),
-        "attention_right": right(attention),
+        "right": _right(probable[:, :-1], truth, pairs),
+        "attention_right": _right(attention, truth, pairs),
         "majority_right": (truth == most).sum((1, 2)).tolist(),
         "attention_iou": _attention_iou(attention, truth, pairs),
         "object_iou": float((on & mine).sum() / (on | mine).sum()),
     }
+
+
+@torch.no_grad()
+def sight_scores(
+    pipe: Any, parts: Parts, held: PartImages, pairs: Mapping[int, int]
+) -> dict[str, list[int]]:
+    """``pixels`` and ``right`` of :func:`part_scores`, by the masks of ``fm.find_parts``."""
+    truth = torch.from_numpy(np.stack(held.labels)).long()
+    sight = sight_of(parts, pipe)
+    found = see(pipe, [load_image(each) for each in held.images])
+    planes = torch.stack([sight.read(pipe, each)[:-2] for each in found])
+    pixels = (truth >= 0).sum((1, 2)).tolist()
+    return {"pixels": pixels, "right": _right(planes, truth, pairs)}
+
+
+def _right(planes: Tensor, truth: Tensor, pairs: Mapping[int, int]) -> list[int]:
+    """Of each image the object's pixels whose largest of ``planes`` [n, P, h, w] is the truth."""
+    known = torch.tensor([pairs.get(p, -2) for p in range(planes.shape[1])])
+    full = F.interpolate(planes, truth.shape[1:], mode="bilinear", align_corners=False)
+    hit: Tensor = (known[full.argmax(1)] == truth) & (truth >= 0)
+    return hit.sum((1, 2)).tolist()
 
 
 def _attention_iou(attention: Tensor, truth: Tensor, pairs: Mapping[int, int]) -> float:

@@ -30,6 +30,7 @@ from flashmaps.evaluation.part_scores import (
     noise_loss,
     pair_up,
     part_scores,
+    sight_scores,
 )
 from flashmaps.evaluation.segments import page, shown
 from flashmaps.files import Run, check_folder, open_run
@@ -75,6 +76,11 @@ class Job:
     def named(self) -> str:
         """What is said of its pictures, without .json."""
         return self.drawn.replace("drawn/", "named/")
+
+    @property
+    def read(self) -> str:
+        """What :func:`flashmaps.find_parts` reads in held-out images, without .json."""
+        return self.drawn.replace("drawn/", "read/")
 
     @property
     def missing(self) -> str:
@@ -168,9 +174,11 @@ def evaluate_parts(
                 run.write_json(f"{job.name}.json", row)
             results = _told(run, asked, todo, resamples, seed)
             if job == todo[len(names) - 1]:  # the first of each category are there
-                _use(run, pipe, todo[: len(names)], split, size, pictures, scenes, progress)
+                _use(
+                    run, pipe, todo[: len(names)], split, held_out, size, pictures, scenes, progress
+                )
         first = [each for each in todo if each.seed == 0]
-        _use(run, pipe, first, split, size, pictures, scenes, progress)
+        _use(run, pipe, first, split, held_out, size, pictures, scenes, progress)
         results = _told(run, asked, todo, resamples, seed)
     return results
 
@@ -186,10 +194,10 @@ def _told(
 
 
 def _use(
-    run: Run, pipe: Any, some: Sequence[Job], split: str, size: int, pictures: int, scenes: int,
-    progress: bool,
+    run: Run, pipe: Any, some: Sequence[Job], split: str, held_out: int, size: int, pictures: int,
+    scenes: int, progress: bool,
 ) -> None:  # fmt: skip
-    """What the words of jobs that are done are good for: parts told missing, pictures made."""
+    """What words that are done are good for: parts read and told missing, pictures made."""
     from tqdm.auto import tqdm
 
     judge = Judge(run) if pictures else None
@@ -197,9 +205,12 @@ def _use(
         if not (run.folder / job.name / "parts.json").is_file():
             continue
         learned = Parts.load(run.child(job.name))
-        if scenes and job.loss == some[0].loss and not run.whole(f"{job.missing}.json"):
-            own = lone_images(job.category, split, len(learned.images), size=size)
-            pairs = pair_up(learned.labels, own.labels)
+        count, main = len(learned.images), job.loss == some[0].loss
+        pairs = pair_up(learned.labels, lone_images(job.category, split, count, size=size).labels)
+        if main and not run.whole(f"{job.read}.json"):
+            held = lone_images(job.category, split, held_out, first=count, size=size)
+            run.write_json(f"{job.read}.json", sight_scores(pipe, learned, held, pairs))
+        if scenes and main and not run.whole(f"{job.missing}.json"):
             found = missing_scores(pipe, learned, job.category, pairs, split, scenes, size)
             run.write_json(f"{job.missing}.json", {"scenes": found})
         if judge is None:
@@ -263,6 +274,8 @@ def summarise(run: Run, todo: Sequence[Job], resamples: int, seed: int) -> dict[
             if run.whole(f"{job.missing}.json"):
                 told = json.loads((run.folder / f"{job.missing}.json").read_text("utf-8"))
                 row["missing"] = told["scenes"]
+            if run.whole(f"{job.read}.json"):
+                row["sight"] = json.loads((run.folder / f"{job.read}.json").read_text("utf-8"))
             rows.append({"category": job.category, "loss": job.loss, "seed": job.seed,
                          "masks": job.masks, **_scored(row, resamples, seed)})  # fmt: skip
     groups: dict[str, Any] = {}
@@ -290,6 +303,9 @@ def _scored(row: dict[str, Any], resamples: int, seed: int) -> dict[str, Any]:
     for key in ("right", "attention_right", "majority_right"):
         name = {"right": "accuracy", "attention_right": "attention_accuracy"}.get(key, "majority")
         out[name] = _ratio(np.array(row[key], dtype=float), on, counts)
+    if "sight" in row:
+        read = {name: np.array(v, dtype=float) for name, v in row["sight"].items()}
+        out["sight_accuracy"] = _ratio(read["right"], read["pixels"], counts)
     for key in ("pictures", "missing"):
         if key in row:
             out[key] = row[key]
@@ -321,6 +337,15 @@ def _group(rows: list[dict[str, Any]], seed: int) -> dict[str, Any]:
         row["gap_parts"]["mean"] >= GOOD_PARTS and row["accuracy"]["mean"] >= GOOD_ACCURACY
         for row in rows
     )
+    read = [row for row in rows if "sight_accuracy" in row]
+    if read:
+        values = np.array([row["sight_accuracy"]["mean"] for row in read])
+        out["sight_accuracy"] = {"mean": float(values.mean()), "interval": None}
+        out["good_parts_read"] = sum(
+            row["gap_parts"]["mean"] >= GOOD_PARTS
+            and row["sight_accuracy"]["mean"] >= GOOD_ACCURACY
+            for row in read
+        )
     drawn = [row["pictures"] for row in rows if "pictures" in row]
     if drawn:
         out["pictures"] = {
@@ -355,15 +380,16 @@ def tables(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]
     """(title, header, rows) for the means, each category, and missing parts."""
     header = [
         "loss, masks", "learnings", "gap, category", "inside", "gap, with parts", "inside",
-        "part accuracy", "by attention alone", "majority", "attention IoU", "object IoU",
-        "nearest right", "pictures named right",
+        "part accuracy", "by find_parts", "by attention alone", "majority", "attention IoU",
+        "object IoU", "nearest right", "pictures named right",
     ]  # fmt: skip
     body = []
     for name, each in results["groups"].items():
-        keys = (*MEANS, "attention_iou", "object_iou")
+        keys = (*MEANS[:5], "sight_accuracy", *MEANS[5:], "attention_iou", "object_iou")
         drawn = each.get("pictures")
         body.append([
-            name, str(each["learnings"]), *(shown(each[key], 2) for key in keys),
+            name, str(each["learnings"]),
+            *(shown(each[key], 2) if key in each else "-" for key in keys),
             f"{each['nearest_right']} of {each['learnings']}",
             "-" if drawn is None else f"{drawn['named']:.2f} / {drawn['named_parts']:.2f}",
         ])  # fmt: skip
@@ -374,6 +400,7 @@ def tables(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]
             [
                 row["category"], str(row["count"]), shown(row["gap_category"], 2),
                 shown(row["gap_parts"], 2), shown(row["accuracy"], 2),
+                shown(row["sight_accuracy"], 2) if "sight_accuracy" in row else "-",
                 shown(row["attention_accuracy"], 2), f"{row['majority']['mean']:.2f}",
                 f"{row['nearest']} ({row['rank']})",
                 f"{row['pictures']['named']:.2f}" if "pictures" in row else "-",
@@ -383,7 +410,8 @@ def tables(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]
         ]  # fmt: skip
         head = [
             "category", "parts", "gap, category", "gap, with parts", "part accuracy",
-            "by attention alone", "majority", "nearest category (rank)", "named right",
+            "by find_parts", "by attention alone", "majority", "nearest category (rank)",
+            "named right",
         ]  # fmt: skip
         if rows:
             out.append((f"{name}, seed 0", head, rows))
