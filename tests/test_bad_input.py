@@ -500,7 +500,7 @@ def strangers():
     return Parts(
         names=("<part-0>",), embeddings=word, category="<thing>", category_embedding=word[0],
         model="builtin", weights="others", size=(32, 32), layers=("*.attn2",), timestep=1,
-        head=torch.zeros(2, 3), norms=torch.zeros(1, 2), presence=torch.zeros(4),
+        head=torch.zeros(2, 3), norms=torch.zeros(1, 2),
         images=(np.zeros((32, 32, 3), np.uint8),), labels=(np.zeros((32, 32), np.int16),),
     )  # fmt: skip
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import flashmaps as fm
 import pytest
@@ -267,20 +268,35 @@ def test_many_maps_are_taken_in_chunks() -> None:
     assert len(found) > 2 and workspace <= 4 * 2**20
 
 
-@pytest.mark.parametrize("shape", [(5, 4096, 4096, 64), (5, 4096, 77, 64), (2, 300, 300, 40, 4)])
-@pytest.mark.parametrize("normalize", ["block", "rows"])
-def test_the_way_back_keeps_its_budget(shape: tuple[int, ...], normalize: str) -> None:
-    """36 MB without one; and what the smallest is said to be is enough."""
+def way_back(shape: tuple[int, ...], normalize: str) -> tuple[Any, Any]:
     case = ahead.Case(("entropy", "column_entropy", "expectation"))
     problem = meta_problem(*shape)._replace(normalize=normalize)
     lse = torch.empty(problem.batch, problem.heads, problem.num_queries, device="meta")
     problem = problem._replace(lse=lse)
-    gradient = case.gradient(problem, Request(case.names))
-    here = settings.settings_of("sm_90")
-    found, workspace = launch_gradient.dry_run(problem, gradient, here)
+    return problem, case.gradient(problem, Request(case.names))
+
+
+@pytest.mark.parametrize("shape", [(5, 4096, 4096, 64), (5, 4096, 77, 64), (2, 300, 300, 40, 4)])
+@pytest.mark.parametrize("normalize", ["block", "rows"])
+def test_the_way_back_takes_36_mb_unless_told_otherwise(
+    shape: tuple[int, ...], normalize: str
+) -> None:
+    found, workspace = launch_gradient.dry_run(
+        *way_back(shape, normalize), settings.settings_of("sm_90")
+    )
     assert 0 < workspace <= 36 * 2**20
     assert {"query_kernel", "key_kernel"} <= {launch.kernel.__name__ for launch in found}
+
+
+@pytest.mark.parametrize("shape", [(5, 512, 512, 64), (5, 1024, 77, 64), (2, 100, 100, 40, 4)])
+@pytest.mark.parametrize("normalize", ["block", "rows"])
+def test_the_way_back_keeps_its_budget(shape: tuple[int, ...], normalize: str) -> None:
+    """What the smallest is said to be is enough."""
+    problem, gradient = way_back(shape, normalize)
+    here = settings.settings_of("sm_90")
+    workspace = launch_gradient.dry_run(problem, gradient, here)[1]
     least = launch_gradient.dry_run(problem, replace(gradient, memory_budget=1), here)[1]
+    assert least < workspace
     for budget in (least, (least + workspace) // 2):
         within = replace(gradient, memory_budget=budget)
         assert launch_gradient.dry_run(problem, within, here)[1] <= budget
