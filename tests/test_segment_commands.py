@@ -69,10 +69,10 @@ def test_mistakes_are_told(photos, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("benchmark", ["segments", "cosegments"])
-def test_eval_writes_a_table_and_goes_on(benchmark, tmp_path):
+@pytest.mark.parametrize("which", ["segments", "cosegments"])
+def test_eval_writes_a_table_and_goes_on(which, tmp_path):
     out = tmp_path / "out"
-    given = ("eval", benchmark, "--pairs", 1, "--split", "validation", "--image-size", 64)
+    given = ("eval", which, "--pairs", 1, "--split", "validation", "--image-size", 64)
     for _ in range(2):
         result = run(*given, "--out", out)
         assert result.exit_code == 0, result.output
