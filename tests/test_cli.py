@@ -121,3 +121,18 @@ def test_without_typer_the_remedy_is_printed(monkeypatch, capsys):
         cli.main()
     assert caught.value.code == 2
     assert "pip install 'flashmaps[cli]'" in capsys.readouterr().err
+
+
+def test_what_eval_was_asked_has_the_defaults_of_its_options():
+    import inspect
+    from dataclasses import fields
+
+    from flashmaps.app.arguments import OF_MATCHES, Asked
+    from flashmaps.app.eval_command import evaluate
+
+    given = inspect.signature(evaluate).parameters
+    assert [each.name for each in fields(Asked)] == list(given)
+    for name, option in given.items():
+        if option.default is not inspect.Parameter.empty:
+            assert getattr(Asked, name) == option.default, name
+    assert set(OF_MATCHES) <= set(given)

@@ -205,14 +205,8 @@ def _use(
         if not (run.folder / job.name / "parts.json").is_file():
             continue
         learned = Parts.load(run.child(job.name))
-        count, main = len(learned.images), job.loss == some[0].loss
-        pairs = pair_up(learned.labels, lone_images(job.category, split, count, size=size).labels)
-        if main and not run.whole(f"{job.read}.json"):
-            held = lone_images(job.category, split, held_out, first=count, size=size)
-            run.write_json(f"{job.read}.json", sight_scores(pipe, learned, held, pairs))
-        if scenes and main and not run.whole(f"{job.missing}.json"):
-            found = missing_scores(pipe, learned, job.category, pairs, split, scenes, size)
-            run.write_json(f"{job.missing}.json", {"scenes": found})
+        if job.loss == some[0].loss:
+            _read_images(run, pipe, job, learned, split, held_out, size, scenes)
         if judge is None:
             continue
         word = f"drawn/word-{job.category}"
@@ -223,6 +217,25 @@ def _use(
             files = {"learned": job.drawn, "word": word}
             scores = picture_scores(pipe, learned, job.category, judge, run, files)
             run.write_json(f"{job.named}.json", scores)
+
+
+def _read_images(
+    run: Run, pipe: Any, job: Job, learned: Parts, split: str, held_out: int, size: int, scenes: int
+) -> None:
+    """Parts as ``fm.find_parts`` tells them: in held-out images, and in scenes that hide some."""
+    todo = [] if run.whole(f"{job.read}.json") else [job.read]
+    if scenes and not run.whole(f"{job.missing}.json"):
+        todo.append(job.missing)
+    if not todo:
+        return
+    count = len(learned.images)
+    pairs = pair_up(learned.labels, lone_images(job.category, split, count, size=size).labels)
+    if job.read in todo:
+        held = lone_images(job.category, split, held_out, first=count, size=size)
+        run.write_json(f"{job.read}.json", sight_scores(pipe, learned, held, pairs))
+    if job.missing in todo:
+        found = missing_scores(pipe, learned, job.category, pairs, split, scenes, size)
+        run.write_json(f"{job.missing}.json", {"scenes": found})
 
 
 def _learn(
