@@ -34,7 +34,7 @@ from flashmaps.parts.result import Parts
 from flashmaps.segmentation.segment import see
 
 # What is read and the decay were chosen on scenes of the world's validation split, with three
-# copies and more rounds; two copies and fewer rounds are for speed, and were not chosen on anything.
+# copies and more rounds; two copies and fewer rounds are for speed, chosen on nothing.
 _COPIES = 2  # of each image, with things over it
 _DECAY, _ROUNDS = 1e-2, 40  # of the head's regression
 _DIRECTIONS = 64
