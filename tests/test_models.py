@@ -174,10 +174,10 @@ def test_pictures_repeat_with_their_number(photo_packages):
     for index in range(12):
         one, two = pictures[index], again[index]
         assert one.images.shape == (3, 32, 32, 3) and one.images.dtype == np.uint8
-        assert one.where.shape == one.labels.shape == (8, 8, 2)
+        assert one.labels.shape == (8, 8, 2)
         known = (one.labels >= 0).all(), (one.labels < 0).all()
         kinds.add("known" if known[0] else "unknown" if known[1] else "both")
-        for name in ("images", "where", "labels"):
+        for name in ("images", "labels"):
             assert np.array_equal(getattr(one, name), getattr(two, name)), name
         assert one.captions == two.captions
         for texts in one.captions:
@@ -216,7 +216,6 @@ def test_a_bank_keeps_examples_and_labels_only_where_they_are_asked_for(tmp_path
         for index in range(4):
             example = pictures[index]
             assert np.array_equal(bank.images[index], example.images)
-            assert np.array_equal(bank.where[index], example.where)
             told = tokenizer(list(example.captions[1]), padding="max_length").input_ids
             assert ids[index, 1].tolist() == told
             if labelled:

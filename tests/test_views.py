@@ -1,6 +1,7 @@
 """Training without labels: views and their losses, and pairs that see each other."""
 
 import math
+import time
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from flashmaps.models.architecture import TINY, build
 from flashmaps.models.batch import CLEAR, Rows, draw
 from flashmaps.models.mutual import Mutual, MutualAttention, share_attention
 from flashmaps.models.pictures import FIRST, SECOND, VIEW, Pictures
+from flashmaps.models.store import Store, Stream, add_drawn
 from flashmaps.models.unet import AGREEING
 from flashmaps.models.views import recoloured, warped
 from flashmaps.world.repaint import repainted
@@ -22,31 +24,35 @@ from flashmaps.world.repaint import repainted
 PLANE = np.stack(np.meshgrid(np.arange(64), np.arange(64)), -1)  # its pixels say where they are
 
 
-def plane() -> np.ndarray:
-    return np.concatenate([PLANE * 4, np.zeros((64, 64, 1), int)], -1).astype(np.uint8)
+def planes(count: int) -> torch.Tensor:
+    one = np.concatenate([PLANE * 4, np.zeros((64, 64, 1), int)], -1).astype(np.uint8)
+    return torch.from_numpy(one).expand(count, -1, -1, -1)
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_a_view_comes_from_where_it_says(seed):
-    view, where = warped(plane(), np.random.default_rng(seed), 16)
+def chance(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_a_view_comes_from_where_it_says():
+    views, where = warped(planes(8), 16, chance(0))
+    assert views.shape == (8, 64, 64, 3) and views.dtype == torch.uint8
     # The picture's colours are 4 (x, y) at pixel centres, so a cell's mean colour is its place.
-    found = view.reshape(16, 4, 16, 4, 3).mean((1, 3))[..., :2] / 4
-    wanted = where.astype(float) * 64 - 0.5
+    found = views.double().view(8, 16, 4, 16, 4, 3).mean((2, 4))[..., :2] / 4
+    wanted = where.double() * 64 - 0.5
     inside = ((wanted > 4) & (wanted < 58)).all(-1)  # all of the cell lies within the frame
-    assert inside.sum() > 20
-    # Colours are rounded to a quarter of a pixel; float16 has 2^-11 of 64 pixels.
-    assert np.abs(found - wanted)[inside].max() < 0.125 + 64 * 2**-11 + 0.05
+    assert (inside.sum((1, 2)) > 20).all()
+    # Colours are rounded to a quarter of a pixel.
+    assert (found - wanted).abs()[inside].max() < 0.125 + 0.05
 
 
 def test_views_repeat_with_their_seed_and_some_are_mirrored():
-    same = [warped(plane(), np.random.default_rng(3), 16) for _ in range(2)]
-    assert all(np.array_equal(a, b) for a, b in zip(*same, strict=True))
-    handed = []
-    for mirror in (0.0, 1.0):
-        _, where = warped(plane(), np.random.default_rng(4), 16, mirror=mirror)
-        steps = [where[8, 12] - where[8, 4], where[12, 8] - where[4, 8]]
-        handed.append(np.linalg.det(np.stack(steps).astype(float)) > 0)
-    assert handed == [True, False]
+    same = [warped(planes(2), 16, chance(3)) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*same, strict=True))
+    assert not torch.equal(same[0][1][0], same[0][1][1])  # each picture is warped on its own
+    for mirror, sign in ((0.0, 1), (1.0, -1)):
+        _, where = warped(planes(4), 16, chance(4), mirror=mirror)
+        steps = torch.stack([where[:, 8, 12] - where[:, 8, 4], where[:, 12, 8] - where[:, 4, 8]], 1)
+        assert (torch.linalg.det(steps).sign() == sign).all()
 
 
 def test_colours_change_and_places_do_not(monkeypatch):
@@ -92,7 +98,6 @@ def test_an_example_shows_one_object_twice_and_no_label():
     for index in range(3):
         example = pictures[index]
         assert example.images.shape == (3, 64, 64, 3) and example.labels is None
-        assert example.where.shape == (16, 16, 2)
         assert not np.array_equal(example.images[FIRST], example.images[SECOND])
     assert VIEW == 2
 
@@ -262,11 +267,13 @@ def test_a_batch_shows_views_of_one_example_with_little_noise_and_the_cleaner_of
     number = torch.arange(7.0)[:, None] * 10 + torch.arange(3.0)  # example and picture
     latents = torch.stack([number, torch.zeros_like(number)], -1)[..., None, None, None]
     latents = latents.expand(7, 3, 2, 4, 2, 2)
+    views = latents[:, VIEW]
     tokens = torch.arange(7 * 2 * 3)[:, None].expand(-1, 77).reshape(7, 2, 3, 77) + 1
+    store = Store(latents[:, :VIEW], tokens, torch.empty(7, 0))
     empty = torch.zeros(1, 77, dtype=torch.long)
     texts = []
     for seed in range(6):
-        shown = draw(rows, latents, tokens, empty, torch.Generator().manual_seed(seed))
+        shown = draw(rows, store, empty, chance(seed), views.__getitem__)
         seen = shown.clean[:, 0, 0, 0].long()
         assert torch.equal(seen // 10, shown.example)
         assert torch.equal(seen[:9] % 10, torch.arange(3).repeat_interleave(3))
@@ -285,14 +292,44 @@ def test_a_batch_shows_views_of_one_example_with_little_noise_and_the_cleaner_of
     assert numbers[rows.denoised].tolist() == list(range(9, 22))
     assert numbers[rows.plainly].tolist() == list(range(17, 22))
     with torch.no_grad():
-        first = draw(
-            rows, latents, tokens, empty, torch.Generator().manual_seed(0), only_first=True
-        )
+        first = draw(rows, store, empty, chance(0), views.__getitem__, only_first=True)
     assert (first.clean[17:, 0, 0, 0].long() % 10 == FIRST).all()
-    two = draw(Rows(3, 0, 2, kinds=2), latents, tokens, empty, torch.Generator().manual_seed(0))
+    two = draw(Rows(3, 0, 2, kinds=2), store, empty, chance(0), views.__getitem__)
     pictures = two.clean[:6, 0, 0, 0].long() % 10
     assert pictures.tolist() == 3 * [FIRST] + 3 * [VIEW]
     assert torch.equal(two.example[:6], two.viewed.repeat(2))
+
+
+def test_a_store_grows_by_what_a_stream_draws():
+    tokenizer = build(TINY).tokenizer
+    pictures = Pictures(size=32, count=7, photos=0.0)
+    first = [pictures[index] for index in range(3)]
+    images = torch.from_numpy(np.stack([example.images for example in first]))
+    small = Store(torch.zeros(3, 2, 2, 4, 1, 1).half(), torch.zeros(3, 2, 3, 77), images[:, VIEW])
+    store = small.with_room(3)  # one fewer than is drawn
+    assert len(store) == 3 and torch.equal(store.paint[:3], images[:, VIEW])
+    stream = Stream(pictures, 3, workers=1)
+    assert stream.count == 4
+    stream.start(tokenizer)
+    brightness = lambda x: x.float().mean((1, 2, 3)).half()[:, None, None, None, None]  # noqa: E731
+    limit = time.monotonic() + 60
+    while len(store) < 6 and time.monotonic() < limit:
+        add_drawn(store, stream, lambda x: brightness(x).expand(-1, 2, 4, 1, 1))
+        time.sleep(0.01)
+    stream.close()
+    for place in range(3, 6):
+        example = pictures[place]
+        assert np.array_equal(store.paint[place].numpy(), example.images[VIEW])
+        ids = tokenizer(list(example.captions[1]), padding="max_length").input_ids
+        assert store.tokens[place, SECOND].tolist() == ids
+        shown = torch.from_numpy(example.images[SECOND])[None]
+        assert store.latents[place, SECOND, 0, 0, 0, 0] == brightness(shown).item()
+    broken = Stream(pictures, 3, workers=1)
+    broken.start(None)
+    with pytest.raises(RuntimeError, match="a process that draws pictures failed"):
+        while time.monotonic() < limit:
+            broken.ready()
+    broken.close()
 
 
 def test_shifted_views_still_say_where_each_cell_comes_from():

@@ -21,20 +21,19 @@ from .pictures import REDUCTION, Pictures
 
 _RECIPE = "bank.json"
 _CHUNK = 64
-VIEWS = 4  # goes up when views of the same number change
+VIEWS = 5  # goes up when views of the same number change
 
 
 class Bank:
-    """A folder of examples: pictures, their captions, and where a view's cells come from.
+    """A folder of examples: pictures and their captions.
 
-    ``images.npy``: uint8 [n, 3, size, size, 3]; ``where.npy``: float16 [n, side, side, 2]; see
+    ``images.npy``: uint8 [n, 3, size, size, 3], see
     :class:`flashmaps.models.pictures.Example`. ``labels`` is None unless the bank was drawn with
     labels: then int16 [n, side, side, 2].
     """
 
     def __init__(self, folder: Path) -> None:
         self.images = np.load(folder / "images.npy", mmap_mode="c")
-        self.where = np.load(folder / "where.npy", mmap_mode="c")
         named = folder / "labels.npy"
         self.labels = np.load(named, mmap_mode="c") if named.is_file() else None
         self.captions: list[list[list[str]]] = json.loads((folder / "captions.json").read_text())
@@ -79,16 +78,15 @@ def _draw(folder: Path, pictures: Pictures, recipe: dict[str, Any], workers: int
             return np.lib.format.open_memmap(new / f"{name}.npy", "w+", dtype, shape)
 
         images = array("images", np.uint8, (count, 3, pictures.size, pictures.size, 3))
-        where = array("where", np.float16, cells)
         labels = array("labels", np.int16, cells) if pictures.labelled else None
         for chunk in tqdm(loader, desc=folder.name, mininterval=5):
             for example in chunk:
                 place = len(captions)
-                images[place], where[place] = example.images, example.where
+                images[place] = example.images
                 if labels is not None:
                     labels[place] = example.labels
                 captions.append(example.captions)
-        del images, where, labels  # writes what is not on disk yet
+        del images, labels  # writes what is not on disk yet
         (new / "captions.json").write_text(json.dumps(captions))
         (new / _RECIPE).write_text(json.dumps(recipe))
 
@@ -109,13 +107,17 @@ def as_input(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, images: Tensor, chunk: int, name: str = "latents") -> Tensor:
-    """Scaled means and deviations of the posterior, float16 [n, 2, 4, h, w] beside ``images``."""
+def encode(vae: AutoencoderKL, images: Tensor, chunk: int, name: str | None = None) -> Tensor:
+    """Scaled means and deviations of the posterior, float16 [n, 2, 4, h, w] on the VAE's device.
+
+    With a name there is a progress bar.
+    """
     found = []
     device = vae.device
-    for part in tqdm(images.split(chunk), desc=name, mininterval=5):
+    for part in tqdm(images.split(chunk), desc=name, mininterval=5, disable=name is None):
         with torch.autocast(device.type, torch.bfloat16):
             latent = vae.encode(as_input(part.to(device))).latent_dist
         pair = torch.stack([latent.mean, latent.std], dim=1).float() * vae.config.scaling_factor
         found.append(pair.half())
-    return torch.cat(found)
+    with torch.autocast(device.type, enabled=False):  # a step's own may be on, and is for no half
+        return torch.cat(found)

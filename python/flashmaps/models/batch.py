@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .pictures import FIRST, SECOND, VIEW
+from .pictures import FIRST, SECOND
+from .store import Store
 
 DROPPED = 0.2  # share of captions replaced by "", which guidance needs, and matching without one
 STEPS = 1000  # of the scheduler
 CLEAR = 300  # timesteps of views: beyond, there is more noise than picture
-_BLIND = 0.25  # share of the steps in which the noisier picture of a pair sees the other one alone
+BLIND = 0.25  # share of the steps in which the noisier picture of a pair sees the other one alone
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,7 @@ class Rows:
 class Shown:
     """A batch of b rows: whose example, captions' ids [b, 77], timesteps [b], latents and noise.
 
-    ``viewed``: the examples that are seen in views. ``blind``: whether the noisier pictures see
-    only the cleaner ones.
+    ``viewed``: the examples that are seen in views.
     """
 
     example: Tensor
@@ -75,40 +76,44 @@ class Shown:
     clean: Tensor
     noise: Tensor
     viewed: Tensor
-    blind: bool
 
 
 def draw(
     rows: Rows,
-    latents: Tensor,
-    tokens: Tensor,
+    store: Store,
     empty: Tensor,
     generator: torch.Generator,
+    see: Callable[[Tensor], Tensor],
     *,
     only_first: bool = False,
 ) -> Shown:
     """A batch, by the generator's chance.
 
     Args:
-        latents: [n, 3, 2, 4, h, w], means and deviations of each example's three pictures.
-        tokens: [n, 2, 3, 77], captions of the first two; empty: [1, 77].
+        empty: [1, 77], the tokens of no caption.
+        see: views of these examples, [k] to means and deviations [k, 2, 4, h, w].
         only_first: plain pictures are the examples' first ones alone, the ones that have labels.
     """
+    latents, tokens = store.latents, store.tokens
     options: dict[str, Any] = {"generator": generator, "device": latents.device}
-    chosen = torch.randint(len(latents), (rows.examples + rows.pairs + rows.plain,), **options)
+    chosen = torch.randint(len(store), (rows.examples + rows.pairs + rows.plain,), **options)
     viewed, two, one = chosen.split((rows.examples, rows.pairs, rows.plain))
     example = torch.cat([viewed.repeat(rows.kinds), two.repeat(2), one])
     turn = torch.randint(2, (rows.pairs,), **options)  # either picture may be the noisier one
     side = torch.randint(2, (rows.plain,), **options) * (not only_first)
-    shown = (FIRST, SECOND, VIEW) if rows.kinds == 3 else (FIRST, VIEW)
+    # Views take their example's first picture here, and are put in its place below.
+    shown = (FIRST, SECOND, FIRST) if rows.kinds == 3 else (FIRST, FIRST)
     kinds = torch.tensor(shown, device=latents.device).repeat_interleave(rows.examples)
-    view = torch.cat([kinds, turn, 1 - turn, side])
+    picture = torch.cat([kinds, turn, 1 - turn, side])
     count = len(example)
     caption = torch.randint(3, (count,), **options)
     dropped = torch.rand(count, 1, **options) < DROPPED
     dropped[rows.views] = True  # as images are matched
-    ids = torch.where(dropped, empty, tokens[example, view.clamp(FIRST, SECOND), caption])
-    mean, deviation = latents[example, view].float().unbind(1)
+    ids = torch.where(dropped, empty, tokens[example, picture, caption].long())
+    found = latents[example, picture]
+    if rows.examples:
+        found[rows.views.stop - rows.examples : rows.views.stop] = see(viewed)
+    mean, deviation = found.float().unbind(1)
     clean = mean + deviation * torch.randn(mean.shape, **options)
     noise = torch.randn(mean.shape, **options)
     noisier = _spread(rows.pairs, options)
@@ -119,8 +124,7 @@ def draw(
         _spread(rows.plain, options),
     ]
     t = (torch.cat(shares) * STEPS).long().clamp(max=STEPS - 1)
-    blind = torch.rand(1, **options).item() < _BLIND
-    return Shown(example, ids, t, clean, noise, viewed, blind)
+    return Shown(example, ids, t, clean, noise, viewed)
 
 
 def _spread(count: int, options: dict[str, Any]) -> Tensor:

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import math
+import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -118,9 +119,15 @@ class Loop:
 
     def generator(self, purpose: int = 0) -> torch.Generator:
         """The noise of this step, the same whether the run was interrupted or not."""
+        return torch.Generator(self.device).manual_seed(self._seed(purpose))
+
+    def chance(self, purpose: int) -> float:
+        """A number of [0, 1) of this step, known on the host."""
+        return random.Random(self._seed(purpose)).random()
+
+    def _seed(self, purpose: int) -> int:
         stage = sum(self.name.encode())
-        seed = ((self.args.seed * 1009 + stage) * 8 + purpose) * 100_000_000 + self.step
-        return torch.Generator(self.device).manual_seed(seed)
+        return ((self.args.seed * 1009 + stage) * 8 + purpose) * 100_000_000 + self.step
 
     def run(self, loss: Loss, samples: Callable[[], dict[str, float]]) -> None:
         """Minimise ``loss(step) -> (loss, more to log)``; now and then log what ``samples`` finds.

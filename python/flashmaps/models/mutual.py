@@ -75,14 +75,14 @@ class MutualAttention:
                 return one, torch.cat([x[second], x[first]], 2)
 
             (key_1, key_2), (value_1, value_2) = both(key), both(value)
-            mixed = torch.cat(
-                [
-                    _attend(query[:start], key[:start], value[:start], attn.scale),
-                    _attend(query[first], key_1, value_1, attn.scale),
-                    _attend(query[second], key_2, value_2, attn.scale),
-                    _attend(query[end:], key[end:], value[end:], attn.scale),
-                ]
+            seen = (
+                (query[:start], key[:start], value[:start]),
+                (query[first], key_1, value_1),
+                (query[second], key_2, value_2),
+                (query[end:], key[end:], value[end:]),
             )
+            # torch 2.11 on a GPU gives None for an attention of no rows.
+            mixed = torch.cat([_attend(q, k, v, attn.scale) for q, k, v in seen if len(q)])
         mixed = mixed.transpose(1, 2).flatten(2)
         return attn.to_out[1](attn.to_out[0](mixed))
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
 
 from flashmaps.world import Options, pairs
 from flashmaps.world.repaint import repainted
@@ -29,17 +30,15 @@ class Example:
     Args:
         images: uint8 [3, size, size, 3]: a picture (``FIRST``); another of the same object, in
             another pose, at another place and before another ground (``SECOND``); and the first one
-            again, warped and recoloured (``VIEW``). Of photos the second is a warp too.
+            again in other paint (``VIEW``), which a training warps (:mod:`flashmaps.models.views`).
+            Of photos the second is a warp of the first.
         captions: three of the first picture and three of the second.
-        where: float16 [side, side, 2], the point of the first picture that each cell of the view
-            shows: :func:`flashmaps.models.views.warped`.
         labels: int16 [side, side, 2], what the first picture's cells show, see
             :func:`flashmaps.models.alignment.labels`; None unless asked for.
     """
 
     images: np.ndarray
     captions: tuple[tuple[str, ...], tuple[str, ...]]
-    where: np.ndarray
     labels: np.ndarray | None
 
 
@@ -85,7 +84,8 @@ class Pictures:
         shown = None
         if is_photo:
             first, texts = self._photos.patch(rng)
-            second, _ = warped(first, rng, side)
+            chance = torch.Generator().manual_seed(int(rng.integers(2**62)))
+            second = warped(torch.from_numpy(first[None].copy()), side, chance)[0][0].numpy()
             captions = texts, texts
             shown = unknown(side) if self.labelled else None
         else:
@@ -94,12 +94,10 @@ class Pictures:
             captions = pair.a.captions, pair.b.captions
             shown = labels(pair.a, side) if self.labelled else None
         if not is_photo and rng.random() < _REDRAWN:
-            view, where = warped(repainted(pair.a, "view", self.seed, index), rng, side)
+            view = repainted(pair.a, "view", self.seed, index)
         else:
-            view, where = warped(first, rng, side)
-            view = recoloured(view, rng)
-        images = np.stack([first, second, view])
-        return Example(images, captions, where, shown)
+            view = recoloured(first, rng)
+        return Example(np.stack([first, second, view]), captions, shown)
 
     @cached_property
     def _photos(self) -> Photos:

@@ -47,6 +47,7 @@ from .export import (
 from .loop import Paused
 from .pictures import FIRST, Pictures
 from .sheet import CAPTIONS, write_sheet
+from .store import Stream
 from .unet import train_unet
 from .vae import train_vae
 
@@ -61,14 +62,14 @@ _WORK = {
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "cpu": {
-        "bank": 12_288, "workers": 2, "compile": False, "warmup": 200,
+        "bank": 12_288, "stream": 0, "workers": 2, "compile": False, "warmup": 200,
         "vae_steps": 4000, "vae_batch": 16, "vae_crop": 64, "vae_lr": 1e-3, "vae_ema": 0.998,
         "unet_steps": 100_000, "unet_batch": 16, "unet_lr": 5e-4, "unet_ema": 0.999,
         "views": 0.375, "agreement": 0.2, "walks": 0.2, "mutual": 0.3125, "alignment": 0.0,
         "log_every": 10, "save_every": 100, "samples_every": 1000,
     },
     "h100": {  # not measured on hardware; nor was --compile with what the decoder's hooks read
-        "bank": 65_536, "workers": 16, "compile": False, "warmup": 300,
+        "bank": 2048, "stream": 250_000, "workers": 15, "compile": False, "warmup": 300,
         "vae_steps": 1_000_000, "vae_batch": 64, "vae_crop": 128, "vae_lr": 1e-3, "vae_ema": 0.999,
         "vae_minutes": 5.0,
         "unet_steps": 1_000_000, "unet_batch": 512, "unet_lr": 1e-3, "unet_ema": 0.9995,
@@ -77,7 +78,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "log_every": 50, "save_every": 1000, "samples_every": 4000,
     },
     "tiny": {
-        "bank": 8, "workers": 0, "compile": False, "warmup": 2,
+        "bank": 8, "stream": 0, "workers": 0, "compile": False, "warmup": 2,
         "vae_steps": 4, "vae_batch": 2, "vae_crop": 16, "vae_lr": 1e-3, "vae_ema": 0.99,
         "unet_steps": 4, "unet_batch": 8, "unet_lr": 1e-3, "unet_ema": 0.99,
         "views": 0.375, "agreement": 0.2, "walks": 0.2, "mutual": 0.25, "alignment": 0.0,
@@ -141,6 +142,14 @@ def train(args: argparse.Namespace, deadline: float) -> None:
         for kind, share in (("world", 0.0), ("photos", 1.0))
     }
     held_out = {kind: torch.from_numpy(check.images[:, FIRST]) for kind, check in checks.items()}
+    stream = None
+    if args.stream:
+        if args.alignment > 0:
+            raise ValueError("--stream draws no labels, which --alignment needs; leave one out")
+        drawn = Pictures(
+            size=sizes.image, count=args.bank + args.stream, seed=args.seed, alone=args.alone
+        )
+        stream = Stream(drawn, args.bank, args.workers)
     parts.vae = train_vae(parts.vae, bank, held_out, args, deadline)
     pipe = as_pipeline(parts)
     options: dict[str, Any] = (
@@ -155,7 +164,7 @@ def train(args: argparse.Namespace, deadline: float) -> None:
         (args.work / "samples").mkdir(exist_ok=True)
         write_sheet(pipe, args.work / "samples" / f"{name}.jpg", **options)
 
-    loop = train_unet(parts, bank, checks["world"], args, deadline, publish)
+    loop = train_unet(parts, bank, checks["world"], args, deadline, publish, stream)
     with loop.averaged():
         publish("last")
 
@@ -238,6 +247,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="pixels a side; first small, then --init from there at full size, learns faster",
     )
     add("--bank", type=int, help="examples of three pictures that are drawn before training")
+    add(
+        "--stream",
+        type=int,
+        help="further examples, drawn by --workers while the UNet trains; which of them a step "
+        "finds is a matter of time, so such a training does not repeat to the bit",
+    )
     add(
         "--alone",
         type=float,

@@ -19,11 +19,12 @@ from .agreement import Reader, disagreement
 from .alignment import Alignment
 from .architecture import Parts
 from .bank import Bank, encode, tokenize
-from .batch import STEPS, Rows, draw
+from .batch import BLIND, STEPS, Rows, draw
 from .loop import Loop
 from .mutual import Mutual, share_attention
-from .pictures import FIRST
-from .views import moved
+from .pictures import FIRST, SECOND, VIEW
+from .store import Store, Stream, add_drawn
+from .views import moved, warped
 
 SNR_GAMMA = 5.0  # steps with less noise than that count less: nearly all they ask for is noise
 LOSS_WEIGHT = f"min(1, {SNR_GAMMA:g} / SNR)"
@@ -33,7 +34,8 @@ AGREEING = (
     "up_blocks.2.attentions.0.transformer_blocks.0",
 )
 _HELD_OUT = 99  # a purpose for generators that no step uses
-_MOVES = 7  # that of shifts
+# Those of views' shifts and warps, and of who sees whom.
+_MOVES, _WARPS, _SIGHT = 7, 6, 5
 
 
 def train_unet(
@@ -43,6 +45,7 @@ def train_unet(
     args: argparse.Namespace,
     deadline: float,
     publish: Callable[[str], None],
+    stream: Stream | None = None,
 ) -> Loop:
     """Fit UNet and text encoder; returns the loop, which has their averages.
 
@@ -89,12 +92,15 @@ def train_unet(
     if rows.pairs:
         share_attention(parts.unet, mutual)
     reader = Reader(parts.unet, AGREEING) if agreeing else None
-    latents = _latents(parts, bank, args, device)  # [n, 3, 2, 4, h, w]
-    tokens = bank.tokens(parts.tokenizer).to(device)
-    where = torch.from_numpy(bank.where).to(device)
-    labels = None if bank.labels is None else torch.from_numpy(bank.labels).to(device)
+    store = _store(parts, bank, args, device)
+    labels = store.labels
     parts.vae.to(device)
-    checked = encode(parts.vae, torch.from_numpy(held_out.images[:, FIRST]), 16, "held out")
+    if stream is not None:
+        store = store.with_room(stream.count)
+        stream.start(parts.tokenizer)
+    cells = store.latents.shape[-1]
+    encoded = partial(encode, parts.vae, chunk=16 if device.type == "cpu" else 1024)
+    checked = encode(parts.vae, torch.from_numpy(held_out.images[:, FIRST]), 16)
     checked = checked.to(device)
     checked_tokens = held_out.tokens(parts.tokenizer)[:, FIRST, 0].to(device)
     empty = tokenize(parts.tokenizer, [""]).to(device)
@@ -105,6 +111,9 @@ def train_unet(
     unet = torch.compile(parts.unet, dynamic=False) if args.compile else parts.unet
 
     def text(ids: Tensor) -> Tensor:
+        if device.type != "cpu":  # `unique` would wait for the GPU
+            every: Tensor = parts.text_encoder(ids)[0]
+            return every
         texts, place = ids.unique(dim=0, return_inverse=True)  # many rows have no caption
         found: Tensor = parts.text_encoder(texts)[0][place]
         return found
@@ -116,17 +125,27 @@ def train_unet(
         return weights[t] * (found - wanted).square().mean(dim=(1, 2, 3))
 
     def loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        shown = draw(rows, latents, tokens, empty, loop.generator(), only_first=args.alignment > 0)
+        if stream is not None:
+            add_drawn(store, stream, encoded)
+        there: list[Tensor] = []
+
+        def see(viewed: Tensor) -> Tensor:
+            paint = store.paint[viewed.to(store.paint.device)].to(device)
+            views, where = warped(paint, cells, loop.generator(_WARPS))
+            there.append(where)
+            return encoded(views)
+
+        shown = draw(rows, store, empty, loop.generator(), see, only_first=args.alignment > 0)
         given = shown.clean, shown.ids, shown.t, shown.noise
-        with mutual.among(0, rows.pairs, shown.blind):
+        with mutual.among(0, rows.pairs, loop.chance(_SIGHT) < BLIND):
             total = error(unet, *(x[rows.denoised] for x in given)).mean()
         numbers = {"noise": total.detach()}
         plain = [told_of.pop(name)[-rows.plain :] for name in alignment.LAYERS if told_of]
         if reader is not None:
             clean, ids, t, noise = (x[rows.views] for x in given)
-            clean, there = moved(clean, where[shown.viewed], args.shift, loop.generator(_MOVES))
+            clean, where = moved(clean, there.pop(), args.shift, loop.generator(_MOVES))
             seen = reader.look(parts.unet, scheduler.add_noise(clean, noise, t), t, text(ids))
-            losses, found = disagreement(seen, there)
+            losses, found = disagreement(seen, where)
             total = total + args.agreement * (losses["features"] + losses["attention"]) / 2
             if args.walks > 0:
                 total = total + args.walks * losses["walks"]
@@ -154,7 +173,11 @@ def train_unet(
         publish(f"{loop.step:07d}")
         return {"held_out_loss": torch.cat(found).mean().item()}
 
-    loop.run(loss, samples)
+    try:
+        loop.run(loss, samples)
+    finally:
+        if stream is not None:
+            stream.close()
     return loop
 
 
@@ -183,17 +206,23 @@ def _keep(seen: dict[str, Tensor], name: str, module: Any, _given: Any, output: 
         seen[name] = output
 
 
-def _latents(parts: Parts, bank: Bank, args: argparse.Namespace, device: torch.device) -> Tensor:
-    """The bank through the frozen encoder, once: it would else cost a third of each step."""
+def _store(parts: Parts, bank: Bank, args: argparse.Namespace, device: torch.device) -> Store:
+    """The bank, its pictures through the frozen encoder, once: else they cost a part of each step.
+
+    What views are made of stays as pixels, since each step warps it anew.
+    """
+    labels = None if bank.labels is None else torch.from_numpy(bank.labels).to(device)
+    tokens = bank.tokens(parts.tokenizer).to(device)
+    paint = torch.from_numpy(bank.images[:, VIEW])
     path = args.work / "latents" / "latents.pt"
     if args.resume and path.is_file():
         found = torch.load(path, map_location=device, mmap=device.type == "cpu")
-        if len(found) == len(bank):
-            return found
+        if found.shape[:2] == (len(bank), SECOND + 1):
+            return Store(found, tokens, paint, labels)
     parts.vae.to(device)
-    chunk = 16 if device.type == "cpu" else 256
-    found = encode(parts.vae, bank.pixels(torch.device("cpu")), chunk)
+    images = torch.from_numpy(bank.images[:, : SECOND + 1]).flatten(0, 1)
+    found = encode(parts.vae, images, 16 if device.type == "cpu" else 256, "latents")
     found = found.unflatten(0, (len(bank), -1))
     with whole_folder(path.parent, "latents") as new:
         torch.save(found.cpu(), new / path.name)
-    return found
+    return Store(found, tokens, paint, labels)

@@ -7,6 +7,7 @@ having said what the picture shows, which is all that :mod:`flashmaps.models.agr
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,43 +23,52 @@ _NOWHERE = -8.0  # a point that is outside of every picture
 
 
 def warped(
-    image: np.ndarray, rng: np.random.Generator, cells: int, *, mirror: float = 0.4
-) -> tuple[np.ndarray, np.ndarray]:
-    """The picture turned, scaled, sheared, shifted and bent, and where it all was.
+    images: Tensor, cells: int, generator: torch.Generator, *, mirror: float = 0.4
+) -> tuple[Tensor, Tensor]:
+    """Pictures turned, scaled, sheared, shifted and bent, and where it all was.
 
     Args:
-        image: uint8 [size, size, 3].
-        rng: all chance.
+        images: uint8 [n, size, size, 3].
         cells: a side of the grid that the answer is given on; it divides size.
+        generator: all chance, on the device of ``images``.
         mirror: share of the views that are mirrored.
 
-    Returns uint8 [size, size, 3], and float16 [cells, cells, 2]: the point (x, y) of ``image`` that
-    each cell shows on average, in sides of the image from its top left corner; outside [0, 1] where
-    the frame has been left and the picture's own reflection fills the view.
+    Returns uint8 [n, size, size, 3], and float32 [n, cells, cells, 2]: the point (x, y) of the
+    picture that each cell shows on average, in sides of the image from its top left corner; outside
+    [0, 1] where the frame has been left and the picture's own reflection fills the view.
     """
-    size = image.shape[0]
-    angle = rng.normal(0, 15) if rng.random() < _UPRIGHT else rng.uniform(-180, 180)
-    c, s = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-    zoom = math.exp(rng.uniform(math.log(0.65), math.log(1.5)))
-    aspect = math.exp(rng.normal(0, 0.12))
-    matrix = np.array([[c, -s], [s, c]]) @ np.array([[aspect, rng.normal(0, 0.1)], [0, 1 / aspect]])
-    matrix /= zoom
-    if rng.random() < mirror:
-        matrix[:, 0] *= -1
-    shift = rng.normal(0, 0.08, 2)
-    bends = rng.normal(0, 0.05, (1, 2, _BENDS, _BENDS)) * rng.random()
-    centres = (np.arange(size) + 0.5) / size - 0.5
-    x, y = np.meshgrid(centres, centres)
-    where = np.einsum("ij,jhw->ihw", matrix, np.stack([x, y])) + shift[:, None, None] + 0.5
-    bent = F.interpolate(torch.from_numpy(bends), (size, size), mode="bicubic", align_corners=True)
-    source = torch.from_numpy(where)[None] + bent
-    pixels = torch.from_numpy(image.astype(np.float64)).permute(2, 0, 1)[None]
+    count, size = images.shape[:2]
+    options: dict[str, Any] = {"generator": generator, "device": images.device}
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(count, **options)
+
+    def normal(deviation: float) -> Tensor:
+        return deviation * torch.randn(count, **options)
+
+    upright = torch.rand(count, **options) < _UPRIGHT
+    angle = torch.where(upright, normal(15), uniform(-180, 180)).deg2rad()
+    c, s, aspect = angle.cos(), angle.sin(), normal(0.12).exp()
+    turn = torch.stack([c, -s, s, c], -1).view(-1, 2, 2)
+    shear = torch.stack([aspect, normal(0.1), torch.zeros_like(c), 1 / aspect], -1).view(-1, 2, 2)
+    matrix = turn @ shear / uniform(math.log(0.65), math.log(1.5)).exp()[:, None, None]
+    mirrored = torch.rand(count, **options) < mirror
+    matrix[:, :, 0] *= 1 - 2 * mirrored[:, None].float()
+    shift = torch.stack([normal(0.08), normal(0.08)], -1)
+    bends = 0.05 * torch.randn(count, 2, _BENDS, _BENDS, **options)
+    bends = bends * torch.rand(count, 1, 1, 1, **options)
+    centres = (torch.arange(size, device=images.device) + 0.5) / size - 0.5
+    y, x = torch.meshgrid(centres, centres, indexing="ij")
+    where = torch.einsum("nij,jhw->nihw", matrix, torch.stack([x, y]))
+    source = where + shift[:, :, None, None] + 0.5
+    source = source + F.interpolate(bends, (size, size), mode="bicubic", align_corners=True)
     seen = F.grid_sample(
-        pixels, source.permute(0, 2, 3, 1) * 2 - 1, "bicubic", "reflection", align_corners=False
-    )
-    view = seen[0].permute(1, 2, 0).round().clamp(0, 255).byte().numpy()
-    mean = F.avg_pool2d(source, size // cells)[0].permute(1, 2, 0)
-    return view, mean.clamp(-8, 8).numpy().astype(np.float16)
+        images.permute(0, 3, 1, 2).float(), source.permute(0, 2, 3, 1) * 2 - 1, "bicubic",
+        "reflection", align_corners=False,
+    )  # fmt: skip
+    views = seen.permute(0, 2, 3, 1).round().clamp(0, 255).byte()
+    mean = F.avg_pool2d(source, size // cells).permute(0, 2, 3, 1)
+    return views, mean.clamp(_NOWHERE, -_NOWHERE)
 
 
 def moved(
