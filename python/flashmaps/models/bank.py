@@ -57,7 +57,7 @@ def open_bank(folder: Path, pictures: Pictures, workers: int) -> Bank:
     recipe = {
         name: value
         for name, value in vars(pictures).items()
-        if name in ("size", "count", "seed", "photo_share", "alone_share")
+        if name in ("size", "count", "seed", "photo_share", "alone_share", "kin_share")
     }
     recipe["labels"] = SQUARES if pictures.labelled else 0
     recipe["views"] = VIEWS

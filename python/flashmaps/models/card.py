@@ -91,6 +91,9 @@ SHIFTS = """
 Each is shifted on its own, by up to {:g} of a side, so that place is no help."""
 WALKS = """
 Also by way of a third view, another picture of the same object, and back (weight {:g})."""
+KIN = """
+A share of {:g} of those other pictures show another object of the same category, as their captions
+say."""
 FREE = """
 No label of the world takes part: of its scenes the training knows the pixels, the captions, and
 which two pictures show one object. Other colours are made from the pixels alone, or, where the
@@ -118,6 +121,8 @@ def _losses(rows: list[dict[str, Any]]) -> str:
             found += SHIFTS.format(last["shift"])
     if last["walks"] > 0:
         found += WALKS.format(last["walks"])
+    if found and last.get("kin", 0) > 0:
+        found += KIN.format(last["kin"])
     told = max(row.get("alignment", 0) for row in rows)
     return found + (ALIGNMENT.format(told) if told > 0 else FREE)
 
@@ -147,7 +152,7 @@ def trainings(work: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
         "pixels": args.size,
         "iterations": _last(unet)["step"],
         "batch": args.unet_batch,
-        "pictures drawn": args.bank,
+        "pictures drawn": round(_last(unet).get("drawn", args.bank)),
         "pictures seen": _last(unet)["samples"],
         "captions dropped": DROPPED,
         "hours": round(_last(unet)["seconds"] / 3600, 2),
@@ -160,6 +165,7 @@ def trainings(work: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
         "shift": args.shift,
         "agreement": args.agreement,
         "walks": args.walks,
+        "kin": args.kin,
         "alignment": args.alignment,
         "loss": round(loss, 4) if math.isfinite(loss) else None,
         "held out": round(held_out[-1], 4) if held_out else None,

@@ -56,7 +56,7 @@ class Muon(torch.optim.Optimizer):
         lr = group["lr"]
         self.rest.param_groups[0]["lr"] = lr
         self.rest.step()
-        alike: dict[tuple[int, int], list[nn.Parameter]] = {}
+        alike: dict[tuple[int, int], list[Tensor]] = {}
         for weight in group["params"]:
             if weight.grad is not None:
                 alike.setdefault((len(weight), weight[0].numel()), []).append(weight)
@@ -65,18 +65,23 @@ class Muon(torch.optim.Optimizer):
                 self._along(weights[start : start + 8], shape, lr, group["weight_decay"])
 
     def _along(
-        self, weights: list[nn.Parameter], shape: tuple[int, int], lr: float, decay: float
+        self, weights: list[Tensor], shape: tuple[int, int], lr: float, decay: float
     ) -> None:
-        moments = []
+        momenta: list[Tensor] = []
+        gradients: list[Tensor] = []
         for weight in weights:
             state = self.state[weight]
             if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(weight)
-            momentum = state["momentum"].mul_(_MOMENTUM).add_(weight.grad)
-            moments.append((weight.grad + _MOMENTUM * momentum).view(shape))
-        for weight, update in zip(weights, orthogonal(torch.stack(moments)), strict=True):
-            weight.mul_(1 - lr * decay)
-            weight.add_(update.view_as(weight), alpha=-lr * _SIZE * max(shape) ** 0.5)
+            momenta.append(state["momentum"])
+            gradients.append(weight.grad)  # type: ignore[arg-type]
+        torch._foreach_mul_(momenta, _MOMENTUM)
+        torch._foreach_add_(momenta, gradients)
+        ahead = torch._foreach_add(gradients, momenta, alpha=_MOMENTUM)
+        updates = orthogonal(torch.stack([each.view(shape) for each in ahead])).unbind()
+        torch._foreach_mul_(weights, 1 - lr * decay)
+        along = [update.view_as(weight) for update, weight in zip(updates, weights, strict=True)]
+        torch._foreach_add_(weights, along, alpha=-lr * _SIZE * max(shape) ** 0.5)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Of all weights."""
@@ -101,5 +106,5 @@ def orthogonal(matrices: Tensor) -> Tensor:
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(_ROUNDS):
         square = x @ x.mT
-        x = _A * x + (_B * square + _C * square @ square) @ x
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=_B, alpha=_C), x, beta=_A)
     return (x.mT if upright else x).float()

@@ -28,8 +28,9 @@ class Example:
     """Pictures of one thing.
 
     Args:
-        images: uint8 [3, size, size, 3]: a picture (``FIRST``); another of the same object, in
-            another pose, at another place and before another ground (``SECOND``); and the first one
+        images: uint8 [3, size, size, 3]: a picture (``FIRST``); another of the same object or of
+            one of its kin, in another pose, at another place and before another ground
+            (``SECOND``); and the first one
             again in other paint (``VIEW``), which a training warps (:mod:`flashmaps.models.views`).
             Of photos the second is a warp of the first.
         captions: three of the first picture and three of the second.
@@ -46,7 +47,7 @@ class Pictures:
     """Example i of a split is always the same: a map-style dataset that can be pickled.
 
     Nothing that the world knows of its scenes is in an example but captions, and that two pictures
-    show one object; unless ``labelled`` asks for more.
+    show one object, or two of one category; unless ``labelled`` asks for more.
 
     Args:
         split: the world's split, "train" or "validation".
@@ -55,6 +56,8 @@ class Pictures:
         seed: another seed, other pictures.
         photos: share of them that are patches of photos.
         alone: share of the world's scenes with one object alone (``ALONE``).
+        kin: share of the world's second pictures that show another object of the first one's
+            category, as their captions say, in paint of its own.
         labelled: whether to say which part of which object is where.
     """
 
@@ -67,12 +70,18 @@ class Pictures:
         seed: int = 0,
         photos: float = 0.2,
         alone: float = 0.5,
+        kin: float = 0.0,
         labelled: bool = False,
     ) -> None:
         self.size, self.count, self.seed, self.labelled = size, count, seed, labelled
-        self.photo_share, self.alone_share = photos, alone
-        self.scenes = pairs(split, count, size=size, seed=seed, same=True)
-        self.lone = pairs(split, count, size=size, seed=seed, same=True, options=ALONE)
+        self.photo_share, self.alone_share, self.kin_share = photos, alone, kin
+        self.scenes, self.lone = (
+            {
+                same: pairs(split, count, size=size, seed=seed, same=same, options=options)
+                for same in (True, False)
+            }
+            for options in (None, ALONE)
+        )
 
     def __len__(self) -> int:
         return self.count
@@ -80,6 +89,7 @@ class Pictures:
     def __getitem__(self, index: int) -> Example:
         rng = np.random.default_rng((self.seed, index))
         is_photo, is_alone = rng.random(2) < (self.photo_share, self.alone_share)
+        same = np.random.default_rng((self.seed, index, 1)).random() >= self.kin_share
         side = self.size // REDUCTION
         shown = None
         if is_photo:
@@ -89,7 +99,7 @@ class Pictures:
             captions = texts, texts
             shown = unknown(side) if self.labelled else None
         else:
-            pair = (self.lone if is_alone else self.scenes)[index]
+            pair = (self.lone if is_alone else self.scenes)[same][index]
             first, second = pair.a.image, pair.b.image
             captions = pair.a.captions, pair.b.captions
             shown = labels(pair.a, side) if self.labelled else None

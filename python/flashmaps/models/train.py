@@ -128,6 +128,7 @@ def train(args: argparse.Namespace, deadline: float) -> None:
             count=args.bank,
             seed=args.seed,
             alone=args.alone,
+            kin=args.kin,
             labelled=args.alignment > 0,
         ),
         args.workers,
@@ -147,7 +148,11 @@ def train(args: argparse.Namespace, deadline: float) -> None:
         if args.alignment > 0:
             raise ValueError("--stream draws no labels, which --alignment needs; leave one out")
         drawn = Pictures(
-            size=sizes.image, count=args.bank + args.stream, seed=args.seed, alone=args.alone
+            size=sizes.image,
+            count=args.bank + args.stream,
+            seed=args.seed,
+            alone=args.alone,
+            kin=args.kin,
         )
         stream = Stream(drawn, args.bank, args.workers)
     parts.vae = train_vae(parts.vae, bank, held_out, args, deadline)
@@ -236,6 +241,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--agreement", type=float, help="weight of views' losses on features and attention")
     add("--shift", type=float, default=0.4, help="largest shift of pictures in views, in sides")
     add("--walks", type=float, help="weight of the loss on walks to the same object and back")
+    add(
+        "--kin",
+        type=float,
+        default=0.0,
+        help="share of walks and pairs that meet another object of the category",
+    )
     add("--mutual", type=float, help="share of a batch in pairs that see each other")
     add("--alignment", type=float, help="weight of the loss of flashmaps.models.alignment; 0: none")
     add("--warmup", type=int, help="steps in which the learning rate rises")

@@ -140,6 +140,8 @@ def train_unet(
         with mutual.among(0, rows.pairs, loop.chance(_SIGHT) < BLIND):
             total = error(unet, *(x[rows.denoised] for x in given)).mean()
         numbers = {"noise": total.detach()}
+        if stream is not None:
+            numbers["drawn"] = torch.tensor(float(len(store)))
         plain = [told_of.pop(name)[-rows.plain :] for name in alignment.LAYERS if told_of]
         if reader is not None:
             clean, ids, t, noise = (x[rows.views] for x in given)
