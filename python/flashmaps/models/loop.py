@@ -162,7 +162,8 @@ class Loop:
             group["lr"] = rate
         with self.accelerator.autocast():
             value, numbers = loss(self.step)
-        self.accelerator.backward(value)
+        if value.requires_grad:  # else the loss has left the gradients already (replay.py)
+            self.accelerator.backward(value)
         self.accelerator.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

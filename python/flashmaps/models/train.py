@@ -62,14 +62,15 @@ _WORK = {
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "cpu": {
-        "bank": 12_288, "stream": 0, "workers": 2, "compile": False, "warmup": 200,
+        "bank": 12_288, "stream": 0, "workers": 2, "compile": False, "graphs": False, "warmup": 200,
         "vae_steps": 4000, "vae_batch": 16, "vae_crop": 64, "vae_lr": 1e-3, "vae_ema": 0.998,
         "unet_steps": 100_000, "unet_batch": 16, "unet_lr": 5e-4, "unet_ema": 0.999,
         "views": 0.375, "agreement": 0.2, "walks": 0.2, "mutual": 0.3125, "alignment": 0.0,
         "log_every": 10, "save_every": 100, "samples_every": 1000,
     },
     "h100": {  # not measured on hardware; nor was --compile with what the decoder's hooks read
-        "bank": 2048, "stream": 250_000, "workers": 15, "compile": False, "warmup": 300,
+        "bank": 2048, "stream": 250_000, "workers": 15, "compile": False, "graphs": True,
+        "warmup": 300,
         "vae_steps": 1_000_000, "vae_batch": 64, "vae_crop": 128, "vae_lr": 1e-3, "vae_ema": 0.999,
         "vae_minutes": 5.0,
         "unet_steps": 1_000_000, "unet_batch": 512, "unet_lr": 1e-3, "unet_ema": 0.9995,
@@ -78,7 +79,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "log_every": 50, "save_every": 1000, "samples_every": 4000,
     },
     "tiny": {
-        "bank": 8, "stream": 0, "workers": 0, "compile": False, "warmup": 2,
+        "bank": 8, "stream": 0, "workers": 0, "compile": False, "graphs": False, "warmup": 2,
         "vae_steps": 4, "vae_batch": 2, "vae_crop": 16, "vae_lr": 1e-3, "vae_ema": 0.99,
         "unet_steps": 4, "unet_batch": 8, "unet_lr": 1e-3, "unet_ema": 0.99,
         "views": 0.375, "agreement": 0.2, "walks": 0.2, "mutual": 0.25, "alignment": 0.0,
@@ -277,6 +278,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--samples-every", type=int, help="steps between sample sheets, held-out losses and exports"
     )
     add("--compile", action=argparse.BooleanOptionalAction, help="use torch.compile")
+    add(
+        "--graphs",
+        action=argparse.BooleanOptionalAction,
+        help="on a GPU, run the UNet's losses and gradients as CUDA graphs",
+    )
     add("--precision", choices=("bf16", "no"), default="bf16", help="of autocast")
     add("--cpu", action="store_true", help="also where there is a GPU")
     add("--seed", type=int, default=0)

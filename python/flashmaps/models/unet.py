@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from .batch import BLIND, STEPS, Rows, draw
 from .loop import Loop
 from .mutual import Mutual, share_attention
 from .pictures import FIRST, SECOND, VIEW
+from .replay import Replayed
 from .store import Store, Stream, add_drawn
 from .views import moved, warped
 
@@ -124,42 +125,68 @@ def train_unet(
         found = model(noisy, t, text(ids)).sample.float()
         return weights[t] * (found - wanted).square().mean(dim=(1, 2, 3))
 
-    def loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        if stream is not None:
-            add_drawn(store, stream, encoded)
-        there: list[Tensor] = []
-
-        def see(viewed: Tensor) -> Tensor:
-            paint = store.paint[viewed.to(store.paint.device)].to(device)
-            views, where = warped(paint, cells, loop.generator(_WARPS))
-            there.append(where)
-            return encoded(views)
-
-        shown = draw(rows, store, empty, loop.generator(), see, only_first=args.alignment > 0)
-        given = shown.clean, shown.ids, shown.t, shown.noise
-        with mutual.among(0, rows.pairs, loop.chance(_SIGHT) < BLIND):
+    def losses(
+        blind: bool,
+        clean: Tensor,
+        ids: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        where: Tensor,
+        told: Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of a batch, its views shifted already; ``told`` are labels of the less noisy half."""
+        given = clean, ids, t, noise
+        with mutual.among(0, rows.pairs, blind):
             total = error(unet, *(x[rows.denoised] for x in given)).mean()
         numbers = {"noise": total.detach()}
-        if stream is not None:
-            numbers["drawn"] = torch.tensor(float(len(store)))
         plain = [told_of.pop(name)[-rows.plain :] for name in alignment.LAYERS if told_of]
         if reader is not None:
             clean, ids, t, noise = (x[rows.views] for x in given)
-            clean, where = moved(clean, there.pop(), args.shift, loop.generator(_MOVES))
             seen = reader.look(parts.unet, scheduler.add_noise(clean, noise, t), t, text(ids))
-            losses, found = disagreement(seen, where)
-            total = total + args.agreement * (losses["features"] + losses["attention"]) / 2
+            parted, found = disagreement(seen, where)
+            total = total + args.agreement * (parted["features"] + parted["attention"]) / 2
             if args.walks > 0:
-                total = total + args.walks * losses["walks"]
-            numbers |= {name: number.detach() for name, number in losses.items()}
+                total = total + args.walks * parted["walks"]
+            numbers |= {name: number.detach() for name, number in parted.items()}
             numbers["found"] = found
-        if labels is not None and args.alignment > 0:
-            clear = slice(max(1, rows.plain // 2))  # t is in order; behind lies more noise
-            outputs = [output[clear] for output in plain]
-            t, example = shown.t[rows.plainly][clear], shown.example[rows.plainly][clear]
-            aligned = supervisor(outputs, labels[example], share[t])
+        if len(told):
+            outputs = [output[: len(told)] for output in plain]
+            aligned = supervisor(outputs, told, share[given[2][rows.plainly][: len(told)]])
             total = total + args.alignment * aligned
             numbers["aligned"] = aligned.detach()
+        return total, numbers
+
+    replayed = None
+    if args.graphs and device.type == "cuda":
+
+        def uncached(blind: Hashable, *inputs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            with torch.autocast("cuda", torch.bfloat16, args.precision == "bf16", False):
+                return losses(bool(blind), *inputs)
+
+        replayed = Replayed(uncached, loop.parameters)
+
+    def loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        if stream is not None:
+            add_drawn(store, stream, encoded)
+        there = [torch.empty(0, device=device)]
+
+        def see(viewed: Tensor) -> Tensor:
+            paint = store.paint[viewed.to(store.paint.device)].to(device)
+            views, there[0] = warped(paint, cells, loop.generator(_WARPS))
+            return encoded(views)
+
+        shown = draw(rows, store, empty, loop.generator(), see, only_first=args.alignment > 0)
+        clean, where, told = shown.clean, there[0], torch.empty(0, device=device)
+        if rows.examples:
+            views, where = moved(clean[rows.views], where, args.shift, loop.generator(_MOVES))
+            clean = torch.cat([views, clean[rows.denoised]])
+        if labels is not None and args.alignment > 0:  # t is in order; behind lies more noise
+            told = labels[shown.example[rows.plainly][: max(1, rows.plain // 2)]]
+        given = clean, shown.ids, shown.t, shown.noise, where, told
+        blind = loop.chance(_SIGHT) < BLIND
+        total, numbers = losses(blind, *given) if replayed is None else replayed(blind, *given)
+        if stream is not None:
+            numbers = {**numbers, "drawn": torch.tensor(float(len(store)))}
         return total, numbers
 
     def samples() -> dict[str, float]:
