@@ -213,6 +213,7 @@ def _launch_composed(
         "scale": 1.0,
         **dict.fromkeys(("KEYS_KEPT", "WHOLE", "WIDE", "FLATTEN"), False),
         "HEADS": 0,
+        "AHEAD": False,
         **dict.fromkeys(("X", "D", "DIM", "CHUNK"), 16),
         "LINES": "",
         "K": 1,

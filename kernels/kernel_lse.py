@@ -8,6 +8,92 @@ from flashmaps.kernels.tile import LN_2, LOG2_E, add_bias, dot_products, of_pair
 
 
 @triton.jit
+def scores_of_tile(
+    query, of_rows, first, query_token, query_dim, key, key_token, key_dim, bias,
+    start, num_keys, scale,
+    C: tl.constexpr, D: tl.constexpr, D_REST: tl.constexpr, DIM: tl.constexpr,
+    CHUNK: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """scale q k + bias, in units of log2, [R, C]; -inf for keys that are not there."""
+    column = tl.arange(0, C)
+    columns = up_to(start + column, num_keys, EVEN)
+    scores = dot_products(
+        query, of_rows - first, query_token, query_dim,
+        key + tl.cast(start, tl.int64) * key_token, columns - start, key_token, key_dim,
+        D, D_REST, DIM, CHUNK, WIDE, PRECISION,
+    )  # fmt: skip
+    scores *= scale
+    if bias is not None:
+        scores = add_bias(scores, bias, of_rows, columns, False)
+    if not EVEN:
+        scores = tl.where((start + column < num_keys)[None, :], scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def running_sums(
+    query, of_rows, first, query_token, query_dim, key, key_token, key_dim, bias,
+    low, high, num_keys, scale,
+    C: tl.constexpr, D: tl.constexpr, D_REST: tl.constexpr, DIM: tl.constexpr,
+    CHUNK: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(top, total) of each row, total = sum_j 2^(score - top), top the largest score so far."""
+    R: tl.constexpr = of_rows.shape[0]
+    top = tl.full((R,), float("-inf"), tl.float32)
+    total = tl.zeros((R,), tl.float32)
+    for start in range(low, high, C):
+        scores = scores_of_tile(
+            query, of_rows, first, query_token, query_dim, key, key_token, key_dim, bias,
+            start, num_keys, scale, C, D, D_REST, DIM, CHUNK, EVEN, WIDE, PRECISION,
+        )  # fmt: skip
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        against = tl.where(new_top == float("-inf"), 0.0, new_top)
+        total = total * tl.exp2(top - against) + tl.sum(tl.exp2(scores - against[:, None]), 1)
+        top = new_top
+    return top, total
+
+
+@triton.jit
+def anchored_sums(
+    query, of_rows, first, query_token, query_dim, key, key_token, key_dim, bias,
+    low, high, num_keys, scale,
+    C: tl.constexpr, D: tl.constexpr, D_REST: tl.constexpr, DIM: tl.constexpr,
+    CHUNK: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    AHEAD: tl.constexpr,
+):  # fmt: skip
+    """`running_sums`, but top is the largest score of the first tile alone; 0 where it has none.
+
+    So an element is one multiply-add, one exp2 and one addition, and exponentials wait for no
+    maximum. The first tile makes total at least 1; later scores may be larger by 127 before a total
+    overflows, which is for the caller to see. AHEAD: the product of a tile comes before the
+    exponentials of the tile before it, which so hide it.
+    """
+    scores = scores_of_tile(
+        query, of_rows, first, query_token, query_dim, key, key_token, key_dim, bias,
+        low, num_keys, scale, C, D, D_REST, DIM, CHUNK, EVEN, WIDE, PRECISION,
+    )  # fmt: skip
+    top = tl.max(scores, 1)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    against = top[:, None]
+    total = tl.zeros((of_rows.shape[0],), tl.float32)
+    if not AHEAD:
+        total += tl.sum(tl.exp2(scores - against), 1)
+    for start in range(low + C, high, C):
+        next_scores = scores_of_tile(
+            query, of_rows, first, query_token, query_dim, key, key_token, key_dim, bias,
+            start, num_keys, scale, C, D, D_REST, DIM, CHUNK, EVEN, WIDE, PRECISION,
+        )  # fmt: skip
+        if AHEAD:
+            total += tl.sum(tl.exp2(scores - against), 1)
+            scores = next_scores
+        else:
+            total += tl.sum(tl.exp2(next_scores - against), 1)
+    if AHEAD:
+        total += tl.sum(tl.exp2(scores - against), 1)
+    return top, total
+
+
+@triton.jit
 def lse_kernel(
     query,
     query_maps,
@@ -40,10 +126,13 @@ def lse_kernel(
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    ANCHORED: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
-    """log sum_j exp(scale q_i k_j + bias_j) of each head, by the running softmax: pass one of two.
+    """log sum_j exp(scale q_i k_j + bias_j) of each head, pass one of two.
 
-    A program keeps a block of one head's queries and streams the keys of its split.
+    A program keeps a block of one head's queries and streams the keys of its split. By the running
+    softmax; or, if ANCHORED, against the maxima of the first tile as long as nothing overflows.
     """
     query_batch, query_head, query_token = query_batch * UNIT, query_head * UNIT, query_token * UNIT
     key_batch, key_head, key_token = key_batch * UNIT, key_head * UNIT, key_token * UNIT
@@ -68,29 +157,27 @@ def lse_kernel(
     query += tl.cast(first, tl.int64) * query_token
     rows_there = first + row < num_queries
     of_rows = up_to(first + row, num_queries, EVEN)
-    column = tl.arange(0, C)
     tiles = tl.cdiv(tl.cdiv(num_keys, C), splits)
     low = split * tiles * C
     high = tl.minimum(num_keys, low + tiles * C)
 
-    top = tl.full((R,), float("-inf"), tl.float32)
-    total = tl.zeros((R,), tl.float32)
-    for start in range(low, high, C):
-        columns = up_to(start + column, num_keys, EVEN)
-        scores = dot_products(
-            query, of_rows - first, query_token, query_dim,
-            key + tl.cast(start, tl.int64) * key_token, columns - start, key_token, key_dim,
-            D, D_REST, DIM, CHUNK, WIDE, PRECISION,
+    if ANCHORED:
+        top, total = anchored_sums(
+            query, of_rows, first, query_token, query_dim, key, key_token, key_dim, bias,
+            low, high, num_keys, scale, C, D, D_REST, DIM, CHUNK, EVEN, WIDE, PRECISION, AHEAD,
         )  # fmt: skip
-        scores *= scale
-        if bias is not None:
-            scores = add_bias(scores, bias, of_rows, columns, False)
-        if not EVEN:
-            scores = tl.where((start + column < num_keys)[None, :], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        against = tl.where(new_top == float("-inf"), 0.0, new_top)
-        total = total * tl.exp2(top - against) + tl.sum(tl.exp2(scores - against[:, None]), 1)
-        top = new_top
+        # A row whose first tile has no key in sight, or one whose sum overflows, tells of itself.
+        again = tl.max(((total >= 1.0) & (total < float("inf"))).to(tl.int32) ^ 1, 0) > 0
+        if again:
+            top, total = running_sums(
+                query, of_rows, first, query_token, query_dim, key, key_token, key_dim, bias,
+                low, high, num_keys, scale, C, D, D_REST, DIM, CHUNK, EVEN, WIDE, PRECISION,
+            )  # fmt: skip
+    else:
+        top, total = running_sums(
+            query, of_rows, first, query_token, query_dim, key, key_token, key_dim, bias,
+            low, high, num_keys, scale, C, D, D_REST, DIM, CHUNK, EVEN, WIDE, PRECISION,
+        )  # fmt: skip
     # With no key in sight: log2(0) is -inf.
     found = (tl.where(total > 0, top, 0.0) + tl.log2(total)) * LN_2
     at = ((tl.cast(split, tl.int64) * maps + map) * heads + head) * num_queries

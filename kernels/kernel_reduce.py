@@ -110,6 +110,7 @@ def reduce_kernel(
     FAST_LOG: tl.constexpr,
     FLATTEN: tl.constexpr,
     HEADS: tl.constexpr,  # how many there are, where all heads' kept tokens stay on chip; else 0
+    AHEAD: tl.constexpr,  # a head's product comes before the exponentials of the head before it
 ):
     """Everything that is reduced over one side of the map, or written of it: pass two of two.
 
@@ -205,14 +206,14 @@ def reduce_kernel(
             tile = resident_tile(
                 held, rows, from_token, streamed_head, streamed_token, streamed_dim, offset, index,
                 weights, lse, num_queries, scale,
-                HEADS, KEYS_KEPT, D, DIM, WIDE, PRECISION,
+                HEADS, KEYS_KEPT, D, DIM, WIDE, PRECISION, AHEAD,
             )  # fmt: skip
         else:
             tile = mean_tile(
                 kept, kept_head, kept_token, kept_dim, rows - first, rows, rows_there,
                 from_token, streamed_head, streamed_token, streamed_dim, offset, index, there,
                 bias, weights, lse, heads, num_queries, scale,
-                KEYS_KEPT, WHOLE, D, D_REST, DIM, CHUNK, EVEN, WIDE, PRECISION,
+                KEYS_KEPT, WHOLE, D, D_REST, DIM, CHUNK, EVEN, WIDE, PRECISION, AHEAD,
             )  # fmt: skip
         if line_mass is not None:
             tile = normalized(

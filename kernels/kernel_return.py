@@ -129,7 +129,7 @@ def return_kernel(
             query, query_head, query_token, query_dim, rows - first, rows, rows_there,
             key + skipped * key_token, key_head, key_token, key_dim, index - start, index, there,
             bias, weights, lse, heads, num_sources, scale,
-            False, False, D, D_REST, DIM, CHUNK, EVEN, WIDE, PRECISION,
+            False, False, D, D_REST, DIM, CHUNK, EVEN, WIDE, PRECISION, False,
         )  # fmt: skip
         if line_mass is not None:
             tile = normalized(
@@ -141,7 +141,7 @@ def return_kernel(
             back_query_dim, index - start, index, there,
             back_bias, back_weights, back_lse, back_heads, num_targets, back_scale,
             True, False, BACK_D, BACK_D_REST, BACK_DIM, CHUNK, EVEN, WIDE,
-            PRECISION,
+            PRECISION, False,
         )  # fmt: skip
         if back_line_mass is not None:
             back = normalized(

@@ -60,6 +60,8 @@ def launch_lse(problem: Problem, out: Tensor, run: Run) -> None:
                 "splits": splits,
                 "scale": problem.scale * LOG2_E,
                 "WIDE": wide(tiling, problem),
+                "ANCHORED": run.settings.anchored,
+                "AHEAD": run.settings.ahead,
                 **constants,
             },
             tiling,

@@ -144,6 +144,7 @@ def launch_reduce(
     constants = tile_constants(tiling, tokens, view.num_kept, view.num_streamed, run)
     more = more or {}
     heads = resident_heads(view, kind, run)
+    ahead = run.settings.ahead and kind in ("rows", "columns") and not view.whole
     if more.get("order") is not None:
         constants["EVEN"] = False
     arguments: dict[str, Any] = dict.fromkeys(OPTIONAL)
@@ -169,8 +170,9 @@ def launch_reduce(
         else run.settings.pooling_precision(),
         "FAST_LOG": run.settings.fast_log,
         # The compiler cannot flatten the loop within which the k largest are found.
-        "FLATTEN": run.settings.flatten and "largest" not in outputs and heads == 0,
+        "FLATTEN": run.settings.flatten and "largest" not in outputs and heads == 0 and not ahead,
         "HEADS": heads,
+        "AHEAD": ahead,
         **constants,
     }
     run.launch(

@@ -177,6 +177,8 @@ def count_splits(
     """
     room = max(0, run.limit - run.held)
     most = max(1, min(tiles, MOST_SPLITS, room // max(1, bytes_each)))
-    splits = best_splits(programs, tiles, most, run.settings.multiprocessors, together)
+    splits = min(most, run.settings.splits) or best_splits(
+        programs, tiles, most, run.settings.multiprocessors, together
+    )
     # No empty ones: 10 tiles in 4 splits of 3 would do, 10 tiles in 6 of 2 leave one without.
     return -(-tiles // -(-tiles // splits))

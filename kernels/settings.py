@@ -57,6 +57,9 @@ class Settings:
     matmul_precision: str  # torch.get_float32_matmul_precision()
     multiprocessors: int = 1
     resident: bool = True  # whether kept tokens of all heads stay on chip where they fit
+    anchored: bool = False  # whether the log-sum-exp keeps to the maxima of its first tile
+    splits: int = 0  # of streamed tokens, if not as many as the multiprocessors make best
+    ahead: bool = False  # whether resident heads' products come before exponentials of the last
 
     @property
     def nvidia(self) -> bool:

@@ -175,6 +175,36 @@ def softmax_of_tile(
 
 
 @triton.jit
+def share_of_head(
+    products,  # of a head's tokens, [R, C]
+    kept_index, kept_there, streamed_index, streamed_there,
+    bias, weights, lse, head, heads, num_queries, scale,
+    KEYS_KEPT: tl.constexpr, WHOLE: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """w_h softmax_h of a tile."""
+    scores = products * scale
+    if bias is not None:
+        scores = add_bias(scores, bias, kept_index, streamed_index, KEYS_KEPT)
+    if weights is not None:
+        weight = tl.load(weights + head)
+    else:
+        weight = 1.0 / heads
+    if WHOLE:
+        return weight * softmax_of_tile(scores, kept_there, streamed_there, KEYS_KEPT, EVEN)
+    else:
+        # A query without keys has lse -inf: +inf makes zeros of it.
+        known = lse + tl.cast(head, tl.int64) * num_queries
+        if KEYS_KEPT:
+            of_query = tl.load(known + streamed_index)
+            of_query = tl.where(of_query == float("-inf"), float("inf"), of_query)
+            return weight * tl.exp2(scores - (of_query * LOG2_E)[None, :])
+        else:
+            of_query = tl.load(known + kept_index)
+            of_query = tl.where(of_query == float("-inf"), float("inf"), of_query)
+            return weight * tl.exp2(scores - (of_query * LOG2_E)[:, None])
+
+
+@triton.jit
 def mean_tile(
     kept,  # pointer to the token of the kept side that `kept_offset` counts from, head 0
     kept_head,
@@ -205,6 +235,7 @@ def mean_tile(
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    AHEAD: tl.constexpr,  # a head's product comes before the exponentials of the head before it
 ):
     """sum_h w_h softmax_h, [R, C] in float32; 0 for streamed tokens that are not there.
 
@@ -212,34 +243,40 @@ def mean_tile(
     an element is one fused multiply-add, one exp2 and one more multiply-add.
     """
     tile = tl.zeros((kept_offset.shape[0], streamed_offset.shape[0]), tl.float32)
-    for head in range(heads):
-        at = tl.cast(head, tl.int64)
-        scores = dot_products(
-            kept + at * kept_head, kept_offset, kept_token, kept_dim,
-            streamed + at * streamed_head, streamed_offset, streamed_token, streamed_dim,
+    if AHEAD:
+        products = dot_products(
+            kept, kept_offset, kept_token, kept_dim,
+            streamed, streamed_offset, streamed_token, streamed_dim,
             D, D_REST, DIM, CHUNK, WIDE, PRECISION,
         )  # fmt: skip
-        scores *= scale
-        if bias is not None:
-            scores = add_bias(scores, bias, kept_index, streamed_index, KEYS_KEPT)
-        if weights is not None:
-            weight = tl.load(weights + head)
-        else:
-            weight = 1.0 / heads
-        if WHOLE:
-            whole = softmax_of_tile(scores, kept_there, streamed_there, KEYS_KEPT, EVEN)
-            tile += weight * whole
-        else:
-            # A query without keys has lse -inf: +inf makes zeros of it.
-            known = lse + at * num_queries
-            if KEYS_KEPT:
-                of_query = tl.load(known + streamed_index)
-                of_query = tl.where(of_query == float("-inf"), float("inf"), of_query)
-                tile += weight * tl.exp2(scores - (of_query * LOG2_E)[None, :])
-            else:
-                of_query = tl.load(known + kept_index)
-                of_query = tl.where(of_query == float("-inf"), float("inf"), of_query)
-                tile += weight * tl.exp2(scores - (of_query * LOG2_E)[:, None])
+        for head in range(1, heads):
+            at = tl.cast(head, tl.int64)
+            next_products = dot_products(
+                kept + at * kept_head, kept_offset, kept_token, kept_dim,
+                streamed + at * streamed_head, streamed_offset, streamed_token, streamed_dim,
+                D, D_REST, DIM, CHUNK, WIDE, PRECISION,
+            )  # fmt: skip
+            tile += share_of_head(
+                products, kept_index, kept_there, streamed_index, streamed_there,
+                bias, weights, lse, head - 1, heads, num_queries, scale, KEYS_KEPT, WHOLE, EVEN,
+            )  # fmt: skip
+            products = next_products
+        tile += share_of_head(
+            products, kept_index, kept_there, streamed_index, streamed_there,
+            bias, weights, lse, heads - 1, heads, num_queries, scale, KEYS_KEPT, WHOLE, EVEN,
+        )  # fmt: skip
+    else:
+        for head in range(heads):
+            at = tl.cast(head, tl.int64)
+            products = dot_products(
+                kept + at * kept_head, kept_offset, kept_token, kept_dim,
+                streamed + at * streamed_head, streamed_offset, streamed_token, streamed_dim,
+                D, D_REST, DIM, CHUNK, WIDE, PRECISION,
+            )  # fmt: skip
+            tile += share_of_head(
+                products, kept_index, kept_there, streamed_index, streamed_there,
+                bias, weights, lse, head, heads, num_queries, scale, KEYS_KEPT, WHOLE, EVEN,
+            )  # fmt: skip
     if EVEN:
         return tile
     else:
@@ -280,6 +317,7 @@ def resident_tile(
     DIM: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """`mean_tile` of whole tiles without a bias, the log-sum-exp known, kept tokens at hand.
 
@@ -292,12 +330,22 @@ def resident_tile(
         tile = tl.zeros((R, C), tl.float32)
     else:
         tile = tl.full((R, C), TINY, tl.float32)
-    for head in tl.static_range(HEADS):
-        columns = load_tokens(
-            streamed + head * streamed_head, streamed_offset, streamed_token, streamed_dim,
-            0, D, DIM, WIDE,
+    if AHEAD:
+        scores = resident_scores(
+            held, streamed, streamed_head, streamed_offset, streamed_token, streamed_dim,
+            0, D, DIM, WIDE, PRECISION,
         )  # fmt: skip
-        scores = tl.dot(held[head], tl.trans(columns), input_precision=PRECISION)
+    for head in tl.static_range(HEADS):
+        if not AHEAD:
+            scores = resident_scores(
+                held, streamed, streamed_head, streamed_offset, streamed_token, streamed_dim,
+                head, D, DIM, WIDE, PRECISION,
+            )  # fmt: skip
+        elif head + 1 < HEADS:
+            next_scores = resident_scores(
+                held, streamed, streamed_head, streamed_offset, streamed_token, streamed_dim,
+                head + 1, D, DIM, WIDE, PRECISION,
+            )  # fmt: skip
         known = lse + head * num_queries
         if KEYS_KEPT:
             of_query = tl.load(known + streamed_index)
@@ -314,7 +362,23 @@ def resident_tile(
             tile += tl.load(weights + head) * part
         else:
             tile += part
+        if AHEAD and head + 1 < HEADS:
+            scores = next_scores
     return tile
+
+
+@triton.jit
+def resident_scores(
+    held, streamed, streamed_head, streamed_offset, streamed_token, streamed_dim,
+    head: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Inner products of a head's resident tokens with some that are streamed, [R, C]."""
+    columns = load_tokens(
+        streamed + head * streamed_head, streamed_offset, streamed_token, streamed_dim,
+        0, D, DIM, WIDE,
+    )  # fmt: skip
+    return tl.dot(held[head], tl.trans(columns), input_precision=PRECISION)
 
 
 @triton.jit

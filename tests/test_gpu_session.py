@@ -124,3 +124,95 @@ def test_it_runs_from_a_bare_checkout(tmp_path: Path) -> None:
         str(root / "kernels/__init__.py"),
         str(root / "python/flashmaps/__init__.py"),
     ]
+
+
+@pytest.fixture
+def of_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmarks' own modules can be imported."""
+    for folder in (SCRIPT.parent, SCRIPT.parents[1]):
+        monkeypatch.syspath_prepend(str(folder))
+
+
+def test_memory_is_what_was_asked_for(of_the_card: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a cached block the allocator may leave 1 MB unsplit, and counts it as allocated."""
+    import memory
+
+    asked = {"current": 1000, "peak": 1000}
+
+    def run() -> object:
+        asked["current"] += 400  # the result
+        asked["peak"] = asked["current"] + 70_000  # and what it took meanwhile
+        return object()
+
+    def stats() -> dict[str, int]:
+        requested = {f"requested_bytes.all.{name}": size for name, size in asked.items()}
+        return requested | {"allocated_bytes.all.peak": 2**20, "allocated_bytes.all.current": 0}
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_stats", stats)
+    assert memory.most_requested(run) == 70_000
+
+
+def test_candidates_are_timed_beside_todays(
+    of_the_card: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With launches that do nothing: each candidate's kernels are those of its tiles."""
+    pytest.importorskip("triton")
+    import mocked_launches
+    import tuning
+    import work
+    from flashmaps.kernels import run, settings
+
+    monkeypatch.setattr(settings, "architecture_of", lambda device: "sm_90")
+    seen = []
+    with mocked_launches.triton("sm_90", note=False):
+        start = run.start
+        monkeypatch.setattr(
+            run, "start", lambda launch, given: seen.append(launch) or start(launch, given)
+        )
+        worker = work.Worker("cpu", 1)
+        for kind, kernel in (("lse", "lse_kernel"), ("even", "reduce_kernel")):
+            job = {"kind": "tune", "pass": kind, "shape": "sd2-32", "batch": 1, "tiling": None}
+            assert worker.answer(job)["ms"] > 0
+            job |= {"tiling": [64, 32, 4, 2], "anchored": True, "ahead": True, "resident": False}
+            answer = worker.answer(job)
+            assert answer["ms"] > 0 and "off" in answer, answer
+            launch = next(each for each in seen if each.tiling[:4] == (64, 32, 4, 2))
+            assert launch.kernel.__name__ == kernel and launch.arguments["AHEAD"]
+            assert kind == "even" or launch.arguments["ANCHORED"]
+            seen.clear()
+    every = tuning.jobs()
+    assert {job["pass"] for job in every} == {"lse", "even"}
+    assert len({json.dumps(job) for job in every}) == len(every)
+
+
+def test_counters_are_read_from_what_ncu_prints(
+    of_the_card: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that does not know the metrics that are asked for first."""
+    import counters
+
+    tool = tmp_path / "ncu"
+    tool.write_text(
+        """#!/bin/sh
+case "$*" in *--metrics*) echo "==ERROR== Failed to find metric"; exit 1;; esac
+echo '==PROF== Profiling "lse_kernel"'
+echo '"ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"'
+echo '"0","lse_kernel","Occupancy","Achieved Occupancy","%","24.1"'
+echo '"0","lse_kernel","Occupancy","Block Limit Warps","block","8"'
+echo '"1","reduce_kernel","SchedulerStats","Issued Warp Per Scheduler","","0.41"'
+""",
+        encoding="utf-8",
+    )
+    tool.chmod(0o755)
+    monkeypatch.setattr(counters, "find", lambda: str(tool))
+    found = counters.watched(("triton",), tmp_path / "counters.csv", 20.0)
+    assert found["counters"]["triton lse"] == {"Achieved Occupancy": "24.1 %"}
+    assert found["counters"]["triton rows"] == {"Issued Warp Per Scheduler": "0.41"}
+    assert "Failed to find metric" in found["said"][0] and len(found["said"]) == 1
+    assert "Block Limit Warps" in (tmp_path / "counters.csv").read_text("utf-8")
+    for given in counters.commands("ncu", "python", ("triton",)):
+        assert given[given.index("--launch-count") + 1] == "4"
+    monkeypatch.setattr(counters, "find", lambda: None)
+    assert "not found" in counters.watched(("triton",), tmp_path / "counters.csv", 20.0)["error"]

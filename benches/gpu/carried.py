@@ -4,8 +4,8 @@
     python benches/gpu/carried.py --python /path/to/python3.12
 
 The modules flashmaps._C and flashmaps._cuda for that Python, and a Triton cache of the kernels that
-`session.py --quick` checks and times, compiled for the card here, where none is (warm.py). A cache
-is hit only by the very triton that filled it, so its Python should have the card's: without
+`session.py --quick` checks, times and tunes, compiled for the card here, where none is (warm.py). A
+cache is hit only by the very triton that filled it, so its Python should have the card's: without
 --python an environment is made (build/carried-env) of the versions below. build/ is not for git.
 
 Compiled kernels stay in build/carried-cache, so a command that was stopped goes on where it was;
@@ -139,8 +139,8 @@ def main() -> None:
     add = parser.add_argument
     add("--python", help="an interpreter with the card's versions; default an environment of them")
     add("--architecture", default=ARCHITECTURE, help="of the card")
-    add("--kernels", nargs="*", default=["quick", "headline"], metavar="PART",
-        help="of the Triton cache: quick, headline, all; default quick and headline")  # fmt: skip
+    add("--kernels", nargs="*", default=["quick", "headline", "tune"], metavar="PART",
+        help="of the cache: some of quick, headline, tune, all; default without all")  # fmt: skip
     add("--emulated", action="store_true", help="CUDA C++ for the CPU too, to try without a card")
     add("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile kernels")
     options = parser.parse_args()

@@ -10,8 +10,8 @@
 smoke     versions, backends, one operation of each, the card's measured rates
 check     every operation, backend and dtype against float64; most telling first
 time      our statistics beside eager torch, SDPA and others, on the same numbers
-tune      the tiles of settings.json beside others, in the same process
-profile   where the microseconds of a call go
+tune      the settings of the headline passes beside others, in the same process (tuning.py)
+profile   where the microseconds of a call go; the counters of some kernels, where ncu is
 
 Each job runs in a process that may crash or hang without costing the others, and each result is on
 disk at once (OUT/*.jsonl). A failed check stops nothing. OUT/<card>.json and .md are written anew
@@ -141,9 +141,11 @@ class Session:
                 "operation",
                 "shape",
                 "by",
-                "pass",
                 "tiling",
+                "anchored",
+                "ahead",
                 "resident",
+                "splits",
                 "what",
             )
             if key in line
@@ -159,6 +161,9 @@ class Session:
             print(f"{name}: {line['ms']:.4f} ms{host}")
         elif line["kind"] in ("rates", "profile"):
             print(f"{line['kind']} {name}: {line.get('rates') or line.get('us')}")
+        elif "counters" in line:
+            for kernel, values in line["counters"].items():
+                print(f"{kernel}: " + "; ".join(f"{key} {value}" for key, value in values.items()))
         sys.stdout.flush()
 
     # The jobs of each part, the most telling first.
@@ -244,24 +249,25 @@ class Session:
     def _tune(self) -> list[hands.Job]:
         if "triton" not in self.backends or self.device == "cpu":
             return []
-        from flashmaps.kernels import autotune
+        import tuning
 
-        kinds = ("even", "lse", "rows", "columns", "product", "composed")
-        jobs: list[hands.Job] = []
-        for width in (64,) if self.options.quick else (64, 128):
-            for kind in kinds:
-                for tiling in autotune.candidates("sm_90", kind, 16)[:6]:
-                    job = {"kind": "tune", "pass": kind, "operation": kind, "tiling": list(tiling)}
-                    job |= {"bits": 16, "width": width}
-                    jobs.append(job)
-                    if kind == "even":
-                        jobs.append({**job, "resident": False})
-        return self._only(jobs)
+        return self._only(tuning.jobs())
 
     def _profile(self) -> list[hands.Job]:
+        import counters
+
         shape = "tiny" if self.device == "cpu" else "sd2-64"
+        watched: list[hands.Job] = []
+        if self.device == "cuda" and counters.find() is not None:
+            watched.append(
+                {
+                    "kind": "counters", "operation": "counters", "backends": list(self.backends),
+                    "file": str((self.out / "counters.csv").resolve()), "limit": 36.0,
+                }
+            )  # fmt: skip
         return self._only(
-            [
+            watched
+            + [
                 {
                     "kind": "profile", "operation": name, "shape": shape, "dtype": "float16",
                     "backend": backend,

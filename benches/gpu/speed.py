@@ -17,6 +17,7 @@ from typing import Any
 
 import flashmaps as fm
 import torch
+from memory import most_requested
 from operations import COMPOSED, FUSED, OPERATIONS, Inputs, Operation
 from shapes import SHAPES, Shape
 from torch import Tensor
@@ -101,15 +102,7 @@ class Clock:
         if self.device != "cuda":
             run()
             return 0.0
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        result = run()
-        torch.cuda.synchronize()
-        held = torch.cuda.memory_allocated() - before
-        peak = torch.cuda.max_memory_allocated() - before
-        del result
-        return (peak - held) / 1e6
+        return most_requested(run) / 1e6
 
 
 def ceilings(clock: Clock) -> dict[str, float]:

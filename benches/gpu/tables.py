@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flashmaps.files import write_text
+from tuning import VARIANTS
 
 Line = dict[str, Any]
 
@@ -45,6 +46,7 @@ def summary(found: dict[str, list[Line]]) -> Line:
         "times": [each for each in every if each["kind"] == "time"],
         "tuned": [each for each in every if each["kind"] == "tune"],
         "profiles": [each for each in every if each["kind"] == "profile"],
+        "counters": [each for each in every if each["kind"] == "counters"],
     }
 
 
@@ -101,12 +103,24 @@ def markdown(of: Line, seed: int) -> str:
             before = case
             lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
     if of["tuned"]:
-        lines += ["", "| pass | bits/width | tiles | ms |", "| --- | --- | --- | ---: |"]
         lines += [
-            f"| {each['pass']} | {each['bits']}/{each['width']} | {each['tiling']} "
-            f"| {_number(each.get('ms'), '{:.4f}') or 'no'} |"
-            for each in of["tuned"]
+            "",
+            "Settings beside today's: tiles (rows, columns, warps, stages, most registers) and "
+            "variants. off: the largest difference of a number from today's.",
+            "",
+            "| pass | tiles | variants | ms | off |",
+            "| --- | --- | --- | ---: | ---: |",
         ]
+        for each in of["tuned"]:
+            variants = [f"{name} {each[name]}" for name in VARIANTS if name in each]
+            why = str(each.get("lost") or each.get("error") or "").strip().splitlines()[-1:]
+            cells = [
+                f"{each['pass']}, {each['shape']} x {each['batch']}",
+                str(each["tiling"] or "today's"), ", ".join(variants),
+                _number(each.get("ms"), "{:.4f}") or "".join(why)[:80].replace("|", "/"),
+                _number(each.get("off"), "{:.1e}"),
+            ]  # fmt: skip
+            lines.append("| " + " | ".join(cells) + " |")
     for each in of["profiles"]:
         if "us" in each:
             lines += [
@@ -115,6 +129,8 @@ def markdown(of: Line, seed: int) -> str:
                 "",
             ]
             lines += [f"- {us:.1f} `{name[:90]}`" for name, us in each["us"].items()]
+    for each in of["counters"]:
+        lines += _counters(each.get("counters", {}))
     if of["wrong"]:
         lines += ["", "Wrong or lost:", ""]
         for each in of["wrong"]:
@@ -122,6 +138,24 @@ def markdown(of: Line, seed: int) -> str:
             what = each.get("problem") or each.get("tokens") or ""
             lines.append(f"- {each['backend']} {each.get('operation', 'large')} {what}: {said}")
     return "\n".join([*lines, ""])
+
+
+def _counters(kernels: dict[str, dict[str, str]]) -> list[str]:
+    """A column for each kernel."""
+    metrics = list(dict.fromkeys(name for values in kernels.values() for name in values))
+    if not metrics:
+        return []
+    return [
+        "",
+        "Nsight Compute, sd2-64 x 8, statistics with the log-sum-exp given:",
+        "",
+        "| | " + " | ".join(kernels) + " |",
+        "| --- |" + " ---: |" * len(kernels),
+        *(
+            f"| {name} | " + " | ".join(values.get(name, "") for values in kernels.values()) + " |"
+            for name in metrics
+        ),
+    ]
 
 
 def write(folder: Path, seed: int) -> list[Path]:

@@ -2,9 +2,10 @@
 
     TRITON_CACHE_DIR=... python warm.py sm_90 quick headline [--share 0/2]
 
-quick: what `session.py check --quick` launches; headline: what is timed, likewise; all: the checks
-of every problem. The backend runs as on a card, on tensors of the CPU, and what it would launch is
-compiled (tests/mocked_launches.py). carried.py calls this.
+quick: what `session.py check --quick` launches; headline: what is timed, likewise; tune: what
+is tried beside today's settings; all: the checks of every problem. The backend runs as on a card,
+on tensors of the CPU, and what it would launch is compiled (tests/mocked_launches.py). carried.py
+calls this.
 """
 
 from __future__ import annotations
@@ -112,6 +113,16 @@ def headline() -> None:
                 speed.contestants(operation, ("triton",))[job["by"]](operation, inputs)()
 
 
+def candidates(architecture: str) -> None:
+    """What `session.py tune` launches."""
+    import tuning
+
+    with torch.no_grad():
+        for job in tuning.jobs():
+            with tuning.used(tuning.settings_for(job, architecture, "cpu")):
+                tuning.call_of(job, "cpu")()
+
+
 _empty = torch.empty
 
 
@@ -122,7 +133,7 @@ def _zeros(*shape: Any, **options: Any) -> torch.Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("architecture")
-    parser.add_argument("parts", nargs="+", choices=("quick", "headline", "all"))
+    parser.add_argument("parts", nargs="+", choices=("quick", "headline", "tune", "all"))
     parser.add_argument("--share", default="0/1", help="which of how many parts of the kernels")
     options = parser.parse_args()
     share, of = map(int, options.share.split("/"))
@@ -141,6 +152,8 @@ def main() -> None:
     ):
         if "headline" in options.parts:
             headline()
+        if "tune" in options.parts:
+            candidates(options.architecture)
         if "all" in options.parts:
             checks(tuple(correctness.named_cases()))
         elif "quick" in options.parts:

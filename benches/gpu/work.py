@@ -15,7 +15,6 @@ import signal
 import sys
 import time
 import traceback
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +40,7 @@ class Worker:
     def __init__(self, device: str, seed: int) -> None:
         self.device, self.seed = device, seed
         self.prepared = False
+        self.tuned: Any = None  # a case, its call, and what that gives in today's settings
         if device == "cuda" and torch.cuda.is_available():
             torch.zeros(1, device=device)  # the context
 
@@ -130,25 +130,30 @@ class Worker:
             return {"again": {**job, "graph": False, "no_graph": str(error)[:300]}, "spoiled": True}
 
     def tune(self, job: dict[str, Any]) -> dict[str, Any]:
-        """{"pass", "width", "bits", "tiling"}: a kind of pass in these tiles; ms, or why not.
+        """{"pass", "shape", "batch", "tiling", ...}: a candidate of tuning.py.
 
-        "resident": whether all heads' kept tokens may stay on chip.
+        ms as replays of a graph; "off": how far its numbers are from those of today's settings.
         """
-        from flashmaps.kernels import autotune
-        from flashmaps.kernels.settings import architecture_of, settings_of
+        import tuning
+        from flashmaps.kernels.settings import architecture_of
         from speed import Clock
 
         torch.use_deterministic_algorithms(False)
         architecture = architecture_of(torch.device(self.device))
-        case = next(autotune.cases(job["pass"], job["bits"], job["width"]))
-        key = f"{job['bits']}/{job['width']}"
-        changed = autotune.with_tiling(
-            settings_of(architecture), job["pass"], key, tuple(job["tiling"])
-        )
-        changed = replace(changed, resident=job.get("resident", True))
-        run = case.runner(changed, self.device)
-        run()
-        return {"ms": Clock(self.device).replays(run) * 1e3}
+        clock = Clock(self.device)
+        with torch.no_grad():
+            case = (job["pass"], job["shape"], job["batch"])
+            if self.tuned is None or self.tuned[0] != case:
+                call = tuning.call_of(job, self.device)
+                usual = {**dict(zip(("pass", "shape", "batch"), case, strict=True)), "tiling": None}
+                with tuning.used(tuning.settings_for(usual, architecture, self.device)):
+                    self.tuned = (case, call, call())
+            _, call, wanted = self.tuned
+            with tuning.used(tuning.settings_for(job, architecture, self.device)):
+                off = tuning.furthest(call(), wanted)
+                call()
+                run = clock.graph(call)
+                return {"ms": clock.replays(run) * 1e3, "off": off}
 
     def profile(self, job: dict[str, Any]) -> dict[str, Any]:
         """{"operation", "shape", "dtype", "backend"}: microseconds in each kernel of a call."""
@@ -169,6 +174,13 @@ class Worker:
         spent = {each.key: getattr(each, field) / 10 for each in seen.key_averages()}
         most = sorted(spent.items(), key=lambda item: -item[1])[:12]
         return {"us": {name: round(us, 2) for name, us in most}}
+
+    def counters(self, job: dict[str, Any]) -> dict[str, Any]:
+        """{"backends", "file", "limit"}: Nsight Compute's numbers of some kernels."""
+        import counters
+
+        backends = tuple(job["backends"])
+        return counters.watched(backends, Path(job["file"]), job["limit"] - 8.0)
 
     # For the tests of all this.
 

@@ -1,0 +1,88 @@
+"""The log-sum-exp against its first tile's maxima, and products ahead of exponentials."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed (pip install triton, on Linux)")
+
+# Tiles of the interpreter are 16 x 32: 96 keys are three of them.
+PROGRAM = """
+import dataclasses, itertools, math, torch, flashmaps as fm
+from flashmaps.kernels import backend, settings
+torch.set_num_threads(1)
+plain = settings.settings_here(torch.device("cpu"))
+generator = torch.Generator().manual_seed(0)
+query, key = (torch.randn(1, 2, n, 16, generator=generator).half() for n in (16, 96))
+late = key.clone()
+late[:, :, 90] = query[:, :1, 5] * 40  # scores of hundreds, in the last tile
+low = key.clone()
+low[:, :, :32] = query[:, :1, 5:6] * 40  # and in the first one
+first_hidden = torch.zeros(1, 96)
+first_hidden[:, :40] = -math.inf
+cases = {
+    "plain": (key, None), "odd": (key[:, :, :93], None), "late": (late, None),
+    "low": (low, None), "first tile hidden": (key, first_hidden),
+    "late, hidden": (late, first_hidden), "one key": (key[:, :, :1], None),
+    "larger": (8 * key, None), "far below": (key, first_hidden - 300.0),
+}
+names = ("entropy", "max", "argmax", "column_sum", "column_entropy")
+for (what, (keys, bias)), (ahead, resident) in itertools.product(
+    cases.items(), ((False, True), (True, True), (True, False))
+):
+    here = dataclasses.replace(plain, anchored=True, ahead=ahead, resident=resident)
+    backend._settings_here = lambda device: here
+    common = {} if bias is None else {"key_mask": bias[:, : keys.shape[2]]}
+    ours = fm.AttentionMap(query, keys, backend="triton", **common)
+    exact = fm.AttentionMap(query.double(), keys.double(), backend="reference", **common)
+    # Scores are rounded in float32, and so is what is added up.
+    most = float((query.double() @ keys.double().mT).abs().max()) / 4 + 300 * (bias is not None)
+    error = 8 * 2**-24 * (most + 96)
+    torch.testing.assert_close(
+        ours.lse.double(), exact.lse.double(), rtol=2**-22, atol=error, msg=lambda m: what + m
+    )
+    if what in ("plain", "odd", "late", "first tile hidden") :
+        got, want = ours.reduce(*names), exact.reduce(*names)
+        for name in names:
+            if name != "argmax":
+                torch.testing.assert_close(
+                    getattr(got, name).double(), getattr(want, name).double(), rtol=error,
+                    atol=error, msg=lambda m: what + name + m,
+                )
+"""
+
+
+def test_numbers_are_those_of_the_reference() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [("lse",), ("entropy", "max", "argmax", "expectation")], ids=str)
+def test_products_run_beneath_the_exponentials_on_sm_90(names: tuple[str, ...]) -> None:
+    """Two programs of 8 warps fit a multiprocessor, or resident heads one; nothing spills."""
+    from dataclasses import replace
+
+    from flashmaps.kernels import ahead
+    from flashmaps.kernels.autotune import with_tiling
+    from flashmaps.kernels.settings import settings_of
+
+    kind = "lse" if names == ("lse",) else "even"
+    here = with_tiling(settings_of("sm_90"), kind, "16/64", (128, 64, 8, 3))
+    here = replace(here, anchored=True, ahead=True)
+    (launch,) = (
+        each for each in ahead.Case(names).launches_with(here) if "R" in each.arguments
+    )  # and one that combines splits
+    found = ahead.examine(launch, "sm_90")
+    assert not found.problems()
+    assert found.registers <= (128 if kind == "lse" else 168)
+    text = ahead.compile_launch(launch, "sm_90").asm["ptx"]
+    # A product is still under way, its registers apart from those of the exponentials.
+    assert text.count("wgmma.commit_group") >= (3 if kind == "lse" else 5)
