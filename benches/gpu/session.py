@@ -133,23 +133,10 @@ class Session:
         print(f"{part}: {len(jobs) - not_run} jobs in {took:.0f} of {seconds:.0f} s{rest}\n")
 
     def _tell(self, line: hands.Job) -> None:
-        name = " ".join(
-            str(line[key])
-            for key in (
-                "backend",
-                "problem",
-                "operation",
-                "shape",
-                "by",
-                "tiling",
-                "anchored",
-                "ahead",
-                "resident",
-                "splits",
-                "what",
-            )
-            if key in line
-        )
+        words = ("backend", "problem", "operation", "shape", "batch", "by", "tiling", "what")
+        variants = ("anchored", "ahead", "resident", "splits")  # of a candidate
+        name = " ".join(str(line[key]) for key in words if key in line)
+        name += "".join(f" {key}={line[key]}" for key in variants if key in line)
         wrong = line.get("lost") or line.get("error")
         counts = line["kind"] in ("check", "around", "large", "planted", "card", "rates")
         if wrong:
@@ -158,7 +145,8 @@ class Session:
             print(f"{word} {line['kind']} {name}: {str(wrong).strip().splitlines()[-1][:200]}")
         elif "ms" in line:
             host = f", host {line['host_ms']:.3f}" if "host_ms" in line else ""
-            print(f"{name}: {line['ms']:.4f} ms{host}")
+            off = f", off {line['off']:.1e}" if line.get("off") else ""
+            print(f"{name}: {line['ms']:.4f} ms{host}{off}")
         elif line["kind"] in ("rates", "profile"):
             print(f"{line['kind']} {name}: {line.get('rates') or line.get('us')}")
         elif "counters" in line:
