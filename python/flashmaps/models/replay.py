@@ -41,6 +41,7 @@ class Replayed:
     ) -> None:
         self._function, self._parameters = function, parameters
         self._graphs: dict[Hashable, _Graph] = {}
+        self._pool = torch.cuda.graph_pool_handle()  # what one graph needs only within, all share
 
     def __call__(self, key: Hashable, *inputs: Tensor) -> tuple[Tensor, Numbers]:
         """The loss and the numbers, which the next call with this key overwrites."""
@@ -65,7 +66,7 @@ class Replayed:
         torch.cuda.current_stream().wait_stream(aside)
         self._forget()  # so that the graph writes gradients instead of adding to them
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self._pool):
             value, numbers = self._function(key, *static)
             value.backward()
         gradients = [parameter.grad for parameter in self._parameters]
