@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from flashmaps.kernels.kernel_lse import add_lse_kernel, lse_kernel
 from flashmaps.kernels.run import COMBINED, COMBINING, Launch, Run, count_splits
+from flashmaps.kernels.settings import Settings, Tiling
 from flashmaps.kernels.views import is_rare, stride_unit, strides, tile_constants, wide
 from flashmaps.maps.gpu import LOG2_E
 from flashmaps.maps.problem import Problem
@@ -28,11 +29,24 @@ def with_lse(
     return problem._replace(lse=run.contiguous(lse))
 
 
+def tiling_of(problem: Problem, kind: str, settings: Settings) -> Tiling:
+    """The tiles of a log-sum-exp.
+
+    Anchored ones are for what a card has timed: no mask, whole tiles, heads of a power of two.
+    """
+    dim = problem.query.shape[3]
+    found = settings.tiling(kind, problem.query.dtype, dim)
+    even = problem.num_queries % found.rows == 0 and problem.num_keys % found.columns == 0
+    if found.anchored and not (even and problem.bias is None and dim in (64, 128, 256)):
+        return found._replace(anchored=0, registers=0)
+    return found
+
+
 def launch_lse(problem: Problem, out: Tensor, run: Run) -> None:
     """Into ``out``, [P, H, N], in one launch (and one that combines splits)."""
     query, key = problem.query, problem.key
     kind = "rare" if is_rare(problem) else "lse"
-    tiling = run.settings.tiling(kind, query.dtype, query.shape[3])
+    tiling = tiling_of(problem, kind, run.settings)
     blocks = -(-problem.num_queries // tiling.rows)
     programs = problem.batch * problem.heads * blocks
     count = out.numel()
@@ -60,7 +74,7 @@ def launch_lse(problem: Problem, out: Tensor, run: Run) -> None:
                 "splits": splits,
                 "scale": problem.scale * LOG2_E,
                 "WIDE": wide(tiling, problem),
-                "ANCHORED": run.settings.anchored,
+                "ANCHORED": run.settings.anchored or bool(tiling.anchored),
                 "AHEAD": run.settings.ahead,
                 **constants,
             },

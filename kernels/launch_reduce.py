@@ -145,6 +145,8 @@ def launch_reduce(
     more = more or {}
     heads = resident_heads(view, kind, run)
     ahead = run.settings.ahead and kind in ("rows", "columns") and not view.whole
+    if kind == "rows" and heads and tiling.ahead and programs >= run.settings.multiprocessors:
+        ahead = True
     if more.get("order") is not None:
         constants["EVEN"] = False
     arguments: dict[str, Any] = dict.fromkeys(OPTIONAL)

@@ -37,6 +37,11 @@ class Tiling(NamedTuple):
     warps: int
     stages: int
     registers: int = 0  # that a thread may have; 0: NVIDIA's assembler weighs them against spills
+    # A log-sum-exp keeps to the maxima of its first tile; see `launch_lse.tiling_of`.
+    anchored: int = 0
+    # Resident heads' products come before exponentials of the head before, where programs enough
+    # for every multiprocessor hide nothing of each other.
+    ahead: int = 0
 
     @property
     def options(self) -> dict[str, int]:
@@ -57,9 +62,9 @@ class Settings:
     matmul_precision: str  # torch.get_float32_matmul_precision()
     multiprocessors: int = 1
     resident: bool = True  # whether kept tokens of all heads stay on chip where they fit
-    anchored: bool = False  # whether the log-sum-exp keeps to the maxima of its first tile
+    anchored: bool = False  # whether any log-sum-exp keeps to the maxima of its first tile
     splits: int = 0  # of streamed tokens, if not as many as the multiprocessors make best
-    ahead: bool = False  # whether resident heads' products come before exponentials of the last
+    ahead: bool = False  # whether any products come before the exponentials of the last
 
     @property
     def nvidia(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -194,25 +195,49 @@ def test_counters_are_read_from_what_ncu_prints(
     import counters
 
     tool = tmp_path / "ncu"
-    tool.write_text(
-        """#!/bin/sh
-case "$*" in *--metrics*) echo "==ERROR== Failed to find metric"; exit 1;; esac
-echo '==PROF== Profiling "lse_kernel"'
-echo '"ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"'
-echo '"0","lse_kernel","Occupancy","Achieved Occupancy","%","24.1"'
-echo '"0","lse_kernel","Occupancy","Block Limit Warps","block","8"'
-echo '"1","reduce_kernel","SchedulerStats","Issued Warp Per Scheduler","","0.41"'
-""",
-        encoding="utf-8",
-    )
-    tool.chmod(0o755)
+
+    def prints(*kernels: str) -> None:
+        lines = [
+            f'"{n}","{kernel}","Occupancy","{metric}","%","{n}4.1"'
+            for n, kernel in enumerate(kernels)
+            for metric in ("Achieved Occupancy", "Block Limit Warps")
+        ]
+        heading = '"ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"'
+        table = "\n".join(["==PROF== Profiling", heading, *lines])
+        tool.write_text(
+            "#!/bin/sh\n"
+            'case "$*" in *--metrics*) echo "==ERROR== Failed to find metric"; exit 1;; esac\n'
+            f"cat <<'END'\n{table}\nEND\n",
+            encoding="utf-8",
+        )
+        tool.chmod(0o755)
+
+    statistics = "_ZN9flashmaps4cuda17statistics_kernelINS0_4HalfELi4EEEvNS0_19StatisticsArgumentsE"
     monkeypatch.setattr(counters, "find", lambda: str(tool))
-    found = counters.watched(("triton",), tmp_path / "counters.csv", 20.0)
-    assert found["counters"]["triton lse"] == {"Achieved Occupancy": "24.1 %"}
-    assert found["counters"]["triton rows"] == {"Issued Warp Per Scheduler": "0.41"}
+    file, both = tmp_path / "counters.csv", ("triton", "cuda")
+    prints("lse_kernel", "reduce_kernel", statistics)
+    found = counters.watched(both, file, 20.0)
+    assert found["counters"] == {
+        "triton lse": {"Achieved Occupancy": "04.1 %"},
+        "triton rows": {"Achieved Occupancy": "14.1 %"},
+        "cuda rows": {"Achieved Occupancy": "24.1 %"},
+    }
     assert "Failed to find metric" in found["said"][0] and len(found["said"]) == 1
-    assert "Block Limit Warps" in (tmp_path / "counters.csv").read_text("utf-8")
+    assert "Block Limit Warps" in file.read_text("utf-8")
+    # A kernel of torch by the same short name, one that is missing, another order.
+    torchs = "_ZN2at6native13reduce_kernelILi512ELi1ENS0_8ReduceOpIfEEEEvT1_"
+    for wrong in (
+        ("lse_kernel", torchs, statistics), ("lse_kernel", "reduce_kernel"),
+        ("reduce_kernel", "lse_kernel", statistics), ("lse_kernel", "reduce_kernel", torchs),
+    ):  # fmt: skip
+        prints(*wrong)
+        answer = counters.watched(both, file, 20.0)
+        assert "counters" not in answer and "ncu watched" in answer["error"], wrong
     for given in counters.commands("ncu", "python", ("triton",)):
-        assert given[given.index("--launch-count") + 1] == "4"
+        assert given[given.index("--launch-count") + 1] == "2"
+        assert given[given.index("--profile-from-start") + 1] == "off"  # inputs are made by torch
+        asked = given[given.index("--kernel-name") + 1].removeprefix("regex:")
+        assert given[given.index("--kernel-name-base") + 1] == "mangled"
+        assert re.search(asked, "reduce_kernel") and not re.search(asked, torchs)
     monkeypatch.setattr(counters, "find", lambda: None)
     assert "not found" in counters.watched(("triton",), tmp_path / "counters.csv", 20.0)["error"]

@@ -64,6 +64,52 @@ def test_numbers_are_those_of_the_reference() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def _arguments(heads: int, dim: int, batch: int, keys: int = 4096, **more: object) -> list[object]:
+    """(ANCHORED, registers) of the log-sum-exp and AHEAD of the rows, on an H100."""
+    import torch
+    from flashmaps.kernels import launches, settings
+    from flashmaps.maps.problem import Problem, Request
+
+    query, key = (
+        torch.empty(batch, heads, n, dim, dtype=torch.float16, device="meta") for n in (4096, keys)
+    )
+    problem = Problem(query, key, None, None, None, None, 0.125, "block", 64, 64)
+    problem = problem._replace(**more)  # type: ignore[arg-type]
+    names = ("entropy", "max", "argmax", "expectation")
+    found, _ = launches.dry_run(problem, Request(names), settings.settings_of("sm_90"))
+    (lse,) = (each for each in found if each.kernel.__name__ == "lse_kernel")
+    (rows,) = (each for each in found if each.kernel.__name__ == "reduce_kernel")
+    return [lse.arguments["ANCHORED"], lse.tiling.registers, rows.arguments["AHEAD"]]
+
+
+def test_they_are_used_where_a_card_found_them_faster() -> None:
+    import torch
+
+    assert _arguments(5, 64, 8) == [True, 128, True]
+    assert _arguments(5, 64, 1) == [True, 128, False]  # 32 programs
+    assert _arguments(10, 64, 8) == [True, 128, False]  # heads that do not stay on chip
+    assert _arguments(5, 64, 8, keys=4095) == [False, 0, False]
+    assert _arguments(5, 40, 8)[:2] == [False, 0]
+    assert _arguments(5, 128, 8) == [False, 0, False]
+    bias = torch.empty(8, 4096, device="meta")
+    assert _arguments(5, 64, 8, bias=bias) == [False, 0, False]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [("lse",), ("entropy", "max", "argmax", "expectation")], ids=str)
+def test_the_default_kernels_of_sm_90_spill_nothing(names: tuple[str, ...]) -> None:
+    from dataclasses import replace
+
+    from flashmaps.kernels import ahead
+    from flashmaps.kernels.settings import settings_of
+
+    here = replace(settings_of("sm_90"), multiprocessors=1)  # as if programs were enough
+    for launch in ahead.Case(names).launches_with(here):
+        if "R" in launch.arguments:
+            assert launch.arguments["ANCHORED" if names == ("lse",) else "AHEAD"]
+            assert not ahead.examine(launch, "sm_90").problems()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("names", [("lse",), ("entropy", "max", "argmax", "expectation")], ids=str)
 def test_products_run_beneath_the_exponentials_on_sm_90(names: tuple[str, ...]) -> None:

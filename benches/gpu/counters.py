@@ -3,13 +3,15 @@
     python3 benches/gpu/session.py profile        # asks for it, and writes counters.csv
     python3 benches/gpu/counters.py               # what ncu watches: some kernels, once each
 
-Kernels of sd2-64 x 8: the log-sum-exp and the row statistics of backend "triton", both again with
-products ahead of exponentials, and the row statistics of backend "cuda".
+Kernels of sd2-64 x 8: the log-sum-exp and the row statistics of backend "triton", and the row
+statistics of backend "cuda". Torch has kernels of the same short names, so ours are told by
+their mangled ones, and nothing is watched before everything has run once.
 """
 
 from __future__ import annotations
 
 import csv
+import re
 import shutil
 import subprocess
 import sys
@@ -17,13 +19,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-# In this order they are launched; names as a user sees them.
-KERNELS = (
-    "triton lse", "triton rows", "triton lse, ahead", "triton rows, ahead", "cuda rows",
-)  # fmt: skip
+# In this order they are launched: as a user sees them, and what their mangled names match. Torch's
+# at::native::reduce_kernel is _ZN2at6native13reduce_kernel...
+KERNELS = {
+    "triton lse": r"^lse_kernel$",
+    "triton rows": r"^reduce_kernel$",
+    "cuda rows": r"^_Z[A-Z0-9]*flashmaps.*statistics_kernel",
+}
 SECTIONS = (
     "LaunchStats", "Occupancy", "SpeedOfLight", "SchedulerStats", "WarpStateStats",
-    "ComputeWorkloadAnalysis", "MemoryWorkloadAnalysis",
+    "ComputeWorkloadAnalysis",
 )  # fmt: skip
 # Beginnings of the lines that decide; all of them are in counters.csv.
 DECISIVE = (
@@ -65,13 +70,14 @@ def commands(tool: str, python: str, backends: tuple[str, ...]) -> list[list[str
     Its versions differ in what they know, so each call asks for less than the one before it.
     """
     sections = [word for section in SECTIONS for word in ("--section", section)]
-    count = sum(name.split()[0] in backends for name in KERNELS)
+    wanted = {name: told for name, told in KERNELS.items() if name.split()[0] in backends}
     details = ["--print-details", "all"]
     return [
         [
             tool, "--clock-control", "none", "--cache-control", "none",
-            "--kernel-name", "regex:^(lse_kernel|reduce_kernel|statistics_kernel)$",
-            "--launch-count", str(count), "--csv", "--page", "details", *more, *sections,
+            "--profile-from-start", "off", "--kernel-name-base", "mangled",
+            "--print-kernel-base", "mangled", "--kernel-name", "regex:" + "|".join(wanted.values()),
+            "--launch-count", str(len(wanted)), "--csv", "--page", "details", *more, *sections,
             python, __file__, *backends,
         ]
         for more in (["--metrics", ",".join(METRICS), *details], details, [])
@@ -89,9 +95,14 @@ def decisive(found: list[dict[str, str]], backends: tuple[str, ...]) -> dict[str
     """Of each kernel the lines that decide, with units."""
     names = [name for name in KERNELS if name.split()[0] in backends]
     told: dict[str, dict[str, str]] = {name: {} for name in names}
+    numbers = sorted({int(row["ID"]) for row in found})
+    if numbers != [*range(len(names))]:
+        raise ValueError(f"ncu watched launches {numbers}, not one of each of {names}")
     for row in found:
-        metric, number = row.get("Metric Name") or "", int(row["ID"])
-        if number < len(names) and metric.startswith(DECISIVE):
+        metric, number, kernel = row.get("Metric Name") or "", int(row["ID"]), row["Kernel Name"]
+        if not re.search(KERNELS[names[number]], kernel):
+            raise ValueError(f"ncu watched {kernel!r} in the place of {names[number]!r}")
+        if metric.startswith(DECISIVE):
             value = f"{row.get('Metric Value')} {row.get('Metric Unit') or ''}".strip()
             told[names[number]][metric] = value
     return told
@@ -115,13 +126,16 @@ def watched(backends: tuple[str, ...], out: Path, seconds: float) -> dict[str, A
             break
         out.write_text(done.stdout)
         if found := rows(done.stdout):
-            return {"counters": decisive(found, backends), "said": said}
+            try:
+                return {"counters": decisive(found, backends), "said": said}
+            except ValueError as error:
+                return {"error": str(error), "said": said}
         said.append(f"{done.returncode}: {(done.stdout + done.stderr)[-700:]}")
     return {"error": "ncu: " + " | ".join(said)}
 
 
 def main(backends: tuple[str, ...]) -> None:
-    """Launch the kernels, in the order of KERNELS."""
+    """Launch the kernels, in the order of KERNELS: once to warm up, once to be watched."""
     sys.path.insert(0, str(Path(__file__).parent))
     import tree
 
@@ -129,18 +143,22 @@ def main(backends: tuple[str, ...]) -> None:
     import torch
     import tuning
 
-    lse, even = ({"pass": name, "shape": "sd2-64", "batch": 8} for name in ("lse", "even"))
+    calls = []
     with torch.no_grad():
-        if "triton" in backends:
-            call_lse, call_even = (tuning.call_of(job, "cuda") for job in (lse, even))
-            ahead = {"tiling": [128, 64, 8, 3], "anchored": True, "ahead": True}
-            for changes in ({"tiling": None}, ahead):
-                for job, call in ((lse, call_lse), (even, call_even)):
-                    with tuning.used(tuning.settings_for({**job, **changes}, "sm_90", "cuda")):
-                        call()
+        for name in ("lse", "even"):
+            job = {"pass": name, "shape": "sd2-64", "batch": 8, "tiling": None}
+            if "triton" in backends:
+                calls.append(tuning.call_of(job, "cuda"))
         if "cuda" in backends:
-            tuning.call_of(even, "cuda", backend="cuda")()
+            calls.append(tuning.call_of(job, "cuda", backend="cuda"))
+        for call in calls:
+            call()
         torch.cuda.synchronize()
+        torch.cuda.profiler.start()
+        for call in calls:
+            call()
+        torch.cuda.synchronize()
+        torch.cuda.profiler.stop()
 
 
 if __name__ == "__main__":

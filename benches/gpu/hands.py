@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+OVER = "the seconds of this part were over"  # of a job that was under way then: nobody's fault
+
 Job = dict[str, Any]
 START = 120.0  # seconds that a worker has to say that it is ready
 
@@ -125,7 +127,7 @@ def run(
                     return
                 line = {**job, **hand.ask(job, min(job.get("limit", each), left))}
                 if "lost" in line and deadline - time.monotonic() <= 0:
-                    line["lost"] = "the seconds of this part were over"
+                    line["lost"] = OVER
                 if again := line.pop("again", None):
                     waiting.put(again)
                     continue

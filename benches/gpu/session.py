@@ -139,6 +139,8 @@ class Session:
         name += "".join(f" {key}={line[key]}" for key in variants if key in line)
         wrong = line.get("lost") or line.get("error")
         counts = line["kind"] in ("check", "around", "large", "planted", "card", "rates")
+        counts |= "ncu watched" in str(wrong)
+        counts &= line.get("lost") != hands.OVER
         if wrong:
             self.bad += counts
             word = "LOST" if "lost" in line else "WRONG" if counts else "no"

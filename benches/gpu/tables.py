@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flashmaps.files import write_text
+from hands import OVER
 from tuning import VARIANTS
 
 Line = dict[str, Any]
@@ -23,9 +24,9 @@ def read(folder: Path) -> dict[str, list[Line]]:
 
 
 def outcome(line: Line) -> str:
-    """Of a check: passed, refused, failed, or lost with its worker."""
+    """Of a check: passed, refused, failed, lost with its worker, or cut off by the clock."""
     if "lost" in line:
-        return "lost"
+        return "not finished" if line["lost"] == OVER else "lost"
     return "failed" if line.get("error") else "refused" if line.get("refused") else "passed"
 
 
@@ -65,7 +66,7 @@ def markdown(of: Line, seed: int) -> str:
     """The tables."""
     facts = ", ".join(f"{name} {value}" for name, value in of["card"].items() if name != "name")
     lines = [f"# {of['card']['name']}", "", f"{facts}. Seed {seed}.", ""]
-    kinds = ("passed", "failed", "lost", "refused")
+    kinds = ("passed", "failed", "lost", "refused", "not finished")
     lines += ["| backend | " + " | ".join(kinds) + " |", "| --- |" + " ---: |" * len(kinds)]
     for backend, counts in of["checks"].items():
         lines.append(f"| {backend} | " + " | ".join(str(counts.get(k, 0)) for k in kinds) + " |")

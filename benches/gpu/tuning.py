@@ -18,7 +18,7 @@ from shapes import SHAPES, qk
 from torch import Tensor
 
 Job = dict[str, Any]
-Tile = tuple[int, ...]  # rows, columns, warps, stages, registers
+Tile = tuple[int, ...]  # of `Tiling`
 Candidates = tuple[tuple[Tile, dict[str, Any]], ...]
 
 # Of each pass and shape, the most promising first: tiles, and what of `Settings` is not as usual.
@@ -86,7 +86,18 @@ STREAMED_128: Candidates = (
     ((128, 64, 8, 2), _AHEAD),
     ((128, 64, 4, 2), {}),
 )
+# What no card has timed yet comes first.
 PLAN = (
+    ("lse", "sd2-64", 1, (
+        ((128, 128, 8, 3), {}),
+        ((128, 64, 8, 3, 80), _ANCHORED),
+        ((128, 128, 8, 3, 128, 1), {"splits": 3}),
+        ((128, 128, 8, 3, 128, 1), {"splits": 6}),
+    )),
+    ("lse", "flux", 1, (*LSE_128[:2], ((128, 128, 8, 3), _ANCHORED))),
+    ("even", "flux", 1, STREAMED_128[:1]),
+    ("lse", "sdxl-64", 1, (((128, 128, 8, 3), {}),)),
+    ("even", "sdxl-64", 1, STREAMED_64[:1]),
     ("even", "sd2-64", 8, RESIDENT),
     ("lse", "sd2-64", 8, LSE_64),
     ("even", "sd2-64", 1, RESIDENT),
@@ -99,13 +110,14 @@ VARIANTS = ("anchored", "ahead", "resident", "splits")  # of `Settings`
 
 
 def jobs() -> list[Job]:
-    """One for each candidate; the default of a pass and shape is the first, without a tiling."""
+    """One for each candidate; the default of a pass and shape comes first, without a tiling."""
     found: list[Job] = []
     for kind, shape, batch, candidates in PLAN:
         for tiling, changes in ((None, {}), *candidates):
             job: Job = {"kind": "tune", "pass": kind, "operation": kind, "shape": shape}
             job |= {"batch": batch, "tiling": tiling, **changes}
-            found.append(job)
+            if job not in found:
+                found.append(job)
     return found
 
 
