@@ -241,3 +241,27 @@ def test_counters_are_read_from_what_ncu_prints(
         assert re.search(asked, "reduce_kernel") and not re.search(asked, torchs)
     monkeypatch.setattr(counters, "find", lambda: None)
     assert "not found" in counters.watched(("triton",), tmp_path / "counters.csv", 20.0)["error"]
+
+
+def test_a_carried_cache_names_the_files_where_they_are_unpacked(tmp_path: Path) -> None:
+    """Triton's groups have whole paths; one of another folder would be compiled anew."""
+    kernel = tmp_path / "filled" / "ABC234" / "lse_kernel.cubin"
+    kernel.parent.mkdir(parents=True)
+    kernel.write_text("compiled")
+    group = kernel.with_name("__grp__lse_kernel.json")
+    group.write_text(json.dumps({"child_paths": {kernel.name: str(kernel)}}))
+    carried, env = tmp_path / "build/carried", tmp_path / "benches/gpu/env.sh"
+    carried.mkdir(parents=True)
+    env.parent.mkdir(parents=True)
+    env.write_text(SCRIPT.with_name("env.sh").read_text("utf-8"))
+    packed = str(carried / "triton-cache.tar.xz")
+    subprocess.run(["tar", "-cJf", packed, "-C", str(tmp_path / "filled"), "."], check=True)
+    kernel.unlink()
+    here = tmp_path / "elsewhere"
+    subprocess.run(
+        ["bash", "-c", f"source {env}"], check=True,
+        env={**os.environ, "TRITON_CACHE_DIR": str(here)},
+    )  # fmt: skip
+    found = json.loads((here / "ABC234" / group.name).read_text())
+    assert found == {"child_paths": {kernel.name: str(here / "ABC234" / kernel.name)}}
+    assert (here / "ABC234" / kernel.name).read_text() == "compiled"

@@ -7,5 +7,8 @@ export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$(mktemp -d)/triton}"
 mkdir -p "$TRITON_CACHE_DIR"
 if [ -f "$here/build/carried/triton-cache.tar.xz" ]; then
   tar -xJf "$here/build/carried/triton-cache.tar.xz" -C "$TRITON_CACHE_DIR"
+  # Triton notes where the files of a kernel lie, and takes none that it does not find there.
+  find "$TRITON_CACHE_DIR" -name '__grp__*.json' -exec \
+    sed -E -i "s#\"/[^\"]*/([A-Z0-9]+/[^\"/]+)\"#\"$TRITON_CACHE_DIR/\1\"#g" {} +
 fi
 unset here
