@@ -14,6 +14,14 @@ from tuning import VARIANTS
 
 Line = dict[str, Any]
 
+# Of the counters, what a reader needs: the units' shares of their peak, and what warps wait for.
+SHOWN = (
+    "Duration", "SM Frequency", "XU", "Tensor (All)", "FMA", "ALU", "Issue Slots Busy",
+    "L2 Cache Throughput", "Registers Per Thread", "Theoretical Occupancy", "Achieved Occupancy",
+    "Eligible Warps Per Scheduler", "Stall Wait", "Stall MIO Throttle", "Stall Barrier",
+    "Stall Short Scoreboard", "Stall Math Pipe Throttle", "Stall Not Selected",
+)  # fmt: skip
+
 
 def read(folder: Path) -> dict[str, list[Line]]:
     """What each part has found, by the name of the part."""
@@ -103,7 +111,8 @@ def markdown(of: Line, seed: int) -> str:
             ]  # fmt: skip
             before = case
             lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
-    if of["tuned"]:
+    # Today's settings alone, where time allowed no other, are beside nothing.
+    if any(each["tiling"] or any(name in each for name in VARIANTS) for each in of["tuned"]):
         lines += [
             "",
             "Settings beside today's: tiles (rows, columns, warps, stages, most registers) and "
@@ -142,13 +151,14 @@ def markdown(of: Line, seed: int) -> str:
 
 
 def _counters(kernels: dict[str, dict[str, str]]) -> list[str]:
-    """A column for each kernel."""
-    metrics = list(dict.fromkeys(name for values in kernels.values() for name in values))
+    """A column for each kernel; the rest of the counters is in the .json."""
+    told = dict.fromkeys(name for values in kernels.values() for name in values)
+    metrics = [name for name in told if name in SHOWN]
     if not metrics:
         return []
     return [
         "",
-        "Nsight Compute, sd2-64 x 8, statistics with the log-sum-exp given:",
+        "Nsight Compute, sd2-64 x 8: the log-sum-exp, and row statistics with it given:",
         "",
         "| | " + " | ".join(kernels) + " |",
         "| --- |" + " ---: |" * len(kernels),
