@@ -49,6 +49,7 @@ _COMPOSED: Tiles = (
 # All keys in a tile: rows count only.
 _WHOLE: Tiles = ((64, 256, 8, 2), (64, 256, 8, 1), (32, 256, 8, 2), (16, 256, 8, 1))
 _REGISTERS = 255  # the most that a thread can have on NVIDIA's cards
+_FLAGS = slice(5, None)  # of an entry: anchored, ahead
 
 _ROWS = ("entropy", "max", "argmax", "expectation")
 _COLUMNS = ("column_sum", "column_entropy", "column_max", "column_argmax")
@@ -56,16 +57,18 @@ _TOPK = ("topk_values", "topk_indices")
 _ANY: tuple[tuple[str, ...], ...] = (_ROWS, _COLUMNS, ("dense",), _TOPK)
 
 
-def candidates(architecture: str, kind: str, bits: int) -> list[tuple[int, ...]]:
+def candidates(architecture: str, kind: str, bits: int, width: int) -> list[tuple[int, ...]]:
     """The tilings to try, the most promising first.
 
     On NVIDIA's cards each also with all registers to itself: where several programs would fit
-    beside each other but for a few registers, the assembler spills those.
+    beside each other but for a few registers, the assembler spills those. Today's comes first where
+    it is anchored or goes ahead, which no list has: `benches/gpu/tuning.py` found those on a card.
     """
-    tiles = _tiles(kind, bits)
-    if not architecture.startswith("sm_"):
-        return list(tiles)
-    return [each for tile in tiles for each in (tile, (*tile, _REGISTERS))]
+    tiles = list(_tiles(kind, bits))
+    if architecture.startswith("sm_"):
+        tiles = [each for tile in tiles for each in (tile, (*tile, _REGISTERS))]
+    today = settings_of(architecture).table[kind].get(f"{bits}/{width}", [])
+    return [tuple(today), *tiles] if any(today[_FLAGS]) else tiles
 
 
 def _tiles(kind: str, bits: int) -> Tiles:
@@ -74,15 +77,20 @@ def _tiles(kind: str, bits: int) -> Tiles:
     if bits == 32 and kind != "composed":
         return _FULL
     # With an operand the tile is also the left side of a product: another copy, in three parts.
-    return {"product": _HALF[1:], "rare": _HALF[3:], "composed": _COMPOSED}.get(kind, _HALF)
+    return {
+        "product": _HALF[1:],
+        "rare": _HALF[3:],
+        "composed": _COMPOSED,
+        "gradient": _HALF[3:],
+    }.get(kind, _HALF)
 
 
 def cases(kind: str, bits: int, width: int) -> Iterator[Case]:
     """The plainest problem of a kind, and demanding ones: masked, of odd sizes, every reducer."""
     plain = {
         "lse": Case(("lse",)),
-        "rows": Case(_ROWS),
-        "columns": Case(_COLUMNS),
+        "rows": Case(_ROWS, queries=4001, keys=4003),
+        "columns": Case(_COLUMNS, queries=4001, keys=4003),
         "even": Case((*_ROWS, "diagonal")),
         "product": Case(("product",)),
         "dense": Case(("dense",)),
@@ -91,6 +99,7 @@ def cases(kind: str, bits: int, width: int) -> Iterator[Case]:
         "whole": Case(_ROWS, keys=77, known_lse=False),
         "rare": Case(_ROWS, layout="dims first"),
         "composed": Case((*_ROWS, "diagonal"), composed=True),
+        "gradient": Case(("entropy", "expectation"), backward=True),
     }[kind]
     plain = replace(plain, dim=width, dtype=torch.float32 if bits == 32 else torch.float16)
     yield plain
@@ -165,7 +174,7 @@ def fits(architecture: str, kind: str, bits: int, width: int, tiling: tuple[int,
 
 def first_that_fits(architecture: str, kind: str, bits: int, width: int) -> tuple[int, ...] | None:
     """The first of the candidates, or None."""
-    for tiling in candidates(architecture, kind, bits):
+    for tiling in candidates(architecture, kind, bits, width):
         if fits(architecture, kind, bits, width, tiling):
             return tiling
     return None
@@ -186,7 +195,9 @@ def ahead(architecture: str, only: list[str]) -> dict[str, dict[str, list[int]]]
         for (kind, bits, width), job in zip(classes, jobs, strict=True):
             found = job.result()
             print(f"{architecture} {kind} {bits}/{width}: {found}", flush=True)
-            table[kind][f"{bits}/{width}"] = list(found or candidates(architecture, kind, bits)[-1])
+            table[kind][f"{bits}/{width}"] = list(
+                found or candidates(architecture, kind, bits, width)[-1]
+            )
     return table
 
 
@@ -194,7 +205,7 @@ def fastest(architecture: str, kind: str, bits: int, width: int) -> tuple[int, .
     """The fastest of the candidates that fit, on the GPU that is here."""
     case = next(cases(kind, bits, width))
     times: dict[tuple[int, ...], float] = {}
-    for tiling in candidates(architecture, kind, bits):
+    for tiling in candidates(architecture, kind, bits, width):
         if not fits(architecture, kind, bits, width, tiling):
             continue
         changed = with_tiling(settings_of(architecture), kind, f"{bits}/{width}", tiling)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +32,32 @@ cases = {
     "late, hidden": (late, first_hidden), "one key": (key[:, :, :1], None),
     "larger": (8 * key, None), "far below": (key, first_hidden - 300.0),
 }
+# Scores that are no numbers, in the first tile, later or in a row of Q, have a pass of their own.
+odd = {}
+for n, value in enumerate((math.nan, math.inf, -math.inf)):
+    for at in (3, 70):
+        odd[f"{value} at key {at}"] = (query, key.clone(), None)
+        odd[f"{value} at key {at}"][1][:, n % 2, at, 2] = value
+        bias = torch.zeros(1, 96)
+        bias[:, at] = value
+        odd[f"bias {value} at {at}"] = (query, key, bias)
+    odd[f"{value} in a query"] = (query.clone(), key, None)
+    odd[f"{value} in a query"][0][:, 1, 7, 0] = value
+odd["every key hidden"] = (query, key, torch.full((1, 96), -math.inf))
+for n, (what, (queries, keys, bias)) in enumerate(odd.items()):
+    found = []
+    for anchored, ahead in ((False, False), (True, n % 2 == 0)):
+        here = dataclasses.replace(plain, anchored=anchored, ahead=ahead)
+        backend._settings_here = lambda device: here
+        # The kernel itself: an AttentionMap refuses some of these.
+        problem = fm.maps.problem.Problem(
+            queries, keys, bias, None, None, None, 0.25, "block", 8, 12
+        )
+        found.append(backend.reduce(problem, fm.maps.problem.Request(("lse",)))["lse"])
+    # Finite sums may differ in their last bits, and nothing else may.
+    torch.testing.assert_close(
+        found[1], found[0], rtol=2**-20, atol=2**-20, equal_nan=True, msg=lambda m: what + m
+    )
 names = ("entropy", "max", "argmax", "column_sum", "column_entropy")
 for (what, (keys, bias)), (ahead, resident) in itertools.product(
     cases.items(), ((False, True), (True, True), (True, False))
@@ -132,3 +160,45 @@ def test_products_run_beneath_the_exponentials_on_sm_90(names: tuple[str, ...]) 
     text = ahead.compile_launch(launch, "sm_90").asm["ptx"]
     # A product is still under way, its registers apart from those of the exponentials.
     assert text.count("wgmma.commit_group") >= (3 if kind == "lse" else 5)
+
+
+def test_autotune_keeps_what_a_card_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Rewriting the table, here or ahead, tries the anchored and the ahead entry, and first."""
+    from flashmaps.kernels import autotune, settings
+
+    before = json.loads(settings.TABLE.read_text("utf-8"))
+    table = before["sm_90"]["tiles"]
+    flagged = [
+        (kind, *map(int, key.split("/")), tuple(entry))
+        for kind, entries in table.items()
+        for key, entry in entries.items()
+        if any(entry[5:])
+    ]
+    assert [(kind, bits, width) for kind, bits, width, _ in flagged] == [
+        ("lse", 16, 64), ("even", 16, 64)
+    ]  # fmt: skip
+    monkeypatch.setattr(autotune, "fits", lambda *of: True)
+    monkeypatch.setattr(autotune, "_milliseconds", lambda run: 1.0)
+    monkeypatch.setattr(autotune.Case, "runner", lambda *of: lambda: None)
+    for kind, bits, width, entry in flagged:
+        assert autotune.first_that_fits("sm_90", kind, bits, width) == entry
+        assert autotune.fastest("sm_90", kind, bits, width) == entry
+        # What does not fit, or is slower, is not kept.
+        assert autotune.candidates("sm_90", kind, bits, width)[1] == (128, 128, 8, 3)
+        assert autotune.candidates("sm_80", kind, bits, width)[0] == (128, 128, 8, 3)
+    copy = tmp_path / "settings.json"
+    copy.write_bytes(settings.TABLE.read_bytes())
+    monkeypatch.setattr(autotune, "TABLE", copy)
+    autotune.write("sm_90", table)
+    assert copy.read_bytes() == settings.TABLE.read_bytes()
+
+
+def test_every_kind_of_pass_has_problems_and_tiles_to_tune() -> None:
+    from flashmaps.kernels import autotune
+    from flashmaps.kernels.settings import KINDS
+
+    for kind in KINDS:
+        for bits in (16, 32):
+            case = next(autotune.cases(kind, bits, 64))
+            assert kind in {each.kind for each in case.launches("sm_90")}
+            assert autotune.candidates("sm_90", kind, bits, 64)
