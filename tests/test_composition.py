@@ -9,6 +9,8 @@ import oracle
 import pytest
 import torch
 from contract import Subject, lazy_map, smallest
+from flashmaps.maps.backends import reducers
+from flashmaps.maps.problem import Request
 from problems import (
     DTYPES,
     Problem,
@@ -172,3 +174,34 @@ def test_a_budget_is_a_number_and_no_truth(backend: str) -> None:
     for bad in (True, 1e6):
         with pytest.raises(TypeError, match="memory_budget must be a whole number of bytes"):
             fm.compose(A, B, memory_budget=bad)
+
+
+@pytest.mark.parametrize("keys", [1, 63, 255, 256, 257, 300, 448])
+def test_argmax_of_a_row_is_its_first_maximum(keys: int) -> None:
+    """Searched piece by piece, with the maximum twice in a piece, in two, or in the last one."""
+    values = torch.rand(1, 40, keys, generator=torch.Generator().manual_seed(keys))
+    where = torch.randint(keys, (40, 3), generator=torch.Generator().manual_seed(1))
+    values[0].scatter_(1, where, 2.0)
+    values[0, 0] = 0.5
+    found = reducers.ROW_REDUCERS["argmax"](
+        reducers.Tile(values, 0, slice(None), 1, None, Request(("argmax",)))
+    )
+    expected = where.amin(1)
+    expected[0] = 0
+    assert torch.equal(found[0], expected)
+    values[0, 3, keys // 2] = torch.nan  # an index all the same
+    assert 0 <= int(reducers._row_argmax(values)[0, 3]) < keys
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_entropy_of_a_row_with_zeros_and_the_smallest_numbers(dtype: torch.dtype) -> None:
+    tiny = torch.finfo(dtype).tiny
+    rows = torch.tensor(
+        [[0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [0.5, 0.5, tiny / 8, 0.0],
+         [0.25, 0.25, 0.25, 0.25]], dtype=dtype,
+    )  # fmt: skip
+    expected = -torch.special.xlogy(rows.double(), rows.double()).sum(1)
+    torch.testing.assert_close(
+        reducers.row_entropy(rows).double(), expected, rtol=4 * torch.finfo(dtype).eps, atol=0.0
+    )
+    assert reducers.row_entropy(torch.tensor([[torch.nan, 0.5]], dtype=dtype)).isnan()

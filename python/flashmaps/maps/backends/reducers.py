@@ -16,6 +16,8 @@ from torch import Tensor
 from flashmaps.maps.grids import centres
 from flashmaps.maps.problem import Problem, Request
 
+_PIECE = 64  # of a row that is searched for its maximum
+
 
 class Tile(NamedTuple):
     """Rows ``start`` to ``start + r`` of the maps ``maps`` of a batch."""
@@ -37,8 +39,15 @@ class Tile(NamedTuple):
 
 
 def row_entropy(values: Tensor) -> Tensor:
-    """-sum_j a_j log a_j in nats over the last axis, with 0 log 0 = 0."""
-    return -torch.special.xlogy(values, values).sum(-1)
+    """-sum_j a_j log a_j in nats over the last axis, with 0 log 0 = 0.
+
+    torch's xlogy is not vectorised on a CPU. The logarithm of the smallest normal number stands in
+    for those of what is below it: of a row that sums to 1 that changes nothing.
+    """
+    if values.requires_grad and torch.is_grad_enabled():
+        return -torch.special.xlogy(values, values).sum(-1)
+    tiny = torch.finfo(values.dtype).tiny
+    return -values.clamp_min(tiny).log_().mul_(values).sum(-1)
 
 
 def _argmax(values: Tensor, dim: int) -> Tensor:
@@ -49,6 +58,30 @@ def _argmax(values: Tensor, dim: int) -> Tensor:
     index = torch.arange(size, device=values.device).view(shape)
     top = values.amax(dim, keepdim=True)
     return torch.where(values == top, index, size).amin(dim).clamp(max=size - 1)
+
+
+def _row_argmax(values: Tensor) -> Tensor:
+    """The same over the last axis: the first piece with the maximum, then the first in it."""
+    size = values.shape[-1]
+    if size < 4 * _PIECE:
+        return _argmax(values, -1)
+    whole = size // _PIECE * _PIECE
+    tops = values[..., :whole].unflatten(-1, (-1, _PIECE)).amax(-1)
+    if whole < size:
+        tops = torch.cat((tops, values[..., whole:].amax(-1, keepdim=True)), dim=-1)
+    first = _argmax(tops, -1).unsqueeze(-1)
+    at = first * _PIECE + torch.arange(_PIECE, device=values.device)
+    at.clamp_(max=size - 1)  # the last again and again: the first of equals is taken
+    inside = _argmax(values.gather(-1, at), -1).unsqueeze(-1)
+    return at.gather(-1, inside).squeeze(-1)
+
+
+def _row_argmax_bytes(rows: int, keys: int, s: int) -> int:
+    if keys < 4 * _PIECE:
+        return rows * keys * 9 + rows * (s + 16) + keys * 8  # a mask and an index for each element
+    pieces = -(-keys // _PIECE)
+    of_pieces, of_one = pieces * (2 * s + 9), _PIECE * (s + 17)
+    return rows * (of_pieces + of_one + s + 40) + (pieces + _PIECE) * 8
 
 
 def _diagonal(tile: Tile) -> Tensor:
@@ -80,7 +113,7 @@ def _pooled_keys(tile: Tile) -> Tensor:
 ROW_REDUCERS: dict[str, Callable[[Tile], Tensor]] = {
     "entropy": lambda tile: row_entropy(tile.distribution),
     "max": lambda tile: tile.values.amax(-1),
-    "argmax": lambda tile: _argmax(tile.values, 2),
+    "argmax": lambda tile: _row_argmax(tile.values),
     "expectation": _expectation,
     "diagonal": _diagonal,
     "product": _product,
@@ -198,11 +231,11 @@ def tile_bytes(request: Request, shape: tuple[int, int, int], s: int, lines: int
     tile = rows * keys
     distribution = tile * s if lines > 1 else 0
     right, left = (0 if x is None else x.shape[2] for x in (request.right, request.left))
-    arg = tile * 9  # a mask and an index for each element
+    arg = tile * 9
     bytes_of = {
         "entropy": distribution + (tile + 2 * rows) * s,
         "max": rows * s,
-        "argmax": arg + rows * (s + 16) + keys * 8,
+        "argmax": _row_argmax_bytes(rows, keys, s),
         "expectation": distribution + 2 * rows * s,
         "product": rows * right * s,
         "topk_values": tile * (s + 8) + columns * 16,
