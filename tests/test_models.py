@@ -362,6 +362,44 @@ def test_a_training_deletes_nothing_of_anybody_s(tmp_path, photo_packages):
     assert "Muon (convolutions" in (tmp_path / "model" / "README.md").read_text()
 
 
+def test_a_stream_adds_to_what_a_training_has_drawn(tmp_path, photo_packages):
+    train(tmp_path, "--vae-steps", "0", "--unet-steps", "2", "--stream", "8", "--workers", "1")
+    (line, last) = logged(tmp_path, "unet")
+    assert 8 <= line["drawn"] <= last["drawn"] <= 16
+    (row,) = json.loads((tmp_path / "model" / "training.json").read_text())
+    assert row["pictures drawn"] == last["drawn"]
+    with pytest.raises(ValueError, match="--stream draws no labels, which --alignment needs"):
+        train(tmp_path, "--stream", "8", "--alignment", "0.2")
+    with pytest.raises(SystemExit):
+        train(tmp_path, "--stream", "-1")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_replayed_losses_and_gradients_are_those_of_plain_calls():
+    from flashmaps.models.replay import Replayed
+
+    layer = torch.nn.Linear(8, 3).cuda()
+    parameters = list(layer.parameters())
+
+    def loss(squared, x):
+        found = layer(x)
+        value = (found.square() if squared else found.abs()).mean()
+        return value, {"sum": found.sum().detach()}
+
+    replayed = Replayed(loss, parameters)
+    for turn in range(6):
+        x = torch.randn(5, 8, device="cuda")
+        key = turn % 2 == 0
+        wanted = torch.autograd.grad(loss(key, x)[0], parameters)
+        value, numbers = replayed(key, x)
+        assert not value.requires_grad
+        torch.testing.assert_close(value, loss(key, x)[0].detach())
+        torch.testing.assert_close(numbers["sum"], layer(x).sum().detach())
+        for parameter, gradient in zip(parameters, wanted, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient)
+            parameter.grad = None
+
+
 def test_weights_of_other_sizes_are_refused_as_a_start(tmp_path):
     with pytest.raises(ValueError, match=r"its unet does not fit .* --init-parts"):
         train(tmp_path, "--init", str(builtin_folder()), "--init-parts", "unet")

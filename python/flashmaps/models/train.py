@@ -68,15 +68,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "views": 0.375, "agreement": 0.2, "walks": 0.2, "mutual": 0.3125, "alignment": 0.0,
         "log_every": 10, "save_every": 100, "samples_every": 1000,
     },
-    "h100": {  # not measured on hardware; nor was --compile with what the decoder's hooks read
-        "bank": 2048, "stream": 250_000, "workers": 15, "compile": False, "graphs": True,
-        "warmup": 300,
+    "h100": {  # ran on one but for the VAE and --compile: those are not measured on hardware
+        "bank": 6144, "stream": 140_000, "workers": 15, "compile": False, "graphs": True,
+        "warmup": 100,
         "vae_steps": 1_000_000, "vae_batch": 64, "vae_crop": 128, "vae_lr": 1e-3, "vae_ema": 0.999,
         "vae_minutes": 5.0,
-        "unet_steps": 1_000_000, "unet_batch": 512, "unet_lr": 1e-3, "unet_ema": 0.9995,
-        "views": 0.375, "agreement": 0.2, "walks": 0.2, "mutual": 0.3125, "alignment": 0.0,
+        "unet_steps": 1_000_000, "unet_batch": 256, "unet_lr": 1.5e-3, "unet_ema": 0.998,
+        "unet_optimizer": "muon",
+        "views": 0.7, "agreement": 0.6, "walks": 0.0, "mutual": 0.0625, "alignment": 0.0,
         "unet_minutes": 14.0,
-        "log_every": 50, "save_every": 1000, "samples_every": 4000,
+        "log_every": 25, "save_every": 1000, "samples_every": 4000,
     },
     "tiny": {
         "bank": 8, "stream": 0, "workers": 0, "compile": False, "graphs": False, "warmup": 2,
@@ -291,6 +292,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     chosen, _ = parser.parse_known_args(argv)
     parser.set_defaults(**PRESETS[chosen.preset])
     args = parser.parse_args(argv)
+    if args.stream < 0:
+        parser.error(f"--stream counts examples, so it cannot be {args.stream}")
     if args.work is None:
         args.work = args.out.with_name(args.out.name + "-work")
     return args
