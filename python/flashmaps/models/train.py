@@ -97,7 +97,6 @@ def main(argv: list[str] | None = None) -> None:
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.benchmark_limit = 3  # of ten ways for each convolution
     if args.resume and (args.out / HISTORY).is_file():
         adopt(args.out, KIND)  # one that was written before folders had markers
     check_folder(args.out, KIND)
