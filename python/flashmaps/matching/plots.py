@@ -87,9 +87,10 @@ def matches(
     for (x0, y0), (x1, y1), colour in zip(points, found, colours, strict=True):
         ax.plot([x0, x1 + shift], [y0, y1], color=colour, linewidth=0.9, alpha=0.75)
         ax.plot([x0, x1 + shift], [y0, y1], "o", color=colour, markersize=3.5, mec="white", mew=0.5)
-    _name(ax, title, pad=22)
-    ax.text(0, -8, "source", fontsize=10, va="bottom")
-    ax.text(shift, -8, "target", fontsize=10, va="bottom")
+    figure.suptitle(title, x=0.006, ha="left", fontsize=10)
+    ax.set_axis_off()
+    for name, left in (("source", 0), ("target", shift)):
+        ax.annotate(name, (left, 0), (0, 3), textcoords="offset points", fontsize=10, va="bottom")
     return figure
 
 
@@ -288,8 +289,8 @@ def new_figure(
     return figure, axes.ravel()
 
 
-def _name(ax: Axes, title: str, *, pad: float = 6) -> None:
-    ax.set_title(title, fontsize=10, loc="left", pad=pad)
+def _name(ax: Axes, title: str) -> None:
+    ax.set_title(title, fontsize=10, loc="left")
     ax.set_axis_off()
 
 
