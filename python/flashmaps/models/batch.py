@@ -65,17 +65,13 @@ class Rows:
 
 @dataclass(frozen=True)
 class Shown:
-    """A batch of b rows: whose example, captions' ids [b, 77], timesteps [b], latents and noise.
-
-    ``viewed``: the examples that are seen in views.
-    """
+    """A batch of b rows: whose example, captions' ids [b, 77], timesteps [b], latents and noise."""
 
     example: Tensor
     ids: Tensor
     t: Tensor
     clean: Tensor
     noise: Tensor
-    viewed: Tensor
 
 
 def draw(
@@ -124,7 +120,7 @@ def draw(
         _spread(rows.plain, options),
     ]
     t = (torch.cat(shares) * STEPS).long().clamp(max=STEPS - 1)
-    return Shown(example, ids, t, clean, noise, viewed)
+    return Shown(example, ids, t, clean, noise)
 
 
 def _spread(count: int, options: dict[str, Any]) -> Tensor:

@@ -30,9 +30,8 @@ class Example:
     Args:
         images: uint8 [3, size, size, 3]: a picture (``FIRST``); another of the same object or of
             one of its kin, in another pose, at another place and before another ground
-            (``SECOND``); and the first one
-            again in other paint (``VIEW``), which a training warps (:mod:`flashmaps.models.views`).
-            Of photos the second is a warp of the first.
+            (``SECOND``); and the first one again in other paint (``VIEW``), which a training warps
+            (:mod:`flashmaps.models.views`). Of photos the second is a warp of the first.
         captions: three of the first picture and three of the second.
         labels: int16 [side, side, 2], what the first picture's cells show, see
             :func:`flashmaps.models.alignment.labels`; None unless asked for.
