@@ -15,7 +15,7 @@ from flashmaps.maps.grids import centres
 from flashmaps.matching.confidence import Calibration
 from flashmaps.matching.cross_map import at_points, cross_map
 from flashmaps.matching.options import MatchKeywords, MatchOptions
-from flashmaps.matching.readout import read
+from flashmaps.matching.readout import read, without_neighbours
 
 HOWS = ("mean", "sharp", "product", "meet")
 # What a fused match can be judged by: of its row, and of the direct way back from where it points.
@@ -162,7 +162,7 @@ def judged(
     backend: str = "auto",
 ) -> FusedPoints:
     """Places and scores of rows [n, N_t] of points [n, 2]."""
-    places = read(rows[None], target.grid, options.readout, options.window)[0]
+    places = read(rows[None], target.grid, without_neighbours(options.readout), options.window)[0]
     back = at_points(target, places[None].double().clamp(0, 1))
     home = cross_map(back, source, options, backend=backend).to_dense()[0]  # [n, N_s]
     at = centres(source.grid, dtype=rows.dtype)

@@ -36,7 +36,7 @@ from flashmaps.evaluation.worlds import Worlds
 from flashmaps.files import open_run
 from flashmaps.matching.confidence import Calibration
 from flashmaps.matching.cross_map import at_points, cross_map
-from flashmaps.matching.readout import read
+from flashmaps.matching.readout import read, without_neighbours
 from flashmaps.matching.settings import MatchSettings, settings_of
 
 KIND = "fused"  # of the folder
@@ -142,7 +142,7 @@ def scored(asked: Asked, ways: list[Way], progress: bool = False) -> dict[Way, n
     for number in tqdm(range(len(asked)), desc="pairs", disable=not progress):
         grid, settings = asked.sides(number)[1].grid, asked.settings
         for way, rows in asked.rows(number, ways).items():
-            there = read(rows[None], grid, settings.readout, settings.window)[0]
+            there = read(rows[None], grid, without_neighbours(settings.readout), settings.window)[0]
             right[way].append(asked.right(number, there))
     return {each: np.stack(values).astype(float) for each, values in right.items()}
 
@@ -196,7 +196,9 @@ def limits(asked: Asked, images: int, meet: bool) -> dict[str, float]:
         here = at_points(source, asked.points(number)[None])
 
         def right(rows: Tensor, number: int = number, target: Features = target) -> np.ndarray:
-            there = read(rows[None], target.grid, settings.readout, settings.window)[0]
+            there = read(
+                rows[None], target.grid, without_neighbours(settings.readout), settings.window
+            )[0]
             return asked.right(number, there)
 
         direct.append(right(cross_map(here, target, settings.options).to_dense()[0]))

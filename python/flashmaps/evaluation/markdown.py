@@ -110,7 +110,7 @@ def _match_settings(settings: dict[str, Any]) -> dict[str, str]:
     given = settings.get("match", {})
     plain = {"temperature": None, "normalize": "block", "readout": "hard", "between": None}
     found = {name: str(given[name]) for name in plain if given.get(name) != plain[name]}
-    if given.get("readout") == "window":
+    if given.get("readout") in ("window", "consensus"):
         found["readout"] += f" of {2 * given['window'] + 1} x {2 * given['window'] + 1} tokens"
     return {f"fm.match: {name}": value for name, value in found.items()}
 

@@ -30,7 +30,7 @@ from flashmaps.matching.settings import MatchSettings
 
 TIMESTEPS = (1, 51, 101, 201, 301, 401)
 NOISES = (1, 2, 4)  # how many are averaged
-COSINES = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2)  # temperatures
+COSINES = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.2)  # temperatures
 ATTENTION = (0.25, 0.5, 1.0, 2.0)  # temperatures of queries on keys
 READOUTS = (("hard", 1), ("soft", 1), ("window", 1), ("window", 2), ("window", 4), ("parabola", 1))
 PRICE = 0.005  # of PCK@0.1, for each doubling of the forward passes
@@ -131,6 +131,7 @@ class Search:
             ("noises averaged", self._noises),
             ("temperature and readout", self._readouts),
             ("normalisation", self._normalize),
+            ("neighbours' consensus", self._consensus),
         ]
 
     def _grid(self, best: Trial | None) -> Iterable[MatchSettings]:
@@ -214,6 +215,23 @@ class Search:
     def _normalize(self, best: Trial) -> Iterable[MatchSettings]:
         for normalize in NORMALIZE:
             yield replace(best.settings, normalize=normalize)
+
+    def _consensus(self, best: Trial) -> Iterable[MatchSettings]:
+        """At the temperature so far and those beside it: fifty rows a point take their time."""
+        held = best.settings.temperature
+        scale = ATTENTION if best.settings.compare == "qk" else COSINES
+        around = range(len(scale))
+        if held in scale:
+            around = range(scale.index(held) - 1, scale.index(held) + 2)
+        for place in around:
+            if 0 <= place < len(scale):
+                yield replace(
+                    best.settings,
+                    temperature=scale[place],
+                    readout="consensus",
+                    window=4,
+                    between="query",
+                )
 
     # -- one variant -------------------------------------------------------------------------------
 

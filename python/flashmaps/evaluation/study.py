@@ -283,7 +283,7 @@ def _row(trial: Trial) -> dict[str, Any]:
         "temperature": settings.temperature,
         "normalize": settings.normalize,
         "readout": settings.readout,
-        "window": settings.window if settings.readout == "window" else None,
+        "window": settings.window if settings.readout in ("window", "consensus") else None,
         "between": settings.carried_by,
         "passes": passes(settings),
         "value": trial.value,

@@ -11,6 +11,7 @@ from torch import Tensor
 from flashmaps.diffusion.features import Features
 from flashmaps.maps.attention_map import AttentionMap
 from flashmaps.maps.grids import centres
+from flashmaps.matching.consensus import offsets, votes
 from flashmaps.matching.options import (
     COMPARE,
     MapKeywords,
@@ -19,10 +20,11 @@ from flashmaps.matching.options import (
     map_options,
 )
 from flashmaps.matching.points import corners
-from flashmaps.matching.readout import read_map
+from flashmaps.matching.readout import read, read_map
 
 TEMPERATURE = 0.005  # of the softmax over cosines; chosen on known warps of other photographs
 _QUERIES = 2**15  # points that are asked for at a time
+_ENTRIES = 2**23  # of the rows of points' neighbours that are held at a time
 
 
 def cross_map(
@@ -150,6 +152,13 @@ def place_points(
     """
     options = replace(options or MatchOptions(), **given)
     readout, window, between = options.readout, options.window, options.carried_by
+    if readout == "consensus":
+        if between == "query":
+            return _agreed(of, to, points, options, backend)
+        index, weight = corners(points, of.grid, smooth=between == "bilinear")
+        here = centres(of.grid)[index]  # [B, n, 4 or 1, 2]
+        there = _agreed(of, to, here.flatten(1, 2), options, backend).reshape(here.shape)
+        return points + (weight[..., None] * (there - here)).sum(-2)
     if between == "query":
         parts = [
             read_map(cross_map(at_points(of, part), to, options, backend=backend), readout, window)
@@ -160,6 +169,26 @@ def place_points(
     A = cross_map(at_tokens(of, index.flatten(1)), to, options, backend=backend)
     there = read_map(A, readout, window).float().cpu().reshape(*index.shape, 2)
     return points + (weight[..., None] * (there - centres(of.grid)[index])).sum(-2)
+
+
+def _agreed(
+    of: Features, to: Features, points: Tensor, options: MatchOptions, backend: str
+) -> Tensor:  # [B, n, 2] float32
+    """Where the rows of the points' neighbours agree that [B, n, 2] points lie."""
+    height, width = of.grid
+    away = torch.tensor(offsets(of.grid)) / torch.tensor([width, height])  # [K, 2]
+    around = points[:, None] + away.to(points)[:, None]  # [B, K, n, 2]
+    inside = ((around >= 0) & (around <= 1)).all(-1)
+    row = len(points) * len(away) * to.grid[0] * to.grid[1]  # entries, for one point of each image
+    places = []
+    for part, within in zip(
+        *(x.split(max(1, _ENTRIES // row), dim=2) for x in (around, inside)), strict=True
+    ):
+        A = cross_map(at_points(of, part.flatten(1, 2)), to, options, backend=backend)
+        rows = A.to_dense().unflatten(1, part.shape[1:3]) * within[..., None].to(A.device)
+        agreed = votes(rows.unbind(1), of.grid, to.grid)
+        places.append(read(agreed, to.grid, "window", options.window))
+    return torch.cat(places, dim=1).float().cpu()
 
 
 def at_tokens(of: Features, index: Tensor) -> Features:

@@ -72,9 +72,10 @@ def match(
         temperature: of the softmax, see :func:`cross_map`.
         normalize: "block", "rows" or "columns", see :class:`flashmaps.AttentionMap`; default
             "block".
-        readout: how a row becomes a place: "hard", "soft", "window" or "parabola", see
+        readout: how a row becomes a place: "hard", "soft", "window", "parabola" or
+            "consensus", see
             :func:`flashmaps.matching.readout.read`; default "hard".
-        window: tokens to each side that readout "window" averages over; default 1.
+        window: tokens to each side that readouts "window" and "consensus" average over; default 1.
         between: how points between token centres are carried, see :meth:`Match.transfer`.
         backend: what computes the maps; see :func:`flashmaps.maps.backends.choice`.
         progress: show bars for what takes long.

@@ -20,7 +20,13 @@ NORMALIZE = ("block", "rows", "columns")
 
 # How a point that is not a token's centre is carried, and how if nothing is said.
 BETWEEN = ("token", "bilinear", "query")
-_BETWEEN = {"hard": "token", "soft": "bilinear", "window": "bilinear", "parabola": "bilinear"}
+_BETWEEN = {
+    "hard": "token",
+    "soft": "bilinear",
+    "window": "bilinear",
+    "parabola": "bilinear",
+    "consensus": "query",
+}
 
 # What is multiplied with what: (of the one image, of the other).
 COMPARE = {
@@ -69,9 +75,9 @@ class MatchOptions:
         temperature: of the softmax, at least COLDEST; None: 1 for "qk", else
             ``flashmaps.matching.cross_map.TEMPERATURE``.
         normalize: "block", "rows" or "columns", see :class:`flashmaps.AttentionMap`.
-        readout: how a row becomes a place: "hard", "soft", "window" or "parabola", see
+        readout: how a row becomes a place: "hard", "soft", "window", "parabola" or "consensus", see
             :func:`flashmaps.matching.readout.read`.
-        window: tokens to each side that readout "window" averages over, at least 1.
+        window: tokens to each side that readouts "window" and "consensus" average over, at least 1.
         between: how a point between token centres is carried: "token", "bilinear" or "query", see
             :meth:`flashmaps.Match.transfer`; None: what suits the readout.
         calibration: of the confidence, for these very options; None: there is none.

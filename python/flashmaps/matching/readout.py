@@ -13,8 +13,10 @@ from flashmaps.arguments import whole
 from flashmaps.maps.attention_map import AttentionMap
 from flashmaps.maps.grids import Grid, centres
 from flashmaps.maps.modes import exact
+from flashmaps.matching.consensus import map_votes
 
-READOUTS = ("hard", "soft", "window", "parabola")
+ROWS = ("hard", "soft", "window", "parabola")  # a row says where, by itself
+READOUTS = (*ROWS, "consensus")
 _CHUNK_ELEMENTS = 2**22  # of rows at a time
 _TINY = 1e-30  # below any probability that says something; keeps logarithms finite
 
@@ -24,6 +26,11 @@ def check_readout(name: str, value: object) -> None:
     if value not in READOUTS:
         wanted = ", ".join(map(repr, READOUTS[:-1])) + f" or {READOUTS[-1]!r}"
         raise ValueError(f"{name}={value!r}; wanted {wanted}")
+
+
+def without_neighbours(readout: str) -> str:
+    """The readout for rows that have no neighbours: "window" in place of "consensus"."""
+    return "window" if readout == "consensus" else readout
 
 
 def check_window(window: object) -> None:
@@ -41,12 +48,19 @@ def read(rows: Tensor, grid: Grid, readout: str = "hard", window: int = 1) -> Te
             mean over all tokens. "window": the mean over the tokens at most ``window`` rows and
             columns from the largest one. "parabola": the peak of a parabola through the logarithms
             of the largest entry and its two neighbours, in each direction by itself; within half a
-            token of the largest entry, which it stays at on the edge of the grid.
+            token of the largest entry, which it stays at on the edge of the grid. "consensus" is
+            a "window" of the votes of a row's neighbours (:mod:`flashmaps.matching.consensus`); a
+            row alone does not tell them.
         window: tokens, at least 1.
 
-    Raises ValueError for an unknown readout, or rows that do not fit the grid.
+    Raises ValueError for an unknown readout, "consensus", or rows that do not fit the grid.
     """
     check_readout("readout", readout)
+    if readout == "consensus":
+        raise ValueError(
+            "readout='consensus' asks a row's neighbours, which rows alone do not tell; use "
+            "read_map, or 'window'"
+        )
     check_window(window)
     height, width = grid
     if rows.shape[-1] != height * width:
@@ -102,6 +116,8 @@ def read_map(A: AttentionMap, readout: str = "hard", window: int = 1) -> Tensor:
         return centres(grid, dtype=A.dtype, device=A.device)[A.argmax()]
     if readout == "soft":
         return A.expectation()
+    if readout == "consensus":
+        return torch.cat([read(rows, grid, "window", window) for rows in map_votes(A)], dim=1)
     batch, queries, keys = A.shape
     step = max(1, _CHUNK_ELEMENTS // (batch * keys))
     parts = [

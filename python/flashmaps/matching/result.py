@@ -175,12 +175,13 @@ class Match:
 
         Args:
             points: [n, 2] of (x, y) in source pixels.
-            kind: "hard", "soft", "window" or "parabola", see
+            kind: "hard", "soft", "window", "parabola" or "consensus", see
                 :func:`flashmaps.matching.readout.read`; default the match's own ``readout``.
             between: how a point between token centres is carried. "token": it moves as the token it
                 lies in. "bilinear": as the tokens around it, interpolated. "query": the image's
                 features are interpolated at the point, and the map has a row for it. Default: the
-                match's own ``between``; else "token" for "hard" and "bilinear" for the others.
+                match's own ``between``; else "token" for "hard", "query" for "consensus" and
+                "bilinear" for the others.
             min_confidence: abstain below it, 0 to 1: points whose ``confidence_at`` is lower come
                 back as (NaN, NaN).
 
