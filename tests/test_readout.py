@@ -6,7 +6,7 @@ import flashmaps as fm
 import pytest
 import torch
 from flashmaps.maps.grids import centres
-from flashmaps.matching.readout import READOUTS, read, read_map
+from flashmaps.matching.readout import ROWS, read, read_map
 
 GRID = (7, 9)
 CENTRES = centres(GRID, dtype=torch.float64)
@@ -49,7 +49,7 @@ def test_a_window_ends_at_the_edge_and_a_parabola_stays_on_it():
 
 def test_flat_and_empty_rows_give_numbers():
     for rows in (torch.ones(4, 63) / 63, torch.zeros(4, 63)):
-        for readout in READOUTS:
+        for readout in ROWS:
             assert read(rows, GRID, readout).isfinite().all(), readout
 
 
@@ -63,7 +63,7 @@ def test_a_map_is_read_as_its_rows_are(monkeypatch):
     dense = A.to_dense()
     for chunk in (2**22, 3 * 2 * 63):  # at once; three rows at a time
         monkeypatch.setattr(readout, "_CHUNK_ELEMENTS", chunk)
-        for each in READOUTS:
+        for each in ROWS:
             torch.testing.assert_close(
                 read_map(A, each, 2), read(dense, GRID, each, 2), atol=1e-5, rtol=1e-5
             )

@@ -127,7 +127,8 @@ def test_the_best_of_all_trials_is_chosen(searched):
     tried = [trial.settings for trial in search.trials.values()]
     for name, values in (
         ("compare", set(COMPARE)), ("normalize", {"block", "rows", "columns"}),
-        ("readout", {"hard", "soft", "window", "parabola"}), ("same_noise", {True, False}),
+        ("readout", {"hard", "soft", "window", "parabola", "consensus"}),
+        ("same_noise", {True, False}),
         ("between", {"token", "bilinear", "query"}), ("seeds", {(0,), (0, 1)}),
     ):  # fmt: skip
         assert {getattr(each, name) for each in tried} == values, name
