@@ -143,6 +143,8 @@ def test_a_match_reads_by_consensus():
     source, target = images()
     m = match_features(source, target, compare="features", readout="consensus", window=2)
     assert m.field().shape == (9, 9, 2)
+    for origin in ("source", "target"):
+        torch.testing.assert_close(m.place_of(30, origin), m._matched(origin, "consensus")[30])
     points = [(2.0, 3.0), (7.0, 1.0)]
     np.testing.assert_allclose(
         m.transfer(points), m.transfer(points, between="bilinear"), atol=1e-4

@@ -221,12 +221,12 @@ class Session:
         if side == "source":
             best = int(match.forward[token])
             home = int(match.backward[best])
-            place = match._matched("source", match.readout)[token].tolist()
+            place = match.place_of(token).tolist()
             confidence = float(match.confidence[token])
         else:
             best = int(match.backward[token])
             home = int(match.forward[best])
-            place = match._matched("target", match.readout)[token].tolist()
+            place = match.place_of(token, "target").tolist()
             confidence = float(match.confidence[best])
         return pack(
             {

@@ -233,6 +233,18 @@ class Match:
         here = self.source if image == "source" else self.target
         return token_at(point, here.grid, here.image.shape[:2])
 
+    def place_of(self, token: int, origin: str = "source") -> Tensor:  # [2]
+        """(x, y) in the other image's unit square, by the match's own readout, of one token.
+
+        By consensus it reads the rows of the token's neighbours alone, not the whole map.
+        """
+        if self.readout != "consensus":
+            return self._matched(origin, self.readout)[token]
+        here, there = (self.source, self.target)[:: 1 if origin == "source" else -1]
+        at = centres(here.grid)[None, token : token + 1]
+        options = replace(self.options, between="query")
+        return place_points(here, there, at, options, backend=self.forward_map.backend)[0, 0]
+
     def _kind(self, kind: str | None) -> str:
         if kind is None:
             return self.readout
