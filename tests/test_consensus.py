@@ -23,8 +23,8 @@ from flashmaps.matching.consensus import (
     weights,
 )
 from flashmaps.matching.cross_map import place_points
-from flashmaps.matching.options import MatchOptions
-from flashmaps.matching.readout import read, read_map
+from flashmaps.matching.options import BETWEEN, MatchOptions
+from flashmaps.matching.readout import READOUTS, read, read_map
 
 
 def written_out(rows, grid, target):
@@ -145,6 +145,9 @@ def test_a_match_reads_by_consensus():
     assert m.field().shape == (9, 9, 2)
     for origin in ("source", "target"):
         torch.testing.assert_close(m.place_of(30, origin), m._matched(origin, "consensus")[30])
+    for kind in READOUTS:
+        for between in (None, *BETWEEN):
+            assert m.transfer(np.zeros((0, 2)), kind, between=between).shape == (0, 2)
     points = [(2.0, 3.0), (7.0, 1.0)]
     np.testing.assert_allclose(
         m.transfer(points), m.transfer(points, between="bilinear"), atol=1e-4

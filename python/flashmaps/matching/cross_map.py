@@ -152,6 +152,8 @@ def place_points(
     """
     options = replace(options or MatchOptions(), **given)
     readout, window, between = options.readout, options.window, options.carried_by
+    if not points.shape[1]:
+        return points.float().cpu()
     if readout == "consensus":
         if between == "query":
             return _agreed(of, to, points, options, backend)
