@@ -192,7 +192,10 @@ def test_bad_options_are_named_before_the_model_runs():
     for given, text in (
         ({"temperature": 0}, r"temperature must be a finite number >= 1e-12, got 0"),
         ({"normalize": "lines"}, r"normalize='lines'; wanted 'block', 'rows', 'columns'"),
-        ({"readout": "best"}, r"readout='best'; wanted 'hard', 'soft', 'window' or 'parabola'"),
+        (
+            {"readout": "best"},
+            r"readout='best'; wanted 'hard', 'soft', 'window', 'parabola' or 'consensus'",
+        ),
         ({"window": 0}, r"window must be a whole number >= 1, got 0"),
         ({"between": "pixels"}, r"between='pixels'; wanted 'token', 'bilinear' or 'query'"),
     ):
