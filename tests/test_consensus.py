@@ -55,14 +55,12 @@ def written_out(rows, grid, target):
 def test_votes_are_the_formula(grid, target):
     torch.manual_seed(0)
     A = AttentionMap(
-        3 * torch.randn(1, 2, grid[0] * grid[1], 8), torch.randn(1, 2, target[0] * target[1], 8),
+        3 * torch.randn(1, 2, grid[0] * grid[1], 8, dtype=torch.float64),
+        torch.randn(1, 2, target[0] * target[1], 8, dtype=torch.float64),
         query_grid=grid, key_grid=target,
     )  # fmt: skip
     found = torch.cat(list(map_votes(A)), dim=1)[0]
-    # float32 logarithms and sums of 49 terms, times 1 / T in the exponent
-    torch.testing.assert_close(
-        found.double(), written_out(A.to_dense()[0], grid, target), atol=1e-6, rtol=1e-4
-    )
+    torch.testing.assert_close(found, written_out(A.to_dense()[0], grid, target))
 
 
 def test_neighbours_lie_closer_on_a_coarser_grid():

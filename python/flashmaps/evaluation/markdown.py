@@ -9,6 +9,7 @@ from typing import Any
 from flashmaps.escapes import markdown as literal
 from flashmaps.evaluation.results import THRESHOLDS, TITLES
 from flashmaps.matching.options import READING
+from flashmaps.matching.readout import WINDOWED
 
 _MEANING = {
     "wrong": "high means wrong",
@@ -110,7 +111,7 @@ def _match_settings(settings: dict[str, Any]) -> dict[str, str]:
     given = settings.get("match", {})
     plain = {"temperature": None, "normalize": "block", "readout": "hard", "between": None}
     found = {name: str(given[name]) for name in plain if given.get(name) != plain[name]}
-    if given.get("readout") in ("window", "consensus"):
+    if given.get("readout") in WINDOWED:
         found["readout"] += f" of {2 * given['window'] + 1} x {2 * given['window'] + 1} tokens"
     return {f"fm.match: {name}": value for name, value in found.items()}
 

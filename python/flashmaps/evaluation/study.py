@@ -49,6 +49,7 @@ from flashmaps.evaluation.worlds import SIDE, Worlds
 from flashmaps.files import Run, check_folder, open_run, write_json, write_text
 from flashmaps.matching.options import COMPARE, comparisons
 from flashmaps.matching.pairs import need_pyarrow
+from flashmaps.matching.readout import WINDOWED
 from flashmaps.matching.settings import FILE, MatchSettings, check_beside, fingerprint, folder_of
 
 KIND = "study"  # of the folder
@@ -283,7 +284,7 @@ def _row(trial: Trial) -> dict[str, Any]:
         "temperature": settings.temperature,
         "normalize": settings.normalize,
         "readout": settings.readout,
-        "window": settings.window if settings.readout in ("window", "consensus") else None,
+        "window": settings.window if settings.readout in WINDOWED else None,
         "between": settings.carried_by,
         "passes": passes(settings),
         "value": trial.value,

@@ -12,6 +12,8 @@ T), T = TEMPERATURE. Votes for an offset go back to Cho et al., "Unsupervised ob
 localization in the wild", 2015 (probabilistic Hough matching), and Min et al., "Hyperpixel Flow",
 2019; Rocco et al., "Neighbourhood Consensus Networks", 2018, learn them. Nothing is learnt here.
 
+Workspaces here are bounded, but not by a memory budget in force.
+
 e, T and what S and d range over were chosen on 48 pairs of the world's validation split.
 """
 
@@ -64,7 +66,10 @@ def votes(said: Iterable[Tensor], grid: Grid, target: Grid) -> Tensor:
     """
     height, width = target
     parts = [
-        (rows.float() / LEAST).log1p().mul_(share).unflatten(-1, target)
+        (rows.to(torch.promote_types(rows.dtype, torch.float32)) / LEAST)
+        .log1p()
+        .mul_(share)
+        .unflatten(-1, target)
         for rows, share in zip(said, weights(grid), strict=True)
     ]
     best: Tensor | None = None

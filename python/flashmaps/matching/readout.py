@@ -17,6 +17,7 @@ from flashmaps.matching.consensus import map_votes
 
 ROWS = ("hard", "soft", "window", "parabola")  # a row says where, by itself
 READOUTS = (*ROWS, "consensus")
+WINDOWED = ("window", "consensus")  # those that ``window`` says something to
 _CHUNK_ELEMENTS = 2**22  # of rows at a time
 _TINY = 1e-30  # below any probability that says something; keeps logarithms finite
 
