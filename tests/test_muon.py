@@ -1,5 +1,7 @@
 """Muon against the singular value decomposition, and a training that goes on with it."""
 
+import copy
+
 import pytest
 import torch
 
@@ -59,3 +61,22 @@ def test_every_weight_is_moved_once_and_the_state_comes_back():
     second.load_state_dict(state)
     descend(second, 2)
     assert all(torch.equal(expected[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_steps_made_for_replay_are_the_same_ones():
+    torch.manual_seed(0)
+    one = torch.nn.Sequential(torch.nn.Conv2d(2, 4, 3), torch.nn.GroupNorm(2, 4))
+    other = copy.deepcopy(one)
+    options = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 1e-2}
+    plain, replayable = (Muon(x.named_parameters(), **options) for x in (one, other))
+    replayable.make_replayable()
+    for step in range(3):
+        plain.param_groups[0]["lr"] = 1e-2 * step
+        replayable.param_groups[0]["lr"].fill_(1e-2 * step)
+        for a, b in zip(one.parameters(), other.parameters(), strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        plain.step()
+        replayable.step()
+        for a, b in zip(one.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-6)

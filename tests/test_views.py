@@ -165,6 +165,19 @@ def test_two_views_alone_agree_as_they_do_with_a_third():
     assert all(torch.equal(alone[name], all_three[name]) for name in alone)
 
 
+def test_rows_that_are_asked_for_have_on_average_the_loss_of_all():
+    generator = torch.Generator().manual_seed(0)
+    tokens, where = torch.randn(6, 16, 8, generator=generator), identity(4, 2)
+    whole, _ = disagreement(seen(tokens, 1.0), where)
+    order = torch.randperm(16, generator=generator)
+    parts = [disagreement(seen(tokens, 1.0), where, rows)[0] for rows in order.split(4)]
+    for name, loss in whole.items():  # each row has one place, so each part the same weight
+        torch.testing.assert_close(torch.stack([part[name] for part in parts]).mean(), loss)
+    assert all(
+        torch.equal(disagreement(seen(tokens, 1.0), where, order)[0][n], whole[n]) for n in whole
+    )
+
+
 def test_a_walk_may_pass_anywhere_if_it_comes_back():
     first = torch.eye(16)
     moved = first[torch.randperm(16, generator=torch.Generator().manual_seed(0))]
@@ -308,9 +321,9 @@ def test_a_store_grows_by_what_a_stream_draws():
     small = Store(torch.zeros(3, 2, 2, 4, 1, 1).half(), torch.zeros(3, 2, 3, 77), images[:, VIEW])
     store = small.with_room(3)  # one fewer than is drawn
     assert len(store) == 3 and torch.equal(store.paint[:3], images[:, VIEW])
-    stream = Stream(pictures, 3, workers=1)
+    stream = Stream(pictures, 3, workers=1, tokenizer=tokenizer)
     assert stream.count == 4
-    stream.start(tokenizer)
+    stream.start(torch.device("cpu"))
     brightness = lambda x: x.float().mean((1, 2, 3)).half()[:, None, None, None, None]  # noqa: E731
     limit = time.monotonic() + 60
     while len(store) < 6 and time.monotonic() < limit:
@@ -324,8 +337,8 @@ def test_a_store_grows_by_what_a_stream_draws():
         assert store.tokens[place, SECOND].tolist() == ids
         shown = torch.from_numpy(example.images[SECOND])[None]
         assert store.latents[place, SECOND, 0, 0, 0, 0] == brightness(shown).item()
-    broken = Stream(pictures, 3, workers=1)
-    broken.start(None)
+    broken = Stream(pictures, 3, workers=1, tokenizer=None)
+    broken.start(torch.device("cpu"))
     with pytest.raises(RuntimeError, match="a process that draws pictures failed"):
         while time.monotonic() < limit:
             broken.ready()

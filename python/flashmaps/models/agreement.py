@@ -113,6 +113,15 @@ def _cross_entropy(log_map: Tensor, wanted: Tensor) -> Tensor:
     return -(wanted * log_map).sum() / wanted.sum().clamp(min=1e-6)
 
 
+def _rows(asked: Tensor | None, x: Tensor) -> Tensor:
+    """Those rows of [n, N, ...], or all where there are no more."""
+    return x if asked is None or len(asked) >= x.shape[1] else x.index_select(1, asked)
+
+
+def _log(shares: Tensor) -> Tensor:
+    return shares.clamp(min=_LEAST).log()
+
+
 def _back(wanted: Tensor) -> Tensor:
     """Where each token of the picture lies in the view: rows sum to 1, or to 0 if nowhere."""
     turned = wanted.transpose(1, 2)
@@ -130,13 +139,19 @@ def _attention(query: Tensor, key: Tensor, heads: int) -> Tensor:
     return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1).mean(1)
 
 
-def disagreement(seen: list[tuple[Seen, int]], where: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+def disagreement(
+    seen: list[tuple[Seen, int]], where: Tensor, asked: Tensor | None = None
+) -> tuple[dict[str, Tensor], Tensor]:
     """The losses, mean over layers, and the share of views' tokens that are found.
 
     Args:
         seen: what `Reader.look` gives for a batch of the first pictures, the second ones (or none
             of these) and the views, one behind the other.
         where: of the views.
+        asked: numbers of tokens, int64 [k], at whose rows alone a layer of more than k tokens is
+            looked: the same of each picture. A map of every row is what a step spends most on, and
+            chance rows say on average what all of them do. Every layer of more than k tokens has to
+            have those of these numbers.
 
     Returns "features", "attention" and, with second pictures, "walks", [] each; and how often the
     largest cosine is the token with the largest weight (no gradient).
@@ -150,22 +165,24 @@ def disagreement(seen: list[tuple[Seen, int]], where: Tensor) -> tuple[dict[str,
             k_first, *k_second, k_view = layer.key.split(len(where))
             wanted = targets(where, round(first.shape[1] ** 0.5))
             back = _back(wanted)
-            cosines = _cosines(view, first)
+            looked = partial(_rows, asked)
+            wanted, back = looked(wanted), looked(back)
+            cosines = _cosines(looked(view), first)
             sums["features"] += [
                 _cross_entropy(cosines.log_softmax(-1), wanted),
-                _cross_entropy(cosines.transpose(1, 2).log_softmax(-1), back),
+                _cross_entropy(_cosines(looked(first), view).log_softmax(-1), back),
             ]
             sums["attention"] += [
-                _cross_entropy(_attention(q_view, k_first, heads).clamp(min=_LEAST).log(), wanted),
-                _cross_entropy(_attention(q_first, k_view, heads).clamp(min=_LEAST).log(), back),
+                _cross_entropy(_log(_attention(looked(q_view), k_first, heads)), wanted),
+                _cross_entropy(_log(_attention(looked(q_first), k_view, heads)), back),
             ]
             for other, query, key in zip(second, q_second, k_second, strict=True):
-                there, again = _cosines(view, other).softmax(-1), _cosines(other, first).softmax(-1)
+                begun, again = looked(view), _cosines(other, first).softmax(-1)
                 walks = [
-                    there @ again,
-                    _attention(q_view, key, heads) @ _attention(query, k_first, heads),
+                    _cosines(begun, other).softmax(-1) @ again,
+                    _attention(looked(q_view), key, heads) @ _attention(query, k_first, heads),
                 ]
-                sums["walks"] += [_cross_entropy(w.clamp(min=_LEAST).log(), wanted) for w in walks]
+                sums["walks"] += [_cross_entropy(_log(walk), wanted) for walk in walks]
             known = wanted.sum(-1) > 0.5
             right = cosines.argmax(-1) == wanted.argmax(-1)
             hits.append((right & known).sum() / known.sum().clamp(min=1))

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from flashmaps.files import adopt, check_folder, whole_folder
 
 from .export import LINES, LOGS
-from .muon import Muon
+from .muon import Muon, make_replayable
 
 Loss = Callable[[int], tuple[Tensor, dict[str, Tensor]]]
 
@@ -94,6 +94,7 @@ class Loop:
         self._sums: dict[str, Tensor] = {}
         self._summed = 0
         self._saved = -1
+        self._replayed = False
         self.accelerator.register_for_checkpointing(
             *modules.values(), self.optimizer, self.average, self
         )
@@ -156,16 +157,40 @@ class Loop:
         self._log()
         self.save()
 
+    def make_replayable(self) -> None:
+        """From now on `descend` is called by what replays the loss (replay.py), not by the loop."""
+        self._replayed = True
+        if isinstance(self.optimizer, Muon):
+            self.optimizer.make_replayable()
+        else:
+            make_replayable(self.optimizer)  # type: ignore[arg-type]
+
+    def descend(self) -> None:
+        """The optimizer's step along the gradients, which are clipped."""
+        self.accelerator.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+
+    def rehearse(self) -> None:
+        """`descend` at a rate of zero: no weight is moved."""
+        (rate,) = {group["lr"] for group in self.optimizer.param_groups}
+        kept = rate.clone()
+        rate.zero_()
+        self.descend()
+        rate.copy_(kept)
+
     def _descend(self, loss: Loss) -> None:
         rate = self.lr * self._rate()
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
         with self.accelerator.autocast():
             value, numbers = loss(self.step)
         if value.requires_grad:  # else the loss has left the gradients already (replay.py)
             self.accelerator.backward(value)
-        self.accelerator.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
+        if not self._replayed:
+            self.descend()
         self.optimizer.zero_grad(set_to_none=True)
         self.average.step(self.parameters)
         self.step += 1
@@ -217,7 +242,7 @@ class Loop:
                 f"{self.name}: the loss is {means['loss']} at step {self.step}; go on from the "
                 f"last checkpoint with --resume and a lower --{self.name}-lr"
             )
-        self._write(**means, lr=self.optimizer.param_groups[0]["lr"])
+        self._write(**means, lr=float(self.optimizer.param_groups[0]["lr"]))
         return means
 
     def _write(self, **numbers: float) -> None:

@@ -65,7 +65,7 @@ class Muon(torch.optim.Optimizer):
                 self._along(weights[start : start + 8], shape, lr, group["weight_decay"])
 
     def _along(
-        self, weights: list[Tensor], shape: tuple[int, int], lr: float, decay: float
+        self, weights: list[Tensor], shape: tuple[int, int], lr: float | Tensor, decay: float
     ) -> None:
         momenta: list[Tensor] = []
         gradients: list[Tensor] = []
@@ -78,10 +78,19 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_mul_(momenta, _MOMENTUM)
         torch._foreach_add_(momenta, gradients)
         ahead = torch._foreach_add(gradients, momenta, alpha=_MOMENTUM)
-        updates = orthogonal(torch.stack([each.view(shape) for each in ahead])).unbind()
+        updates = orthogonal(torch.stack([each.view(shape) for each in ahead]))
+        updates = updates * (lr * _SIZE * max(shape) ** 0.5)
         torch._foreach_mul_(weights, 1 - lr * decay)
         along = [update.view_as(weight) for update, weight in zip(updates, weights, strict=True)]
-        torch._foreach_add_(weights, along, alpha=-lr * _SIZE * max(shape) ** 0.5)
+        torch._foreach_sub_(weights, along)
+
+    def make_replayable(self) -> None:
+        """For CUDA graphs: the rate becomes a tensor, and all that it keeps is made now."""
+        (group,) = self.param_groups
+        for weight in group["params"]:
+            self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+        make_replayable(self.rest)
+        group["lr"] = self.rest.param_groups[0]["lr"]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Of all weights."""
@@ -96,6 +105,18 @@ class Muon(torch.optim.Optimizer):
         """The opposite."""
         super().load_state_dict(state["muon"])
         self.rest.load_state_dict(state["adamw"])
+
+
+def make_replayable(optimizer: torch.optim.AdamW) -> None:
+    """The same for a fused AdamW."""
+    (group,) = optimizer.param_groups
+    device = group["params"][0].device
+    group["lr"], group["capturable"] = torch.tensor(float(group["lr"]), device=device), True
+    for weight in group["params"]:
+        state = optimizer.state[weight]
+        state.setdefault("step", torch.zeros((), device=device))
+        for name in ("exp_avg", "exp_avg_sq"):
+            state.setdefault(name, torch.zeros_like(weight))
 
 
 def orthogonal(matrices: Tensor) -> Tensor:

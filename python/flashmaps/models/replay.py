@@ -32,14 +32,21 @@ class Replayed:
     differs but in numbers has another key, and is captured on its own: other shapes, or another
     way through the function. The function may not wait for the GPU nor draw random numbers, and
     autocasts within itself, without autocast's cache.
+
+    ``descend``, if given, is the step that an optimizer takes with the gradients, and is replayed
+    too: what changes in it is in tensors, and all that it keeps is made before the first call.
+    ``rehearse`` does the same and moves nothing: what is run before a capture.
     """
 
     def __init__(
         self,
         function: Callable[..., tuple[Tensor, Numbers]],
         parameters: Sequence[torch.nn.Parameter],
+        descend: Callable[[], None] | None = None,
+        rehearse: Callable[[], None] | None = None,
     ) -> None:
         self._function, self._parameters = function, parameters
+        self._descend, self._rehearse = descend, rehearse
         self._graphs: dict[Hashable, _Graph] = {}
         self._pool = torch.cuda.graph_pool_handle()  # what one graph needs only within, all share
 
@@ -63,13 +70,17 @@ class Replayed:
             for _ in range(_WARM):
                 self._forget()
                 self._function(key, *static)[0].backward()
+                if self._rehearse is not None:
+                    self._rehearse()
         torch.cuda.current_stream().wait_stream(aside)
         self._forget()  # so that the graph writes gradients instead of adding to them
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
             value, numbers = self._function(key, *static)
             value.backward()
-        gradients = [parameter.grad for parameter in self._parameters]
+            gradients = [parameter.grad for parameter in self._parameters]
+            if self._descend is not None:
+                self._descend()
         return _Graph(graph, static, value.detach(), numbers, gradients)
 
     def _forget(self) -> None:

@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -60,8 +61,8 @@ class Store:
         """Append examples; those for which there is no room are left out."""
         begin, end = self.count, min(self.count + len(latents), len(self.latents))
         self.latents[begin:end] = latents[: end - begin]
-        self.tokens[begin:end] = tokens[: end - begin].to(self.tokens.device)
-        self.paint[begin:end] = paint[: end - begin].to(self.paint.device)
+        self.tokens[begin:end] = tokens[: end - begin]
+        self.paint[begin:end] = paint[: end - begin]
         self.count = end
 
 
@@ -72,25 +73,35 @@ class Stream:
     matter of time, so a training with a stream does not repeat to the bit.
     """
 
-    def __init__(self, pictures: Pictures, start: int, workers: int) -> None:
+    def __init__(
+        self, pictures: Pictures, start: int, workers: int, tokenizer: CLIPTokenizer
+    ) -> None:
         dataset: Any = Subset(pictures, range(start, len(pictures)))  # type: ignore[arg-type]
         self.count = len(dataset)
-        loader: Any = DataLoader(dataset, _CHUNK, num_workers=max(1, workers), collate_fn=list)
+        loader: Any = DataLoader(
+            dataset,
+            _CHUNK,
+            num_workers=max(1, workers),
+            collate_fn=partial(_gathered, tokenizer=tokenizer),
+        )
         self._chunks = iter(loader)  # forks
         self._queue: queue.Queue[tuple[Tensor, Tensor]] = queue.Queue(_WAITING)
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def start(self, tokenizer: CLIPTokenizer) -> None:
-        """Begin to collect."""
-        self._thread = threading.Thread(target=self._collect, args=(tokenizer,), daemon=True)
+    def start(self, device: torch.device) -> None:
+        """Begin to collect, for a store on ``device``."""
+        self._thread = threading.Thread(target=self._collect, args=(device,), daemon=True)
         self._thread.start()
 
-    def _collect(self, tokenizer: CLIPTokenizer) -> None:
+    def _collect(self, device: torch.device) -> None:
         try:
             for chunk in self._chunks:
-                if not self._put(_gathered(chunk, tokenizer)):
+                images, tokens = (torch.from_numpy(each) for each in chunk)
+                if device.type == "cuda":  # else copying waits for all that the GPU has to do
+                    images, tokens = images.pin_memory(), tokens.pin_memory()
+                if not self._put((images, tokens)):
                     return
         except BaseException as error:  # told where it is asked for
             self._error = error
@@ -123,15 +134,17 @@ class Stream:
         del self._chunks
 
 
-def _gathered(chunk: Sequence[Example], tokenizer: CLIPTokenizer) -> tuple[Tensor, Tensor]:
-    images = torch.from_numpy(np.stack([example.images for example in chunk]))
+def _gathered(chunk: Sequence[Example], tokenizer: CLIPTokenizer) -> tuple[np.ndarray, np.ndarray]:
+    images = np.stack([example.images for example in chunk])
     texts = [text for example in chunk for three in example.captions for text in three]
-    return images, tokenize(tokenizer, texts).view(len(chunk), SECOND + 1, 3, -1)
+    return images, tokenize(tokenizer, texts).view(len(chunk), SECOND + 1, 3, -1).numpy()
 
 
 def add_drawn(store: Store, stream: Stream, encode: Callable[[Tensor], Tensor]) -> None:
     """Move what the stream has drawn to the store; ``encode`` gives latents of uint8 images."""
-    for images, tokens in stream.ready():
+    device = store.latents.device
+    for drawn in stream.ready():
+        images, tokens = (each.to(device, non_blocking=True) for each in drawn)
         pictures = images[:, : SECOND + 1]
         latents = encode(pictures.flatten(0, 1)).unflatten(0, (len(images), -1))
         store.add(latents, tokens, images[:, VIEW])

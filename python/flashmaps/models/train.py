@@ -156,7 +156,7 @@ def train(args: argparse.Namespace, deadline: float) -> None:
             alone=args.alone,
             kin=args.kin,
         )
-        stream = Stream(drawn, args.bank, args.workers)
+        stream = Stream(drawn, args.bank, args.workers, parts.tokenizer)
     parts.vae = train_vae(parts.vae, bank, held_out, args, deadline)
     pipe = as_pipeline(parts)
     options: dict[str, Any] = (

@@ -35,8 +35,8 @@ AGREEING = (
     "up_blocks.2.attentions.0.transformer_blocks.0",
 )
 _HELD_OUT = 99  # a purpose for generators that no step uses
-# Those of views' shifts and warps, and of who sees whom.
-_MOVES, _WARPS, _SIGHT = 7, 6, 5
+# Those of views' shifts and warps, of who sees whom, and of the rows that are looked at.
+_MOVES, _WARPS, _SIGHT, _ASKED = 7, 6, 5, 4
 
 
 def train_unet(
@@ -98,7 +98,7 @@ def train_unet(
     parts.vae.to(device)
     if stream is not None:
         store = store.with_room(stream.count)
-        stream.start(parts.tokenizer)
+        stream.start(device)
     cells = store.latents.shape[-1]
     encoded = partial(encode, parts.vae, chunk=16 if device.type == "cpu" else 1024)
     checked = encode(parts.vae, torch.from_numpy(held_out.images[:, FIRST]), 16)
@@ -132,6 +132,7 @@ def train_unet(
         t: Tensor,
         noise: Tensor,
         where: Tensor,
+        asked: Tensor,
         told: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Of a batch, its views shifted already; ``told`` are labels of the less noisy half."""
@@ -143,7 +144,7 @@ def train_unet(
         if reader is not None:
             clean, ids, t, noise = (x[rows.views] for x in given)
             seen = reader.look(parts.unet, scheduler.add_noise(clean, noise, t), t, text(ids))
-            parted, found = disagreement(seen, where)
+            parted, found = disagreement(seen, where, asked)
             total = total + args.agreement * (parted["features"] + parted["attention"]) / 2
             if args.walks > 0:
                 total = total + args.walks * parted["walks"]
@@ -163,7 +164,8 @@ def train_unet(
             with torch.autocast("cuda", torch.bfloat16, args.precision == "bf16", False):
                 return losses(bool(blind), *inputs)
 
-        replayed = Replayed(uncached, loop.parameters)
+        loop.make_replayable()
+        replayed = Replayed(uncached, loop.parameters, loop.descend, loop.rehearse)
 
     def loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
         if stream is not None:
@@ -182,7 +184,9 @@ def train_unet(
             clean = torch.cat([views, clean[rows.denoised]])
         if labels is not None and args.alignment > 0:  # t is in order; behind lies more noise
             told = labels[shown.example[rows.plainly][: max(1, rows.plain // 2)]]
-        given = clean, shown.ids, shown.t, shown.noise, where, told
+        # No map of views has more rows than a quarter of the latents' cells.
+        asked = torch.randperm(cells**2, generator=loop.generator(_ASKED), device=device)
+        given = clean, shown.ids, shown.t, shown.noise, where, asked[: cells**2 // 4], told
         blind = loop.chance(_SIGHT) < BLIND
         total, numbers = losses(blind, *given) if replayed is None else replayed(blind, *given)
         if stream is not None:
