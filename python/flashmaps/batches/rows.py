@@ -85,9 +85,9 @@ class PairRows:
     def _rows(self, chunk: PairBatch) -> Table | None:
         if self.rows == "pairs":
             return None
-        trusted = self._confidence(chunk)
         if self.rows == "points":
-            return self._points(chunk, trusted)
+            return self._points(chunk)
+        trusted = self._confidence(chunk)
         table = {name: values.numpy() for name, values in token_columns(chunk).items()}
         if trusted is not None:
             table["confidence"] = trusted.cpu().flatten().numpy()
@@ -99,8 +99,9 @@ class PairRows:
             return None
         return calibration.probability({name: chunk.score(name) for name in calibration.scores})
 
-    def _points(self, chunk: PairBatch, trusted: Tensor | None) -> Table:
+    def _points(self, chunk: PairBatch) -> Table:
         assert self.points is not None
+        calibration = self.settings.calibration
         found: list[Table] = []
         for row, (number, (s, t)) in enumerate(
             zip(chunk.numbers.tolist(), chunk.pairs.tolist(), strict=True)
@@ -129,8 +130,12 @@ class PairRows:
                 "target_x": placed[:, 0], "target_y": placed[:, 1],
                 "return_probability": chunk.trip.return_probability[row].cpu().numpy()[tokens],
             }  # fmt: skip
-            if trusted is not None:
-                table["confidence"] = trusted[row].cpu().numpy()[tokens]
+            if calibration is not None and len(points):
+                other = [token_at(point, to.grid, to.image.shape[:2]) for point in placed]
+                said = chunk.confidence(calibration, torch.tensor(tokens), torch.tensor(other), row)
+                table["confidence"] = said.cpu().numpy()
+            elif calibration is not None:
+                table["confidence"] = np.empty(0, np.float32)
             found.append(table)
         return {name: np.concatenate([t[name] for t in found]) for name in found[0]}
 

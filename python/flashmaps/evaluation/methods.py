@@ -23,6 +23,7 @@ from flashmaps.matching.cross_map import cross_map, place_points
 from flashmaps.matching.options import READING, MatchOptions
 from flashmaps.matching.pairs import match_pairs
 from flashmaps.matching.settings import MatchSettings, fingerprint
+from flashmaps.matching.support import support
 
 __all__ = ["Methods", "Outcome", "fingerprint", "judged_by", "method_names"]
 
@@ -56,8 +57,8 @@ class Outcome:
     Attributes:
         found: method to [n, 2], (x, y) in target pixels.
         scores: comparison to score (of ``flashmaps.matching.confidence.SCORES``, and "confidence"
-        where
-            there is a calibration) to [n], NaN where undefined.
+            where there is a calibration) to [n], NaN where undefined. Of the token of each point;
+            the support is of where the judged method puts it.
         grids: (height, width) of the source's and of the target's tokens.
     """
 
@@ -148,15 +149,25 @@ class Methods:
                     forward = batch.trip.forward[row].cpu().numpy()
                     found[done][f"{READING[compare]}, hard"] = put.hard(forward[put.tokens])
                     found[done][f"{READING[compare]}, soft"] = put.soft(batch.expected_target[row])
-                    each = {name: batch.score(name)[row].float().cpu() for name in SCORES}
-                    if compare == self.settings.compare and self.settings.calibration:
-                        each["confidence"] = self.settings.calibration.probability(each)
-                    scores[done][compare] = {n: v.numpy()[put.tokens] for n, v in each.items()}
+                    each = {n: batch.score(n)[row].float().cpu()[put.tokens] for n in SCORES}
+                    if compare == self.settings.compare:
+                        if _is_more(self.settings):  # these judge where that puts the points
+                            both = [described[keys[i]].trained for i in local[done]]
+                            own = found[done][DEFAULT] = self._default(put, *both)
+                            placed = carried.tokens_at(own, put.target_grid, put.other)
+                            each["support"] = support(
+                                batch.trip.forward[row, None], batch.trip.backward[row, None],
+                                *(put.grid, put.target_grid),
+                                *(torch.from_numpy(x)[None] for x in (put.tokens, placed)),
+                            )[0].cpu()  # fmt: skip
+                        if self.settings.calibration:
+                            each["confidence"] = self.settings.calibration.probability(each)
+                    scores[done][compare] = {n: v.numpy() for n, v in each.items()}
                     done += 1
         for place, (number, pair) in enumerate(numbered):
             here, there = (described[keys[i]] for i in local[place])
             put = _Put(pair, here.trained.grid, there.trained.grid)
-            if _is_more(self.settings):
+            if _is_more(self.settings) and DEFAULT not in found[place]:
                 found[place][DEFAULT] = self._default(put, here.trained, there.trained)
             if here.untrained is not None and there.untrained is not None:
                 found[place].update(self._baselines(number, pair, put, here, there))

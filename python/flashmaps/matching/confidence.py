@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from flashmaps.arguments import number
+from flashmaps.maps.grids import Grid
 from flashmaps.maps.statistics import RoundTrip
+from flashmaps.matching.support import support
 
 # What a source token's match can be judged by: scores of the source token itself, and scores of the
-# target token f(i) that it is matched to.
+# target token f(i) that it is matched to. ``support`` is of both (flashmaps.matching.support).
 SOURCE_SCORES = (
     "return_probability",
     "max_probability",
@@ -29,7 +31,7 @@ SOURCE_SCORES = (
     "entropy",
 )
 TARGET_SCORES = ("inverse_entropy", "density", "nims", "nims_log1p")
-SCORES = (*SOURCE_SCORES, *TARGET_SCORES)
+SCORES = (*SOURCE_SCORES, *TARGET_SCORES, "support")
 
 # What a score is taken as: itself, or its logarithm where it spans orders of magnitude.
 _LEAST = {
@@ -42,12 +44,15 @@ _LEAST = {
 }
 
 
-def score(name: str, trip: RoundTrip, max_probability: Tensor, entropy: Tensor) -> Tensor:
+def score(
+    name: str, trip: RoundTrip, max_probability: Tensor, entropy: Tensor, grids: tuple[Grid, Grid]
+) -> Tensor:
     """One of SCORES at every source token, [batch, N_s] float; target scores are read at f(i).
 
     Args:
         trip: of A_st and A_ts.
         max_probability, entropy: [batch, N_s], of the rows of A_st.
+        grids: the source's and the target's, (height, width) of tokens.
 
     NaN where a score is undefined (``nims`` where fewer than two sources chose the target).
     Raises ValueError for another name.
@@ -56,6 +61,8 @@ def score(name: str, trip: RoundTrip, max_probability: Tensor, entropy: Tensor) 
         return max_probability
     if name == "entropy":
         return entropy
+    if name == "support":
+        return support(trip.forward, trip.backward, *grids)
     if name in SOURCE_SCORES:
         return getattr(trip, name)
     if name in TARGET_SCORES:
@@ -143,3 +150,28 @@ class Calibration:
                 f"its terms are of {unknown or 'nothing'}; wanted some of {', '.join(SCORES)}"
             )
         return made
+
+
+def judged(
+    calibration: Calibration,
+    trip: RoundTrip,
+    max_probability: Tensor,
+    entropy: Tensor,
+    grids: tuple[Grid, Grid],
+    tokens: Tensor | None = None,
+    placed: Tensor | None = None,
+) -> Tensor:
+    """The probability that matches are right: of each source token with f(i), [batch, N_s].
+
+    With ``tokens``, [batch, n] int64, of these alone, each said to lie at the target token that
+    ``placed``, [batch, n], names: all scores but the support are of the token, wherever it lies.
+    The others are as for :func:`score`.
+    """
+    found = {}
+    for name in calibration.scores:
+        if name == "support" and tokens is not None:
+            found[name] = support(trip.forward, trip.backward, *grids, tokens, placed)
+        else:
+            values = score(name, trip, max_probability, entropy, grids)
+            found[name] = values if tokens is None else values.gather(1, tokens)
+    return calibration.probability(found)

@@ -7,10 +7,11 @@ With the neighbours i + d of token i, d on a grid of 7 x 7 with ``spacing`` toke
     v_ij = max_S sum_d w_d log(1 + A[i + d, j + S d] / e) / sum_d w_d
 
 over the similarities S of SCALES, ROTATIONS and both handednesses, w_d = exp(-|d|^2 / 2 s^2),
-s = 0.7 of three spacings, and places outside of either image saying nothing. Rows are softmax(v /
-T), T = TEMPERATURE. Votes for an offset go back to Cho et al., "Unsupervised object discovery and
-localization in the wild", 2015 (probabilistic Hough matching), and Min et al., "Hyperpixel Flow",
-2019; Rocco et al., "Neighbourhood Consensus Networks", 2018, learn them. Nothing is learnt here.
+s = 0.7 of the outermost ring's distance, and places outside of either image saying nothing. Rows
+are softmax(v / T), T = TEMPERATURE. Votes for an offset go back to Cho et al., "Unsupervised object
+discovery and localization in the wild", 2015 (probabilistic Hough matching), and Min et al.,
+"Hyperpixel Flow", 2019; Rocco et al., "Neighbourhood Consensus Networks", 2018, learn them. Nothing
+is learnt here.
 
 Workspaces here are bounded, but not by a memory budget in force.
 
@@ -43,17 +44,27 @@ def spacing(grid: Grid) -> int:
     return max(1, round(SPACING * max(grid)))
 
 
-def offsets(grid: Grid) -> list[tuple[int, int]]:
+def offsets(grid: Grid, rings: int = RINGS) -> list[tuple[int, int]]:
     """(dx, dy) of the neighbours, in tokens, the token itself among them."""
-    steps = [step * spacing(grid) for step in range(-RINGS, RINGS + 1)]
+    steps = [step * spacing(grid) for step in range(-rings, rings + 1)]
     return [(dx, dy) for dy in steps for dx in steps]
 
 
-def weights(grid: Grid) -> list[float]:
+def weights(grid: Grid, rings: int = RINGS) -> list[float]:
     """w_d of each of :func:`offsets`; they sum to 1."""
-    reach = 2 * (_SPREAD * RINGS * spacing(grid)) ** 2
-    found = [math.exp(-(dx * dx + dy * dy) / reach) for dx, dy in offsets(grid)]
+    reach = 2 * (_SPREAD * rings * spacing(grid)) ** 2
+    found = [math.exp(-(dx * dx + dy * dy) / reach) for dx, dy in offsets(grid, rings)]
     return [each / sum(found) for each in found]
+
+
+def similarities() -> list[tuple[tuple[float, float], tuple[float, float]]]:
+    """The matrices S: what (dx, dy) becomes is S @ (dx, dy)."""
+    found = []
+    for scale, degrees, hand in product(SCALES, ROTATIONS, (1, -1)):
+        cosine = scale * math.cos(math.radians(degrees))
+        sine = scale * math.sin(math.radians(degrees))
+        found.append(((hand * cosine, -hand * sine), (sine, cosine)))
+    return found
 
 
 def votes(said: Iterable[Tensor], grid: Grid, target: Grid) -> Tensor:
@@ -73,13 +84,10 @@ def votes(said: Iterable[Tensor], grid: Grid, target: Grid) -> Tensor:
         for rows, share in zip(said, weights(grid), strict=True)
     ]
     best: Tensor | None = None
-    for scale, degrees, hand in product(SCALES, ROTATIONS, (1, -1)):
-        cosine = scale * math.cos(math.radians(degrees))
-        sine = scale * math.sin(math.radians(degrees))
+    for (a, b), (c, d) in similarities():
         total = torch.zeros_like(parts[0])
         for part, (dx, dy) in zip(parts, offsets(grid), strict=True):
-            right = round(hand * (cosine * dx - sine * dy))
-            down = round(sine * dx + cosine * dy)
+            right, down = round(a * dx + b * dy), round(c * dx + d * dy)
             if abs(right) < width and abs(down) < height:
                 total[..., _here(down, height), _here(right, width)] += part[
                     ..., _here(-down, height), _here(-right, width)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flashmaps.maps.grids import Grid, centres
 from flashmaps.maps.statistics import RoundTrip
-from flashmaps.matching.confidence import SCORES, score
+from flashmaps.matching.confidence import SCORES, Calibration, judged, score
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +48,22 @@ class PairBatch:
 
         NaN where a score is undefined (``nims`` where fewer than two sources chose the target).
         """
-        return score(name, self.trip, self.max_probability, self.entropy)
+        grids = self.source_grid, self.target_grid
+        return score(name, self.trip, self.max_probability, self.entropy, grids)
+
+    def confidence(
+        self, calibration: Calibration, tokens: Tensor, placed: Tensor, row: int
+    ) -> Tensor:
+        """Of one pair's tokens [n], said to lie at target tokens ``placed`` [n]: [n]."""
+        one = slice(row, row + 1)
+        trip = RoundTrip(
+            **{each.name: getattr(self.trip, each.name)[one] for each in fields(RoundTrip)}
+        )
+        return judged(
+            calibration, trip, self.max_probability[one], self.entropy[one],
+            (self.source_grid, self.target_grid),
+            *(x[None].to(trip.forward.device) for x in (tokens, placed)),
+        )[0]  # fmt: skip
 
 
 def token_columns(chunk: PairBatch) -> dict[str, Tensor]:

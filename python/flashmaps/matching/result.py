@@ -16,10 +16,10 @@ from flashmaps.arguments import number
 from flashmaps.diffusion.features import Features
 from flashmaps.files import whole_folder, write_json
 from flashmaps.maps.attention_map import AttentionMap
-from flashmaps.maps.grids import centres
+from flashmaps.maps.grids import Grid, centres
 from flashmaps.maps.statistics import RoundTrip
 from flashmaps.matching import plots
-from flashmaps.matching.confidence import score
+from flashmaps.matching.confidence import judged
 from flashmaps.matching.cross_map import place_points
 from flashmaps.matching.options import MatchOptions
 from flashmaps.matching.points import corners, pixel_field, token_at
@@ -92,7 +92,7 @@ class Match:
 
     @property
     def confidence(self) -> Tensor:  # [N_s], 0 to 1
-        """How far to trust the match of each source token.
+        """How far to trust the hard match f(i) of each source token.
 
         With a calibration (``calibrated``): the probability that the match is right, which is off
         by at most ``calibration.tolerance`` times ``calibration.of``, given that the target shows
@@ -104,9 +104,12 @@ class Match:
         """
         if self.calibration is None:
             return self.round_trip.return_probability[0]
-        of = self.round_trip, self.max_probability[None], self.entropy[None]
-        scores = {name: score(name, *of)[0] for name in self.calibration.scores}
-        return self.calibration.probability(scores)
+        return judged(self.calibration, *self._judges)[0]
+
+    @property
+    def _judges(self) -> tuple[RoundTrip, Tensor, Tensor, tuple[Grid, Grid]]:
+        grids = self.source.grid, self.target.grid
+        return self.round_trip, self.max_probability[None], self.entropy[None], grids
 
     @property
     def calibrated(self) -> bool:
@@ -114,10 +117,23 @@ class Match:
         return self.calibration is not None
 
     def confidence_at(self, points: Any) -> np.ndarray:
-        """Confidence of source points [n, 2] of (x, y) pixels, that of their tokens: [n]."""
+        """Confidence of where `transfer` puts source points [n, 2] of (x, y) pixels: [n].
+
+        What is asked of a point is asked of the token that holds it.
+        """
         points = self._checked(points)
-        tokens = [self.token_at(point) for point in points]
-        return self.confidence.float().cpu().numpy()[tokens]
+        if self.calibration is None:  # of the token, wherever it goes
+            return self._trusted(points, points)
+        return self._trusted(points, self._carried(points, self.options))
+
+    def _trusted(self, points: np.ndarray, placed: np.ndarray) -> np.ndarray:  # [n]
+        """Confidence of points that are put at these pixels of the target."""
+        tokens = torch.tensor([self.token_at(point) for point in points], dtype=torch.int64)
+        if self.calibration is None or not len(tokens):
+            return self.confidence.float().cpu()[tokens].numpy()
+        there = torch.tensor([self.token_at(point, "target") for point in placed])
+        here = (x[None].to(self.forward.device) for x in (tokens, there))
+        return judged(self.calibration, *self._judges, *here)[0].float().cpu().numpy()
 
     # -- per pixel ---------------------------------------------------------------------------------
 
@@ -182,8 +198,8 @@ class Match:
                 features are interpolated at the point, and the map has a row for it. Default: the
                 match's own ``between``; else "token" for "hard", "query" for "consensus" and
                 "bilinear" for the others.
-            min_confidence: abstain below it, 0 to 1: points whose ``confidence_at`` is lower come
-                back as (NaN, NaN).
+            min_confidence: abstain below it, 0 to 1: points whose confidence, at the places found,
+                is lower come back as (NaN, NaN).
 
         Returns [n, 2] of (x, y) in target pixels. Raises ValueError for points outside the source.
         """
@@ -195,7 +211,7 @@ class Match:
             number("min_confidence", min_confidence, least=0, most=1)
         found = self._carried(points, options)
         if min_confidence is not None and len(points):
-            found[self.confidence_at(points) < min_confidence] = np.nan
+            found[self._trusted(points, found) < min_confidence] = np.nan
         return found
 
     def _carried(self, points: np.ndarray, options: MatchOptions) -> np.ndarray:  # [n, 2]
