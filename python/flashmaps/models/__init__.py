@@ -1,8 +1,7 @@
 """The built-in model: a miniature Stable Diffusion 2 and the script that trains it.
 
-The weights lie beside this file, each in an ordinary diffusers pipeline folder of its name:
-`builtin/`, which was taught parts by the drawn world's labels, and `builtin-free/`, which learned
-without labels. Their cards (README.md) say how.
+The weights lie beside this file in `builtin/`, an ordinary diffusers pipeline folder. Its card
+(README.md) says how they were learned: without labels.
 Importing this package loads neither torch nor diffusers.
 """
 
@@ -10,7 +9,7 @@ from pathlib import Path
 
 __all__ = ["NAMES", "builtin_folder"]
 
-NAMES = ("builtin", "builtin-free")
+NAMES = ("builtin",)
 
 
 def builtin_folder(name: str = "builtin") -> Path:

@@ -6,8 +6,9 @@ is the representation alignment of Yu et al. (ICLR 2025, "Representation Alignme
 with the drawn world's truth in the place of a pretrained encoder's features, which a miniature that
 is trained from nothing does not have. The linear layers are used in training alone and thrown away.
 
-It is supervision: how well the miniature matches scenes of the world says what maps can do where
-features mean something, and nothing of what diffusion alone teaches a model.
+It is supervision: how well a model trained with it matches scenes of the world says what maps can
+do where features mean something, and nothing of what diffusion alone teaches. The built-in model
+was trained without it.
 """
 
 from __future__ import annotations

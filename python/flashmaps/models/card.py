@@ -30,8 +30,7 @@ Python package. It exists so that attention maps of a latent diffusion pipeline 
 matched and looked at without a download.
 
     from diffusers import StableDiffusionPipeline
-    from flashmaps.models import builtin_folder
-    pipe = StableDiffusionPipeline.from_pretrained(builtin_folder({argument}))
+    {loading}
     pipe("a striped red bird on grass", guidance_scale=3).images[0]
 
 Pictures are {size} x {size} pixels, latents 4 x {side} x {side}, self-attention runs at {grids}
@@ -78,6 +77,11 @@ by danielbuechele and flower.jpg by vultilion.
 It knows the drawn world and {count} photos, and the words of their captions; of anything else it
 has no idea. Not for producing images.
 """
+
+BUILTIN = """\
+from flashmaps.models import builtin_folder
+    pipe = StableDiffusionPipeline.from_pretrained(builtin_folder())"""
+ELSEWHERE = 'pipe = StableDiffusionPipeline.from_pretrained("FOLDER")  # where this card is'
 
 MUTUAL = """
 A share of {:g} of each batch are pairs of pictures of one object, in other poses and places, one
@@ -194,7 +198,7 @@ def model_card(parts: Parts, work: Path, args: argparse.Namespace) -> str:
             parts.scheduler.config.prediction_type
         ],
         name=args.name,
-        argument="" if args.name == "builtin" else f'"{args.name}"',
+        loading=BUILTIN if args.name == "builtin" else ELSEWHERE,
         vae=_vae_facts(vae),
         trainings=", one training after the other" * (len(unet) > 1),
         unet=_table(unet),

@@ -201,7 +201,6 @@ def main(argv: list[str] | None = None) -> None:
     """Check a pipeline folder; `argv` as on the command line."""
     from diffusers import StableDiffusionPipeline
 
-    from flashmaps.models import NAMES as BUILTIN
     from flashmaps.models import builtin_folder
 
     parser = argparse.ArgumentParser(
@@ -210,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--model", default="builtin", help="'builtin', 'builtin-free' or a pipeline folder")
+    add("--model", default="builtin", help="'builtin' or a pipeline folder")
     add("--work", type=Path, default=Path(), help="folder for check.json")
     add("--count", type=int, default=240, help="pictures to generate")
     add("--training", type=int, default=12_000, help="scenes for the classifier")
@@ -223,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
     work = options.pop("work")
     model = options.pop("model")
     pipe = StableDiffusionPipeline.from_pretrained(
-        builtin_folder(model) if model in BUILTIN else model, local_files_only=True
+        builtin_folder() if model == "builtin" else model, local_files_only=True
     ).to("cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
     found = check(pipe, **options)

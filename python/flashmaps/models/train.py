@@ -223,7 +223,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--out", type=Path, required=True, help="pipeline folder, written with each sample sheet")
     add("--work", type=Path, help="pictures, checkpoints and log (default: OUT-work)")
-    add("--name", default="builtin-free", help="of the model, in its card")
+    add("--name", default="builtin", help="of the model, in its card")
     add("--resume", action="store_true", help="go on from the checkpoints in --work")
     add("--preset", choices=PRESETS, default="cpu")
     add(

@@ -161,7 +161,7 @@ def learn_parts(
         segments: where the parts are: a :class:`flashmaps.CoSegments` of these images; or for each
             image labels [h, w] (below 0: none) or weights [P, h, w]; None: ``fm.cosegment`` finds
             them. At most 12 parts, the largest.
-        model: as for :func:`flashmaps.match`; Stable Diffusion 1, 2, or the built-in ones.
+        model: as for :func:`flashmaps.match`; Stable Diffusion 1, 2, or the built-in one.
         loss: "noise", "attention" or "both"; weight: of the attention in "both".
         tokens: embeddings a word.
         steps, batch, rate: of Adam; the rate in units of the spread of the model's own embeddings,

@@ -19,8 +19,9 @@ from flashmaps.diffusion.features import Features
 from flashmaps.matching.options import COMPARE
 
 # Temperatures of the softmax over cosines. Chosen on the validation split of the drawn world, with
-# both built-in models, and on warps of photographs drawn with another seed than the scored ones:
-# the same three numbers for all images and models.
+# two miniatures (one taught parts by labels, an early one without labels), and on warps of
+# photographs drawn with another seed than the scored ones: the same three numbers for all images
+# and models.
 OBJECTS = 0.12
 PARTS = 1.1  # grains
 LINKS = 0.8  # grains
