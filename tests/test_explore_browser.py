@@ -16,8 +16,10 @@ pytest.importorskip("uvicorn")
 playwright = pytest.importorskip("playwright.sync_api")
 
 from explored import png, serving  # noqa: E402
+from flashmaps.diffusion.features import load_model  # noqa: E402
 from flashmaps.explorer.guard import Rules  # noqa: E402
 from flashmaps.explorer.pictures import BUNDLED  # noqa: E402
+from flashmaps.explorer.view import Model  # noqa: E402
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
@@ -32,6 +34,12 @@ pytestmark = pytest.mark.skipif(
 def rules() -> Iterator[Rules]:
     with serving() as found:
         yield found
+
+
+@pytest.fixture(scope="module")
+def side() -> int:
+    """Tokens in a row: the built-in model's own size has one for each four pixels."""
+    return Model(load_model("builtin"), "builtin").told()["own"]["size"] // 4
 
 
 @pytest.fixture(scope="module")
@@ -125,13 +133,14 @@ def test_the_page_opens_with_two_pictures_and_nothing_from_outside(visit: Page) 
     assert visit.complaints == []
 
 
-def test_pointing_shows_where_a_token_looks(visit: Page) -> None:
+def test_pointing_shows_where_a_token_looks(visit: Page, side: int) -> None:
     assert visit.lit("target") == 0
     visit.at("source", 0.22, 0.33)
-    visit.wait('[data-token="source:327"]')  # row 10, column 7 of 32
+    row, column = int(0.33 * side), int(0.22 * side)
+    visit.wait(f'[data-token="source:{row * side + column}"]')
     visit.settle()
     assert visit.lit("source") > 0 and visit.lit("target") > 0
-    assert visit.find("r-token").inner_text() == "11, 8"
+    assert visit.find("r-token").inner_text() == f"{row + 1}, {column + 1}"
     assert "nats" in visit.find("r-entropy").inner_text()
     visit.at("target", 0.5, 0.5)
     visit.wait('[data-token^="target:"]')
@@ -148,16 +157,17 @@ def test_a_click_pins_and_a_key_unpins(visit: Page) -> None:
     assert visit.find("pins").locator("li").count() == 0
 
 
-def test_keys_move_pin_and_say_what_they_did(visit: Page) -> None:
+def test_keys_move_pin_and_say_what_they_did(visit: Page, side: int) -> None:
     visit.find("source-stage").focus()
     visit.page.keyboard.press("Escape")
     visit.page.keyboard.press("ArrowRight")
-    visit.wait('[data-token="source:528"]')  # the middle
+    middle = side // 2 * (side + 1)
+    visit.wait(f'[data-token="source:{middle}"]')
     visit.page.keyboard.press("ArrowRight")
-    visit.wait('[data-token="source:529"]')
+    visit.wait(f'[data-token="source:{middle + 1}"]')
     visit.page.keyboard.press("Shift+ArrowUp")
-    visit.wait(f'[data-token="source:{529 - 4 * 32}"]')
-    visit.said("row 13, column 18")
+    visit.wait(f'[data-token="source:{middle + 1 - 4 * side}"]')
+    visit.said(f"row {side // 2 - 3}, column {side // 2 + 2}")
     visit.page.keyboard.press("Enter")
     visit.wait(".fm-pins li")
     visit.page.keyboard.press("Delete")
@@ -227,12 +237,13 @@ def test_a_picture_is_added_and_seen_in_all(visit: Page, tmp_path: Path) -> None
     assert visit.find("thumbs").locator("li").count() == 2
 
 
-def test_what_is_seen_is_saved(visit: Page, tmp_path: Path) -> None:
+def test_what_is_seen_is_saved(visit: Page, side: int, tmp_path: Path) -> None:
     from PIL import Image
 
     visit.page.evaluate("() => scrollTo(0, 0)")  # else the buttons scroll what is pointed at
     visit.at("source", 0.22, 0.33)
-    visit.wait('[data-token="source:327"]')
+    token = int(0.33 * side) * side + int(0.22 * side)
+    visit.wait(f'[data-token="source:{token}"]')
     with visit.page.expect_download() as saved:
         visit.find("png").click()
     with Image.open(saved.value.path()) as image:
@@ -241,7 +252,7 @@ def test_what_is_seen_is_saved(visit: Page, tmp_path: Path) -> None:
     visit.find("python").click()
     visit.wait("dialog[open]")
     program = visit.find("code").inner_text()
-    assert "fm.match(" in program and "rows([327])" in program
+    assert "fm.match(" in program and f"rows([{token}])" in program
     compile(program, "explore.py", "exec")
     with visit.page.expect_download() as saved:
         visit.find("save").click()
