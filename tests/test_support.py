@@ -96,7 +96,8 @@ def test_a_match_is_trusted_where_its_readout_puts_the_point():
         return Features(
             query=codes, key=codes, output=codes[:, :1], scale=1.0,
             head_weights=torch.tensor([0.5, 0.5]), grid=grid,
-            image=np.zeros((*size, 3), np.float32), input_size=size, layers=("known",), timestep=0, seeds=(0,), prompt="",
+            image=np.zeros((*size, 3), np.float32), input_size=size, layers=("known",), timestep=0,
+            seeds=(0,), prompt="",
         )  # fmt: skip
 
     calibration = Calibration(
