@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from flashmaps.diffusion.features import Features
-from flashmaps.matching.confidence import Calibration, Term
+from flashmaps.matching.confidence import Calibration, Term, local_ims
 from flashmaps.matching.consensus import ROTATIONS, SCALES, offsets, spacing, weights
 from flashmaps.matching.match import match_features
 from flashmaps.matching.options import MatchOptions
@@ -85,6 +85,17 @@ def test_is_one_in_the_midst_of_a_mirror_image_and_small_where_nothing_agrees():
     assert alone.max() < 0.35 and alone.median() < 0.1
     wrong = support(mirrored, mirrored, grid, grid, numbered(grid), numbered(grid).flip(1))
     assert wrong.view(grid)[8:15, 20].max() < 0.05  # they lie far from where it is said
+
+
+def test_local_ims_is_the_mean_over_the_tokens_around_that_there_are():
+    generator = torch.Generator().manual_seed(0)
+    for grid, reach in (((56, 50), 2), ((6, 9), 1)):
+        errors = torch.rand(2, grid[0] * grid[1], generator=generator)
+        found = local_ims(errors, grid).view(2, *grid)
+        each = errors.view(2, *grid)
+        for y, x in ((0, 0), (3, 1), (grid[0] - 1, 4)):
+            part = each[:, max(0, y - reach) : y + reach + 1, max(0, x - reach) : x + reach + 1]
+            torch.testing.assert_close(found[:, y, x], part.mean((1, 2)))
 
 
 def test_a_match_is_trusted_where_its_readout_puts_the_point():

@@ -237,7 +237,7 @@ def _styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def _score_styles() -> dict[str, dict[str, Any]]:
-    colours = ("black", *_WARM[:6], *_COOL[:5])
+    colours = ("black", *_WARM[:6], *_COOL[:6])
     return {
         name: {"color": colour, "linewidth": 2.6 if name == "confidence" else 1.4}
         for name, colour in zip(TITLES, colours, strict=True)

@@ -45,6 +45,7 @@ TITLES = {
     "density": "MD at the match",
     "nims": "NIMS at the match",
     "nims_log1p": "IME / log(1 + MD)",
+    "local_ims": "IMS of the tokens around",
     "support": "neighbours' support",
 }
 

@@ -18,10 +18,12 @@ from torch import Tensor
 from flashmaps.arguments import number
 from flashmaps.maps.grids import Grid
 from flashmaps.maps.statistics import RoundTrip
+from flashmaps.matching.consensus import spacing
 from flashmaps.matching.support import support
 
 # What a source token's match can be judged by: scores of the source token itself, and scores of the
-# target token f(i) that it is matched to. ``support`` is of both (flashmaps.matching.support).
+# target token f(i) that it is matched to. ``support`` is of both (flashmaps.matching.support),
+# and ``local_ims`` of the source tokens around.
 SOURCE_SCORES = (
     "return_probability",
     "max_probability",
@@ -31,7 +33,7 @@ SOURCE_SCORES = (
     "entropy",
 )
 TARGET_SCORES = ("inverse_entropy", "density", "nims", "nims_log1p")
-SCORES = (*SOURCE_SCORES, *TARGET_SCORES, "support")
+SCORES = (*SOURCE_SCORES, *TARGET_SCORES, "local_ims", "support")
 
 # What a score is taken as: itself, or its logarithm where it spans orders of magnitude.
 _LEAST = {
@@ -40,6 +42,7 @@ _LEAST = {
     "hard_distance": 1e-2,
     "soft_distance": 1e-2,
     "spread": 1e-2,
+    "local_ims": 1e-2,
     "density": 1.0,
 }
 
@@ -61,6 +64,8 @@ def score(
         return max_probability
     if name == "entropy":
         return entropy
+    if name == "local_ims":
+        return local_ims(trip.hard_distance, grids[0])
     if name == "support":
         return support(trip.forward, trip.backward, *grids)
     if name in SOURCE_SCORES:
@@ -68,6 +73,19 @@ def score(
     if name in TARGET_SCORES:
         return getattr(trip, name).to(entropy.dtype).gather(1, trip.forward)
     raise ValueError(f"score {name!r} is unknown; choose from {', '.join(SCORES)}")
+
+
+def local_ims(hard_distance: Tensor, grid: Grid) -> Tensor:
+    """IMS (note, eq. 2.8) of the tokens around each, [batch, N_s] in the unit square.
+
+    The mean of their hard cycle errors (eq. 2.7) over a square of about a tenth of the grid's
+    longer side: 5 x 5 of 56 x 56 tokens; at the border, over what of it lies inside.
+    """
+    reach = max(1, spacing(grid) - 1)
+    mean = torch.nn.functional.avg_pool2d(
+        hard_distance.unflatten(1, grid), 2 * reach + 1, 1, reach, count_include_pad=False
+    )
+    return mean.flatten(1)
 
 
 def term(name: str, values: Tensor) -> Tensor:
