@@ -65,7 +65,8 @@ def test_drawn_scenes_are_scored_beside_simple_ways(done):
     scenes = results["scenes"]
     assert scenes["pairs"] == 2 and scenes["points"] == 2 * demo.SCENE_POINTS
     assert not scenes["calibrated"]  # a model without a match-settings.json
-    assert next(iter(scenes["methods"])) == scenes["method"] == "keys on keys, hard"
+    assert next(iter(scenes["methods"])) == scenes["method"] == "queries on keys, hard"
+    assert list(scenes["methods"])[1] == "keys on keys, hard"  # a model's own way without settings
     assert {"identity", "random", "SIFT", "best token there is"} <= set(scenes["methods"])
     shares = {name: score["pck@0.1"] for name, score in scenes["methods"].items()}
     assert shares.pop("best token there is") > max(shares.values())

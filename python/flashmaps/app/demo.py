@@ -10,7 +10,7 @@ are of the world's test split.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,15 @@ from flashmaps.evaluation.worlds import Worlds
 from flashmaps.files import whole_folder, write_json
 from flashmaps.maps.backends.choice import check_name
 from flashmaps.maps.grids import centres
+from flashmaps.matching.confidence import local_ims
 from flashmaps.matching.match import match_features
 from flashmaps.matching.options import COMPARE, READING, MatchOptions
 from flashmaps.matching.points import pixel_field
 from flashmaps.matching.result import Match
 from flashmaps.matching.settings import MatchSettings, settings_of
+from flashmaps.matching.support import support
 
+NOTE = "qk"  # the note's attention from one image to the other, A_st: what the demo leads with
 DEMO_SIZE = 288  # longer side in pixels: 48 x 72 tokens at a quarter of the pixels
 KIND = "demo"  # of the folder
 
@@ -70,8 +73,9 @@ def run(
 
     On the stereo pair queries on keys (the note's attention), keys on keys, queries on queries and
     features on features are all scored; the pictures and the prediction of wrong matches are of
-    ``compare``, which is the model's own unless it is given, as ``layers``, ``timestep`` and
-    ``seeds`` are. ``size`` is that of the stereo pair; drawn scenes are shown at the model's own.
+    ``compare``, queries on keys unless it is given, with the way that the model's settings match
+    by beside it. ``layers``, ``timestep`` and ``seeds`` are the model's own unless they are given.
+    ``size`` is that of the stereo pair; drawn scenes are shown at the model's own.
     The folder holds ``report.html`` (self-contained), the pictures and ``results.json``, which has
     every number and is what this returns. It is written whole or not at all.
     """
@@ -92,15 +96,17 @@ def run(
         bar.set_description_str(f"{'loading model and photographs':<34}")
         pair = load_pair()
         pipe = load_model(model)
-        settings = settings_of(pipe).with_given(
-            compare=compare,
+        model_own = settings_of(pipe).with_given(
             layers=layers,
             timestep=timestep,
             seeds=None if seeds is None else tuple(seeds),
         )
+        settings = model_own.with_given(compare=NOTE if compare is None else compare)
         options = {**settings.for_features, "size": size, "outputs": True}
         # Without the confidence, which was fitted to pictures of another size.
-        own = replace(settings.options, calibration=None)
+        ways = {
+            each.compare: replace(each.options, calibration=None) for each in (model_own, settings)
+        }
         step("running the model on both views")
         began = time.perf_counter()
         left, right = features(pipe, [pair.left, pair.right], **options)
@@ -108,18 +114,19 @@ def run(
         step("matching")
         began = time.perf_counter()
         matches = {
-            name: match_features(left, right, own.about(name), backend=backend) for name in COMPARE
+            name: match_features(left, right, ways.get(name, MatchOptions(name)), backend=backend)
+            for name in COMPARE
         }
         match = matches[settings.compare]
         match_seconds = time.perf_counter() - began
         step("running the untrained model")
         one, other = features(untrained(pipe), [pair.left, pair.right], **options)
-        fresh = match_features(one, other, own, backend=backend)
+        fresh = match_features(one, other, ways[settings.compare], backend=backend)
         step("scoring against the truth")
         methods = _score_methods(pair, matches, fresh)
         predictors = _score_predictors(pair, match)
         step("matching drawn scenes")
-        scenes = _Scenes(pipe, settings, backend)
+        scenes = _Scenes(pipe, settings, model_own, backend)
         step("segmenting")
         segments = ShownSegments(pipe, left, backend)
         step("imagining a hidden animal")
@@ -132,6 +139,7 @@ def run(
         known = np.isfinite(pair.truth).all(axis=-1)
         results: dict[str, Any] = {
             "model": name_of(model),
+            "model_own_way": _way(model_own),
             "settings": match.summary(),
             "truth": _describe_truth(pair, known),
             "methods": methods,
@@ -147,7 +155,7 @@ def run(
             "seconds": {"model": feature_seconds, "matching": match_seconds},
         }
         results["seconds"]["before_drawing"] = time.perf_counter() - started
-        _write(folder, matches, match, pair, scenes, segments, completion, results)
+        _write(folder, matches, match, ways, pair, scenes, segments, completion, results)
         bar.update()
     return results
 
@@ -171,30 +179,35 @@ def _spread(pair: Pair, count: int) -> Pair:
 class _Scenes:
     """Pairs of drawn scenes: their true points, where they were found, and how right that is."""
 
-    def __init__(self, pipe: Any, settings: MatchSettings, backend: str) -> None:
+    def __init__(
+        self, pipe: Any, settings: MatchSettings, beside: MatchSettings, backend: str
+    ) -> None:
         benchmark = Worlds(SCENES, 200, hidden=False)
         self.pairs = [_spread(benchmark.pair(i), SCENE_POINTS) for i in range(len(benchmark))]
+        numbered = list(enumerate(self.pairs))
         with fit_threads(pipe):
-            methods = Methods(
-                pipe, compare=(settings.compare,), backend=backend,
-                options=settings.for_features,
-                settings=settings,
-            )  # fmt: skip
-            found = [outcome for _, outcome in methods.run(list(enumerate(self.pairs)))]
-        self.method = judged_by(settings.compare, settings)
-        self.found = [each.found[self.method] for each in found]
+            found = [each for _, each in _methods(pipe, settings, backend).run(numbered)]
+            self.method = _way(settings)
+            placed = {self.method: [each.found[_judged(settings)] for each in found]}
+            if beside.compare != settings.compare:
+                others = _methods(pipe, beside, backend, baselines=False).run(numbered)
+                placed[_way(beside)] = [each.found[_judged(beside)] for _, each in others]
+        self.found = placed[self.method]
         confidence = [each.scores[settings.compare].get("confidence") for each in found]
         self.confidence = None if any(c is None for c in confidence) else confidence
-        names = [self.method, "SIFT", "raw colour, 3 x 3", "identity", "random", CEILING]
-        names.insert(1, f"untrained, {READING[settings.compare]}")
+        for name in (
+            f"untrained, {READING[settings.compare]}", "SIFT", "raw colour, 3 x 3", "identity",
+            "random", CEILING,
+        ):  # fmt: skip
+            placed[name] = [each.found[name] for each in found]
         errors = {
             name: np.concatenate(
                 [
-                    np.linalg.norm(each.found[name] - pair.target_points, axis=1) / pair.base
-                    for pair, each in zip(self.pairs, found, strict=True)
+                    np.linalg.norm(points - pair.target_points, axis=1) / pair.base
+                    for pair, points in zip(self.pairs, each, strict=True)
                 ]
             )
-            for name in names
+            for name, each in placed.items()
         }
         self.results = {
             "method": self.method,
@@ -211,6 +224,21 @@ class _Scenes:
                 for name, each in errors.items()
             },
         }
+
+
+def _methods(pipe: Any, settings: MatchSettings, backend: str, **options: Any) -> Methods:
+    return Methods(
+        pipe, compare=(settings.compare,), backend=backend, options=settings.for_features,
+        settings=settings, **options,
+    )  # fmt: skip
+
+
+def _judged(settings: MatchSettings) -> str:
+    return judged_by(settings.compare, settings)
+
+
+def _way(settings: MatchSettings) -> str:
+    return f"{READING[settings.compare]}, {settings.readout}"
 
 
 _BAR = "{desc} {bar} {n_fmt}/{total_fmt} [{elapsed}]"
@@ -289,12 +317,16 @@ def _score_predictors(pair: StereoPair, match: Match) -> dict[str, dict[str, Any
     scores = {
         "cycle error, hard": rt.hard_distance[0],
         "cycle error, soft": rt.soft_distance[0],
+        "IMS of the tokens around": local_ims(rt.hard_distance, match.source.grid)[0],
         "round-trip spread": rt.spread[0],
         "return probability": rt.return_probability[0],
         "IME at the match": at_target(rt.inverse_entropy),
         "MD at the match": at_target(rt.density),
         "NIMS at the match": at_target(rt.nims),
         "IME / log(1 + MD) at the match": at_target(rt.nims_log1p),
+        "neighbours' support": support(
+            rt.forward, rt.backward, match.source.grid, match.target.grid
+        )[0],
     }
     report: dict[str, dict[str, Any]] = {}
     for name, values in scores.items():
@@ -338,15 +370,11 @@ def _describe_truth(pair: StereoPair, known: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _other(match: Match) -> str:
-    """The comparison to show beside attention proper: the chosen one, or keys on keys."""
-    return "kk" if match.compare == "qk" else match.compare
-
-
 def _write(
     folder: Path,
     matches: dict[str, Match],
     match: Match,
+    ways: Iterable[str],
     pair: StereoPair,
     scenes: _Scenes,
     segments: ShownSegments,
@@ -361,6 +389,9 @@ def _write(
     moved = columns - pair.truth[:, :, 0]
     low, high = (float(v) for v in np.nanpercentile(moved, (1, 99)))
     methods = results["methods"]
+    shown = [match.compare, *(name for name in ways if name != match.compare)]
+    if len(shown) == 1:
+        shown.append("kk" if match.compare == NOTE else NOTE)
     figures = {
         "scenes": scene_pairs(scenes.pairs, scenes.found, SCENE_TOLERANCE),
         **segments.figures(),
@@ -368,8 +399,7 @@ def _write(
         "shifts": plots.shifts(
             {
                 "truth: how far each pixel moves (white: not known)": pair.truth,
-                "found by attention proper (queries on keys)": matches["qk"].source_to_target,
-                f"found by {READING[_other(match)]}": matches[_other(match)].field(),
+                **{f"found by {READING[name]}": matches[name].field() for name in shown},
             },
             pair.left,
             limits=(low, high),

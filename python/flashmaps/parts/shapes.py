@@ -9,7 +9,7 @@ Exemplars whose shape agrees with what is seen, where nothing is in front, count
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from flashmaps.diffusion.features import Features
 from flashmaps.maps.grids import centres
 from flashmaps.matching.match import match_features
 from flashmaps.matching.options import MatchOptions
+from flashmaps.matching.readout import without_neighbours
 from flashmaps.parts.registration import lay, to_places
 
 # Chosen on scenes of the world's validation split, as said in docs/parts.md.
@@ -99,6 +100,8 @@ def whole_shape(
 
     Raises ValueError where too little of it is seen.
     """
+    # Every token of every exemplar's map: there neighbours' votes would take most of the time.
+    options = replace(options, readout=without_neighbours(options.readout))
     size = visible.shape[0], visible.shape[1]
     tokens = seen_tokens(visible, found.grid)
     here = centres(found.grid).numpy()[tokens] * (size[1], size[0]) - 0.5
