@@ -420,7 +420,7 @@ def test_the_built_in_model_on_a_little_of_everything(tmp_path):
     for name in ("world", "warps"):
         found = evaluate(name, tmp_path / name, pairs=4, points=64, plots=False)
         assert found["pairs"] == 4
-        ours = found["methods"]["keys on keys, hard"]["pck"]["0.1"]["per_point"]
+        ours = found["methods"]["fm.match"]["pck"]["0.1"]["per_point"]
         assert ours > found["methods"]["random"]["pck"]["0.1"]["per_point"]
 
 
