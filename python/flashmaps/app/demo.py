@@ -73,9 +73,10 @@ def run(
 
     On the stereo pair queries on keys (the note's attention), keys on keys, queries on queries and
     features on features are all scored; the pictures and the prediction of wrong matches are of
-    ``compare``, queries on keys unless it is given, with the way that the model's settings match
-    by beside it. ``layers``, ``timestep`` and ``seeds`` are the model's own unless they are given.
-    ``size`` is that of the stereo pair; drawn scenes are shown at the model's own.
+    ``compare``, queries on keys unless it is given. Beside it is what the model's settings compare
+    or, where that is the same, features on features. ``layers``, ``timestep`` and ``seeds`` are the
+    model's own unless they are given. ``size`` is that of the stereo pair; drawn scenes are shown
+    at the model's own.
     The folder holds ``report.html`` (self-contained), the pictures and ``results.json``, which has
     every number and is what this returns. It is written whole or not at all.
     """
@@ -102,10 +103,13 @@ def run(
             seeds=None if seeds is None else tuple(seeds),
         )
         settings = model_own.with_given(compare=NOTE if compare is None else compare)
+        beside = model_own
+        if beside.compare == settings.compare:
+            beside = model_own.with_given(compare="features" if settings.compare == NOTE else NOTE)
         options = {**settings.for_features, "size": size, "outputs": True}
         # Without the confidence, which was fitted to pictures of another size.
         ways = {
-            each.compare: replace(each.options, calibration=None) for each in (model_own, settings)
+            each.compare: replace(each.options, calibration=None) for each in (settings, beside)
         }
         step("running the model on both views")
         began = time.perf_counter()
@@ -126,7 +130,7 @@ def run(
         methods = _score_methods(pair, matches, fresh)
         predictors = _score_predictors(pair, match)
         step("matching drawn scenes")
-        scenes = _Scenes(pipe, settings, model_own, backend)
+        scenes = _Scenes(pipe, settings, beside, backend)
         step("segmenting")
         segments = ShownSegments(pipe, left, backend)
         step("imagining a hidden animal")
@@ -139,7 +143,7 @@ def run(
         known = np.isfinite(pair.truth).all(axis=-1)
         results: dict[str, Any] = {
             "model": name_of(model),
-            "model_own_way": _way(model_own),
+            "beside": _way(beside),
             "settings": match.summary(),
             "truth": _describe_truth(pair, known),
             "methods": methods,
@@ -189,9 +193,8 @@ class _Scenes:
             found = [each for _, each in _methods(pipe, settings, backend).run(numbered)]
             self.method = _way(settings)
             placed = {self.method: [each.found[_judged(settings)] for each in found]}
-            if beside.compare != settings.compare:
-                others = _methods(pipe, beside, backend, baselines=False).run(numbered)
-                placed[_way(beside)] = [each.found[_judged(beside)] for _, each in others]
+            others = _methods(pipe, beside, backend, baselines=False).run(numbered)
+            placed[_way(beside)] = [each.found[_judged(beside)] for _, each in others]
         self.found = placed[self.method]
         confidence = [each.scores[settings.compare].get("confidence") for each in found]
         self.confidence = None if any(c is None for c in confidence) else confidence
@@ -389,9 +392,6 @@ def _write(
     moved = columns - pair.truth[:, :, 0]
     low, high = (float(v) for v in np.nanpercentile(moved, (1, 99)))
     methods = results["methods"]
-    shown = [match.compare, *(name for name in ways if name != match.compare)]
-    if len(shown) == 1:
-        shown.append("kk" if match.compare == NOTE else NOTE)
     figures = {
         "scenes": scene_pairs(scenes.pairs, scenes.found, SCENE_TOLERANCE),
         **segments.figures(),
@@ -399,7 +399,7 @@ def _write(
         "shifts": plots.shifts(
             {
                 "truth: how far each pixel moves (white: not known)": pair.truth,
-                **{f"found by {READING[name]}": matches[name].field() for name in shown},
+                **{f"found by {READING[name]}": matches[name].field() for name in ways},
             },
             pair.left,
             limits=(low, high),

@@ -240,12 +240,11 @@ def _best_line(results: dict[str, Any]) -> str:
     name = f"{READING[settings['compare']]}, {settings['readout']}"
     place = ranked.index(name) + 1
     score = methods[name]
-    first, beside = methods[ranked[0]], results["model_own_way"]
+    first, beside = methods[ranked[0]], results["beside"]
     off = f"{methods[beside]['median_error_px']:.1f} pixels off"
-    other = "" if beside == name else f" The model's own way ({beside}) is {off}."
     return (
         f"Matches ({name}) are {score['median_error_px']:.1f} pixels "
         f"off in the median and within 5 % of the image for {score['pck@0.05']:.1%} of the pixels: "
         f"place {place} of {len(ranked)} methods by median error (first: {ranked[0]}, "
-        f"{first['median_error_px']:.1f} pixels).{other}"
+        f"{first['median_error_px']:.1f} pixels). Beside it, {beside} are {off}."
     )
