@@ -74,6 +74,36 @@ def test_classes_are_summed_over_images_and_drawn_again():
     assert (low, high) == (pytest.approx(4 / 12), pytest.approx(1.0))
 
 
+def test_rivals_read_the_attention_of_objects_and_that_of_matching():
+    """Attention of halves beside features of four kinds: each rival has settings with both."""
+    from dataclasses import replace
+
+    import torch
+    from flashmaps.evaluation.segment_scenes import LabelledImage
+    from flashmaps.evaluation.segments import _rows
+    from flashmaps.segmentation.seen import Seen
+    from test_cosegment import planted
+
+    (like,) = planted([[0, 0, 1, 2, 2, 3]])
+    x = torch.eye(16)[torch.tensor([0, 0, 0, 1, 1, 1] * 6)][None, None]
+    image = (like.image * 255).astype(np.uint8)
+    truth = {
+        "objects": np.repeat(np.tile([0, 0, 0, 1, 1, 1], (24, 1)), 4, 1),
+        "parts": np.repeat(np.tile([0, 0, 1, 2, 2, 3], (24, 1)), 4, 1),
+    }
+    one = LabelledImage("0", image, truth)
+    seen = Seen(like, replace(like, query=x, key=x))
+    (rows,) = _rows([one], [seen], ("objects", "parts"), True, None)
+    for level in truth:
+        assert rows[level]["FlashMaps"]["-"]["iou"] == 1.0
+        settings = set(rows[level]["spectral, eigengap"])
+        assert settings == {"eigengap", "eigengap, matching layers"}
+        assert "KL 0.1, matching layers" in rows[level]["DiffSeg"]
+        assert set(rows[level]["DiffCut"]) == {f"tau 0.{i}" for i in range(1, 10)}
+    (rows,) = _rows([one], [Seen(like, like)], ("objects", "parts"), True, None)
+    assert set(rows["objects"]["spectral, eigengap"]) == {"eigengap"}
+
+
 def test_features_are_kept_and_belong_to_their_images(tmp_path, monkeypatch):
     from flashmaps.batches import features as stage
     from flashmaps.evaluation import kept_features

@@ -318,3 +318,82 @@ def test_memory_beyond_the_features_is_small(side):
     found, rise = rise_of(lambda: fm.segment(features))
     assert len(found.tokens) == side**2
     assert rise < 64e6 * side**2 / 64**2
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    from tiny_pipeline import tiny_pipeline
+
+    image = np.random.default_rng(0).random((64, 64, 3), dtype=np.float32)
+    return tiny_pipeline(tmp_path_factory.mktemp("tiny")), image
+
+
+def test_objects_are_those_of_their_layer_and_parts_those_of_the_other():
+    """Features of four kinds of stuff, and attention that stays in either half of the image."""
+    from dataclasses import replace
+
+    from flashmaps.segmentation.seen import Seen
+    from test_cosegment import planted
+
+    (like,) = planted([[0, 0, 1, 2, 2, 3]])
+    halves = torch.tensor([0, 0, 0, 1, 1, 1] * 6)
+    x = torch.eye(16)[halves][None, None]
+    found = fm.segment(Seen(like, replace(like, query=x, key=x, layers=("two",))))
+    objects, parts = found.tree
+    assert same(objects.tokens, halves.numpy())
+    assert same(parts.tokens, np.tile([0, 0, 1, 2, 2, 3], 6))
+    assert parts.parents.tolist() == [0, 0, 1, 1]
+    # Features alone are read for both: their attention knows of no halves.
+    assert same(fm.segment(like).tokens, np.tile([0, 0, 1, 2, 2, 3], 6))
+
+
+def test_an_image_without_layers_given_is_seen_by_two(tiny, monkeypatch):
+    from flashmaps.segmentation import segment as module
+    from flashmaps.segmentation.seen import OBJECT_LAYERS
+
+    pipe, image = tiny
+    ours = "up_blocks.2.attentions.0.transformer_blocks.0.attn1"
+    (seen,) = module.see_objects(pipe, [image])
+    assert seen.attention.layers == (OBJECT_LAYERS,)
+    assert seen.likeness.layers[0] == ours and OBJECT_LAYERS not in seen.likeness.layers
+    assert seen.attention.grid == seen.likeness.grid
+    assert seen.attention.seeds == seen.likeness.seeds
+    torch.testing.assert_close(seen.attention.image, seen.likeness.image)
+    plain = module.see(pipe, [image], layers=OBJECT_LAYERS)[0]
+    assert torch.equal(plain.query, seen.attention.query)  # of the very image and noise
+    (given,) = module.see_objects(pipe, [image], layers=ours)
+    assert given.attention is given.likeness and given.likeness.layers == (ours,)
+
+    asked = []
+    levels = module._levels
+    monkeypatch.setattr(
+        module, "_levels", lambda seen, *others: asked.append(seen) or levels(seen, *others)
+    )
+    whole = fm.segment(image, model=pipe)
+    assert np.array_equal(whole.tokens, fm.segment(seen).tokens)
+    fm.segment(image, model=pipe, layers=ours)
+    fm.segment(seen.likeness)
+    assert asked[0].attention.layers == (OBJECT_LAYERS,)
+    for each, layers in zip(asked[-2:], [(ours,), seen.likeness.layers], strict=True):
+        assert each.attention is each.likeness and each.likeness.layers == layers
+
+
+@pytest.mark.parametrize("lacking", ["layer", "grid"])
+def test_a_model_without_that_layer_is_seen_once(tiny, tmp_path, lacking, monkeypatch):
+    from flashmaps.segmentation import seen as module
+    from flashmaps.segmentation.segment import see, see_objects
+    from tiny_pipeline import tiny_pipeline
+
+    pipe, image = tiny
+    if lacking == "layer":  # as SDXL
+        pipe = tiny_pipeline(
+            tmp_path,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        )
+        found = see_objects(pipe, [image])
+    else:  # as SD1, which matches at half the resolution of its first layer
+        sets = see(pipe, [image], layers="up_blocks.1.*.attn1")
+        found = module.with_object_layers(pipe, sets)
+        monkeypatch.setattr(module, "features", None)  # not called
+        assert module.with_object_layers(pipe, sets)[0].attention is sets[0]
+    assert found[0].attention is found[0].likeness

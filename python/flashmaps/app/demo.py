@@ -43,6 +43,7 @@ from flashmaps.matching.points import pixel_field
 from flashmaps.matching.result import Match
 from flashmaps.matching.settings import MatchSettings, settings_of
 from flashmaps.matching.support import support
+from flashmaps.segmentation.seen import with_object_layers
 
 NOTE = "qk"  # the note's attention from one image to the other, A_st: what the demo leads with
 DEMO_SIZE = 288  # longer side in pixels: 48 x 72 tokens at a quarter of the pixels
@@ -132,7 +133,8 @@ def run(
         step("matching drawn scenes")
         scenes = _Scenes(pipe, settings, beside, backend)
         step("segmenting")
-        segments = ShownSegments(pipe, left, backend)
+        shown = with_object_layers(pipe, [left])[0] if layers is None else left
+        segments = ShownSegments(pipe, shown, backend)
         step("imagining a hidden animal")
         # SDXL has two text encoders, which the inpainting here does not know.
         one_encoder = getattr(pipe, "text_encoder_2", None) is None

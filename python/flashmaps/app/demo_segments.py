@@ -13,7 +13,8 @@ from flashmaps.evaluation.segment_scores import score
 from flashmaps.segmentation.collection import CoSegments
 from flashmaps.segmentation.cosegment import cosegment
 from flashmaps.segmentation.result import Segments
-from flashmaps.segmentation.segment import see, segment
+from flashmaps.segmentation.seen import Seen
+from flashmaps.segmentation.segment import see_objects, segment
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,11 +26,13 @@ IMAGES = 6  # the first of that category in the test split
 class ShownSegments:
     """A segmented photograph and a co-segmented collection, with pictures and numbers."""
 
-    def __init__(self, pipe: Any, photograph: Features, backend: str) -> None:
+    def __init__(self, pipe: Any, photograph: Features | Seen, backend: str) -> None:
         with fit_threads(pipe):
             self.photograph: Segments = segment(photograph, backend=backend)
             drawn = WorldCollections("test", IMAGES, seeds=1, categories=(CATEGORY,))[0]
-            self.collection: CoSegments = cosegment(see(pipe, drawn.images), backend=backend)
+            self.collection: CoSegments = cosegment(
+                see_objects(pipe, drawn.images), backend=backend
+            )
         labels = np.concatenate([each.ravel() for each in self.collection.labels])
         truth = np.concatenate([each.ravel() for each in drawn.truth])
         scores = score(labels, truth)

@@ -32,6 +32,7 @@ from flashmaps.evaluation.segments import OURS, Rows, summarise, write_results
 from flashmaps.files import check_folder, open_run
 from flashmaps.segmentation.boundaries import patches, pixel_labels
 from flashmaps.segmentation.cosegment import EVIDENCE, cosegment
+from flashmaps.segmentation.seen import Seen, with_object_layers
 
 KIND = "cosegments-evaluation"
 LEVEL = "parts of collections"
@@ -76,7 +77,8 @@ def evaluate_cosegments(
             name = f"parts/{index:06d}.json"
             if not run.whole(name):
                 one = collections[index]
-                rows = _rows(one, kept.see(index, one.images), rivals, ablation)
+                seen = with_object_layers(pipe, kept.see(index, one.images))
+                rows = _rows(one, seen, rivals, ablation)
                 about = entry(f"{index} {one.category}", one.images, one.truth)
                 run.write_json(name, {"rows": rows, "collection": about})
             part = json.loads((run.folder / name).read_text("utf-8"))
@@ -88,7 +90,7 @@ def evaluate_cosegments(
     return results
 
 
-def _rows(collection: Collection, sets: list[Features], rivals: bool, ablation: bool) -> Rows:
+def _rows(collection: Collection, seen: list[Seen], rivals: bool, ablation: bool) -> Rows:
     truth = np.concatenate([each.ravel() for each in collection.truth])
     own: dict[str, Any] = {}
     ways = {OURS: own}
@@ -106,8 +108,9 @@ def _rows(collection: Collection, sets: list[Features], rivals: bool, ablation: 
         rows[name] = {"-": {k: None if np.isnan(v) else v for k, v in found.items()}}
 
     for way, given in ways.items():
-        add(way, list(cosegment(sets, **given).labels))
+        add(way, list(cosegment(seen, **given).labels))
     if rivals:
+        sets = [each.likeness for each in seen]
         voters = [patches(each.image) for each in sets]
         for name, tokens in joint_rivals(sets, collection.targets + 1):
             add(name, _pixels(sets, tokens, voters))

@@ -23,7 +23,7 @@ from flashmaps.evaluation.segment_scores import adjusted_rand, contingency, mutu
 from flashmaps.evaluation.segments import shown, told, write_results
 from flashmaps.files import check_folder, open_run
 from flashmaps.segmentation.cosegment import cosegment
-from flashmaps.segmentation.segment import see, segment
+from flashmaps.segmentation.segment import see_objects, segment
 
 KIND = "segment-consistency"
 ALL = 2**22  # points of a pair: every pixel
@@ -105,7 +105,7 @@ def evaluate_consistency(
 
 
 def _one(pipe: Any, pair: Pair, size: int | None) -> dict[str, Any]:
-    both = see(pipe, [pair.source_image, pair.target_image], size=size)
+    both = see_objects(pipe, [pair.source_image, pair.target_image], size=size)
     one, other = (segment(each) for each in both)
     levels = {
         level.name: agreement(pair, level.labels, other.tree[place].labels)

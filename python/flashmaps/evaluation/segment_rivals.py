@@ -17,7 +17,7 @@ each on the very scenes that are scored: an oracle.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -179,21 +179,28 @@ def _unit(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.normalize(x, dim=-1)
 
 
-def token_rivals(found: Features, attention: AttentionMap) -> Iterator[tuple[str, str, np.ndarray]]:
-    """(method, setting, labels of tokens) of every rival on tokens that asks for no count."""
-    A = attention.to_dense()[0].float().cpu().numpy()
-    W = (A + A.T) / 2
+def token_rivals(
+    found: Features, attention: Mapping[str, AttentionMap]
+) -> Iterator[tuple[str, str, np.ndarray]]:
+    """(method, setting, labels of tokens) of every rival on tokens that asks for no count.
+
+    ``attention``: maps that they may read, by what their settings are called after; each of those
+    that read attention has its settings with every map.
+    """
     x = unit_features(found)
     alike = np.maximum(x @ x.T, 0) ** DIFFCUT_POWER
-    makers: dict[str, Callable[[], Iterator[tuple[str, np.ndarray]]]] = {
-        "DiffSeg": lambda: diffseg(A, found.grid),
-        "NCut on attention": lambda: recursive_cuts(W),
-        "DiffCut": lambda: recursive_cuts(alike),
-        "spectral, eigengap": lambda: spectral(W),
-    }
-    for name, make in makers.items():
-        for setting, labels in make():
-            yield name, setting, labels
+    for setting, labels in recursive_cuts(alike):
+        yield "DiffCut", setting, labels
+    for called, each in attention.items():
+        A = each.to_dense()[0].float().cpu().numpy()
+        W = (A + A.T) / 2
+        for name, made in (
+            ("DiffSeg", diffseg(A, found.grid)),
+            ("NCut on attention", recursive_cuts(W)),
+            ("spectral, eigengap", spectral(W)),
+        ):
+            for setting, labels in made:
+                yield name, setting + called, labels
 
 
 def pixel_rivals(image: np.ndarray) -> Iterator[tuple[str, str, np.ndarray]]:

@@ -2,8 +2,9 @@
 
 The rules of scoring are those of :mod:`flashmaps.evaluation.segment_scores`, and the images those
 of :mod:`flashmaps.evaluation.segment_scenes`. Every rival has a grid of settings, and the tables
-show the best of them on the very images scored, for each level by the sum of IoU and ARI: an oracle
-that ``fm.segment`` does not have. Rivals on tokens are given the same pixel borders as ours.
+show the best of them on the very images scored, for each level by the sum of IoU and ARI, with the
+attention of our objects' layer or that of the layers that match: an oracle that ``fm.segment`` does
+not have. Rivals on tokens are given the same pixel borders as ours.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from flashmaps.diffusion.features import Features
 from flashmaps.diffusion.threads import fit_threads
 from flashmaps.evaluation.bootstrap import RESAMPLES, check_resampling, interval, resample
 from flashmaps.evaluation.kept_features import KeptFeatures
@@ -35,6 +35,7 @@ from flashmaps.evaluation.segment_scores import (
 from flashmaps.files import Run, check_folder, open_run
 from flashmaps.matching.cross_map import cross_map
 from flashmaps.segmentation.boundaries import patches, pixel_labels
+from flashmaps.segmentation.seen import Seen, with_object_layers
 from flashmaps.segmentation.segment import segment
 
 KIND = "segments-evaluation"
@@ -97,7 +98,7 @@ def evaluate_segments(
             name = f"parts/{start:06d}.json"
             if not run.whole(name):
                 some = [scenes[i] for i in range(start, min(start + _BATCH, len(scenes)))]
-                seen = kept.see(start, [each.image for each in some])
+                seen = with_object_layers(pipe, kept.see(start, [each.image for each in some]))
                 made = list(_rows(some, seen, scenes.levels, rivals, labels))
                 about = [entry(each.name, [each.image], each.truth.values()) for each in some]
                 run.write_json(name, {"rows": made, "images": about})
@@ -114,15 +115,15 @@ def evaluate_segments(
 
 def _rows(
     some: list[LabelledImage],
-    seen: list[Features],
+    seen: list[Seen],
     levels: tuple[str, ...],
     rivals: bool,
     theirs: str | Path | None,
 ) -> Iterator[Rows]:
-    for each, features in zip(some, seen, strict=True):
+    for each, sight in zip(some, seen, strict=True):
         rows: Rows = {level: {} for level in levels}
         for way, given in WAYS.items():
-            made = segment(features, **given)
+            made = segment(sight, **given)
             for level in levels:
                 place = len(made.tree) - 1 if level == "parts" else 0
                 if "temperature" in given and place:  # which is that of objects
@@ -134,14 +135,17 @@ def _rows(
                 labels = given_labels(theirs, each.name, each.truth[level].shape)
                 rows[level][THEIRS] = {"-": _score(labels, each.truth[level], level)}
         if rivals:
-            _add_rivals(rows, each, features)
+            _add_rivals(rows, each, sight)
         yield rows
 
 
-def _add_rivals(rows: Rows, each: LabelledImage, features: Any) -> None:
+def _add_rivals(rows: Rows, each: LabelledImage, seen: Seen) -> None:
     size = each.image.shape[:2]
+    features, of = seen.likeness, seen.attention
     voters = patches(features.image)
-    attention = cross_map(features, features, compare="qk")
+    attention = {"": cross_map(of, of, compare="qk")}  # that our objects read
+    if of is not features:
+        attention[", matching layers"] = cross_map(features, features, compare="qk")
 
     def pixels(tokens: np.ndarray) -> np.ndarray:
         one = torch.nn.functional.one_hot(torch.from_numpy(tokens)).float()

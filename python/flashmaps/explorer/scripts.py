@@ -79,6 +79,8 @@ def segments(model: str, pair: Pair, level: int) -> str:
     """A program that draws a level of the segments of the source."""
     given = _seeing(pair)
     given.pop("same_noise")
+    if pair.view.layers is None:
+        given.pop("layers", None)  # then objects are found by another layer than what looks alike
     told = ", ".join(f"{name}={value!r}" for name, value in given.items())
     return _program(
         pair.source,

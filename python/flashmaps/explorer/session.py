@@ -305,8 +305,7 @@ class Session:
         found = self._picture(given.text("picture", 20))
         view = self.model.view(given)
         given.done()
-        seen = self.model.see([found], view, outputs=True)[0]
-        made = segment(seen)
+        made = segment(self.model.sight(found, view))
         height, width = made.labels.shape
         step = max(1, -(-max(height, width) // _SEGMENT_SIDE))
         shown = [level.labels[::step, ::step] for level in made.tree]

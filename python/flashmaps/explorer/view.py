@@ -26,6 +26,7 @@ from flashmaps.matching.match import match_features
 from flashmaps.matching.options import COMPARE, NORMALIZE
 from flashmaps.matching.result import Match
 from flashmaps.matching.settings import MatchSettings, settings_of
+from flashmaps.segmentation.seen import Seen, as_seen, with_object_layers
 
 MOST_MEMORY = 2**30  # bytes of features that are kept, of all visitors
 MOST_TOKENS = 128 * 128  # of an image, that a page may ask for
@@ -130,6 +131,11 @@ class Model:
                 self._keep(key, seen)
             found.append(seen)
         return found
+
+    def sight(self, one: Picture, view: View) -> Seen:
+        """What segments read of a picture, as :func:`flashmaps.segment` does."""
+        found = self.see([one], view, outputs=True)
+        return as_seen(found[0]) if view.layers else with_object_layers(self.pipe, found)[0]
 
     def _kept(self, key: Any) -> Features | None:
         if key in self._seen:

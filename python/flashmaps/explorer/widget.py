@@ -20,6 +20,7 @@ from flashmaps.explorer.view import Model, View
 from flashmaps.matching.options import COMPARE, NORMALIZE, MatchOptions
 from flashmaps.matching.result import Match
 from flashmaps.matching.settings import MatchSettings
+from flashmaps.segmentation.seen import Seen, as_seen
 
 STATIC = Path(__file__).parent / "static"
 _MODULES = (
@@ -72,6 +73,10 @@ class MatchModel(Model):
         if any(each is None for each in found):
             raise ValueError("a match knows its own two pictures; give fm.explore the images")
         return [each for each in found if each is not None]
+
+    def sight(self, one: Picture, view: View) -> Seen:
+        """What the match saw of a picture, for all that segments read."""
+        return as_seen(self.see([one], view, outputs=True)[0])
 
     @property
     def pipe(self) -> Any:

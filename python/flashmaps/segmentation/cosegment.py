@@ -38,7 +38,8 @@ from flashmaps.segmentation.boundaries import patches, pixel_labels
 from flashmaps.segmentation.collection import CoSegments, Part
 from flashmaps.segmentation.map_equation import compact, merge_to, shortest
 from flashmaps.segmentation.nesting import nested
-from flashmaps.segmentation.segment import image_objects, likeness, see
+from flashmaps.segmentation.seen import Seen, as_seen
+from flashmaps.segmentation.segment import image_objects, likeness, see_objects
 from flashmaps.segmentation.temperatures import link_temperature
 from flashmaps.segmentation.walk import atom_flows, find_atoms, symmetric, walk_segments
 
@@ -68,8 +69,9 @@ def cosegment(
 
     Args:
         images: two or more, each as for :func:`flashmaps.match`; or :class:`Features` of each, from
-            one model and with the same layers, best with ``outputs=True``.
-        model, layers, timestep, seeds, size: as for :func:`flashmaps.match`; what is left out is
+            one model and with the same layers, best with ``outputs=True``; or
+            :class:`flashmaps.segmentation.seen.Seen` of each.
+        model, layers, timestep, seeds, size: as for :func:`flashmaps.segment`; what is left out is
             the model's own.
         count: how many labels in all, for who knows; default: as many as make the code shortest.
         evidence: scores of the round trip s -> t -> s that weigh the links between images, none
@@ -95,12 +97,13 @@ def cosegment(
     for each in names:
         if each not in EVIDENCE:
             raise ValueError(f"evidence {each!r} is not known; choose from {', '.join(EVIDENCE)}")
-    given = [isinstance(each, Features) for each in images]
+    given = [isinstance(each, (Features, Seen)) for each in images]
     if any(given) and not all(given):
         raise ValueError("images holds Features and images: give one or the other")
-    sets = list(images)
-    if not all(given):
-        sets = see(
+    if all(given):
+        sets = [as_seen(each) for each in images]
+    else:
+        sets = see_objects(
             model, images, layers=layers, timestep=timestep, seeds=seeds, size=size,
             progress=progress,
         )  # fmt: skip
@@ -210,7 +213,7 @@ def _bar(links: Links, total: int, name: str, progress: bool) -> Iterable[Any]:
 
 
 def _cosegment(
-    sets: list[Features],
+    seen: list[Seen],
     count: int | None,
     evidence: tuple[str, ...],
     boundaries: bool,
@@ -218,7 +221,8 @@ def _cosegment(
     seed: int,
     progress: bool,
 ) -> CoSegments:
-    found = [image_objects(each, backend=backend, seed=seed) for each in sets]
+    found = [image_objects(each, backend=backend, seed=seed) for each in seen]
+    sets = [each.likeness for each in seen]
     compare = "kk" if any(each.output is None for each in sets) else "features"
     temperature = link_temperature(sets, compare, [near for near, _ in found])
     nodes = []

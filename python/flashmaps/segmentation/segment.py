@@ -7,11 +7,12 @@
 
 Two walks over the tokens are told in the fewest bits (:mod:`flashmaps.segmentation.map_equation`).
 Parts are where the walk stays that goes by how alike features are: what belongs to one part looks
-alike. Objects are where the walk stays that goes by attention, queries on keys, at the temperature
-the model was trained with, and one step in five by likeness: it starts from segments of likeness,
-joins those between which it goes back and forth, and then moves single tokens. How many there are
-follows in both cases. Parts are cut at the borders of objects, and are connected; what lies around
-things is one part (:mod:`flashmaps.segmentation.nesting`).
+alike. Objects are where the walk stays that goes by attention, queries on keys of the encoder's
+first layer (:mod:`flashmaps.segmentation.seen`), at the temperature the model was trained with, and
+three steps in ten by likeness: it starts from segments of likeness, joins those between which it
+goes back and forth, and then moves single tokens. How many there are follows in both cases. Parts
+are cut at the borders of objects, and are connected; what lies around things is one part
+(:mod:`flashmaps.segmentation.nesting`).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from flashmaps.segmentation.boundaries import borders, patches, pixel_labels
 from flashmaps.segmentation.map_equation import compact, merge_below, merge_to, shortest
 from flashmaps.segmentation.nesting import connected, nested, without_single
 from flashmaps.segmentation.result import Level, Segments
+from flashmaps.segmentation.seen import Seen, as_seen, with_object_layers
 from flashmaps.segmentation.temperatures import OBJECTS, part_temperature
 from flashmaps.segmentation.walk import (
     Segmentation,
@@ -75,10 +77,14 @@ def segment(
 
     Args:
         image: a path, PIL image, numpy array or torch tensor; or :class:`Features` of one image,
-            best with ``outputs=True``; or a square :class:`flashmaps.AttentionMap` of one image,
-            whose segments alone are found then, on its ``query_grid``.
+            best with ``outputs=True``, or :class:`flashmaps.segmentation.seen.Seen`; or a square
+            :class:`flashmaps.AttentionMap` of one image, whose segments alone are found
+            then, on its ``query_grid``.
         model, layers, timestep, seeds, size: as for :func:`flashmaps.match`; what is left out is
-            the model's own.
+            the model's own. Without ``layers``, attention ("qk") is read from the encoder's first
+            layer, ``down_blocks.0.attentions.0``, where the model has one with as many tokens, and
+            all else from the layers that it matches by: the image is shown to the model twice.
+            Layers, or Features, that are given are read for both.
         compare: None: objects by "qk", their parts by "features" (or "kk" where there are none).
             "qk", "kk", "qq" or "features": one level alone, by that.
         temperature: of the softmax of objects, beside the model's own; of that one level where
@@ -101,16 +107,18 @@ def segment(
     MatchOptions().with_given(compare=compare, temperature=temperature)  # checked before the work
     if isinstance(image, AttentionMap):
         return _of_map(image, count, seed)
-    found = image
-    if not isinstance(image, Features):
-        found = see(
-            model, [image], layers=layers, timestep=timestep, seeds=seeds, size=size,
-        )[0]  # fmt: skip
+    if isinstance(image, (Features, Seen)):
+        seen = as_seen(image)
+    else:
+        (seen,) = see_objects(
+            model, [image], layers=layers, timestep=timestep, seeds=seeds, size=size
+        )
+    found = seen.likeness
     tokens = found.grid[0] * found.grid[1]
     if count is not None and count > tokens:
         raise ValueError(f"count={count}: the image has {tokens} tokens; wanted at most as many")
     with torch.no_grad():
-        levels = _levels(found, compare, temperature, count, backend, seed)
+        levels = _levels(seen, compare, temperature, count, backend, seed)
         return _finish(found.image, found.grid, levels, boundaries)
 
 
@@ -130,6 +138,24 @@ def see(
         layers=layers, timestep=timestep, seeds=seeds, size=size
     )
     return features(pipe, list(images), **settings.for_features, outputs=True, progress=progress)
+
+
+def see_objects(
+    model: Any,
+    images: Sequence[Any],
+    *,
+    layers: str | Iterable[str] | None = None,
+    timestep: int | Sequence[int] | None = None,
+    seeds: int | Sequence[int] | None = None,
+    size: int | tuple[int, int] | None = None,
+    progress: bool = False,
+) -> list[Seen]:
+    """As :func:`see`; and where no layers are given, with the attention that objects go by."""
+    pipe = load_model(model)
+    sets = see(
+        pipe, images, layers=layers, timestep=timestep, seeds=seeds, size=size, progress=progress
+    )
+    return with_object_layers(pipe, sets) if layers is None else [as_seen(each) for each in sets]
 
 
 def likeness(
@@ -168,23 +194,25 @@ def object_segments(
 
 
 def _levels(
-    found: Features,
+    seen: Seen,
     compare: str | None,
     temperature: float | None,
     count: int | None,
     backend: str,
     seed: int,
 ) -> list[tuple[str, Segmentation]]:
+    found = seen.likeness
     if compare is not None:
         # Attention has no like tokens of its own to begin with: atoms are those of likeness.
         by = likeness_of(found) if compare == "qk" else compare
         near = nearest_tokens(likeness(found, OBJECTS, by, backend=backend))
         if temperature is None and compare != "qk":
             temperature = part_temperature(found, compare, near)
-        A = cross_map(found, found, compare=compare, temperature=temperature, backend=backend)
+        of = seen.attention if compare == "qk" else found
+        A = cross_map(of, of, compare=compare, temperature=temperature, backend=backend)
         return [(compare, walk_segments(A, find_atoms(near), count=count, seed=seed))]
     near, objects = image_objects(
-        found, temperature=temperature, count=count, backend=backend, seed=seed
+        seen, temperature=temperature, count=count, backend=backend, seed=seed
     )
     fine = likeness(found, part_temperature(found, likeness_of(found), near), backend=backend)
     made = walk_segments(fine, find_atoms(near), seed=seed)
@@ -195,7 +223,7 @@ def _levels(
 
 
 def image_objects(
-    found: Features,
+    seen: Seen,
     *,
     temperature: float | None = None,
     count: int | None = None,
@@ -203,13 +231,14 @@ def image_objects(
     seed: int = 0,
 ) -> tuple[Tensor, Segmentation]:
     """The nearest other token of each by likeness, [N], and the image's objects."""
-    like = likeness(found, OBJECTS, backend=backend)
+    like = likeness(seen.likeness, OBJECTS, backend=backend)
     near = nearest_tokens(like)
     atoms = find_atoms(near)
     rough = walk_segments(like, atoms, seed=seed)
     if count is not None and rough.count < count:
         rough = walk_segments(like, atoms, count=count, seed=seed)
-    attention = cross_map(found, found, compare="qk", temperature=temperature, backend=backend)
+    of = seen.attention
+    attention = cross_map(of, of, compare="qk", temperature=temperature, backend=backend)
     A = AttentionMap.average([attention, like], [1 - LIKE_STEPS, LIKE_STEPS])
     return near, object_segments(A, rough, count=count, seed=seed)
 
