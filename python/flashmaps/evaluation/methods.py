@@ -156,10 +156,11 @@ class Methods:
                             own = found[done][DEFAULT] = self._default(put, *both)
                             placed = carried.tokens_at(own, put.target_grid, put.other)
                             each["support"] = support(
-                                batch.trip.forward[row, None], batch.trip.backward[row, None],
+                                batch.trip.forward[row, None].cpu(),
+                                batch.trip.backward[row, None].cpu(),
                                 *(put.grid, put.target_grid),
                                 *(torch.from_numpy(x)[None] for x in (put.tokens, placed)),
-                            )[0].cpu()  # fmt: skip
+                            )[0]  # fmt: skip
                         if self.settings.calibration:
                             each["confidence"] = self.settings.calibration.probability(each)
                     scores[done][compare] = {n: v.numpy() for n, v in each.items()}

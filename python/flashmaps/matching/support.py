@@ -20,14 +20,17 @@ r, 0.15 and the rings were chosen on 48 pairs of the world's validation split.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from flashmaps.maps.grids import Grid
-from flashmaps.matching.consensus import offsets, similarities, spacing, weights
+from flashmaps.matching.consensus import SCALES, offsets, similarities, spacing, weights
 
 RINGS = 4  # of neighbours, square
 _CLOSE = 2 / 3  # r, in spacings
+_NOTHING = 4.0  # r_d's away: exp(-16)
 _BENT = 0.15  # what r_d grows by, with the neighbour's distance
 
 
@@ -56,27 +59,28 @@ def support(
         tokens = torch.arange(forward.shape[1], device=forward.device).expand_as(forward)
     at = target[forward.gather(1, tokens) if placed is None else placed]  # [B, n, 2]
     ratio = max(source_grid) / max(target_grid)  # source tokens as long as a target token
-    neighbours = [
-        (d, share)
-        for d, share in zip(offsets(target_grid, RINGS), weights(target_grid, RINGS), strict=True)
-        if d != (0, 0)
-    ]
-    away = torch.tensor([d for d, _ in neighbours], device=at.device, dtype=at.dtype)  # [K, 2]
-    shares = torch.tensor([share for _, share in neighbours], device=at.device, dtype=at.dtype)
-    there = at + away[:, None, None]  # [K, B, n, 2]
-    x, y = there.long().unbind(-1)
-    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    index = y.clamp(0, height - 1) * width + x.clamp(0, width - 1)
+    turns = ratio * torch.tensor(similarities(), device=at.device, dtype=at.dtype)  # [S, 2, 2]
     each = torch.arange(len(forward), device=at.device)[:, None]
-    weight = told[each, index] * inside * shares[:, None, None]  # [K, B, n]
-    moved = source[backward[each, index]] - source[tokens]
-    reach = ratio * (close + _BENT * away.norm(dim=-1))[:, None, None]
-    best = torch.zeros_like(weight[0])
-    for turn in similarities():
-        lies = ratio * away @ torch.tensor(turn, device=at.device, dtype=at.dtype).T  # S d, [K, 2]
-        off = (moved - lies[:, None, None]).square().sum(-1) / reach.square()
-        best = torch.maximum(best, (weight * (-off).exp()).sum(0))
-    return best / shares.sum()
+    total = at.new_zeros(len(turns), at[..., 0].numel())  # [S, B n]
+    whole = 0.0
+    shares = weights(target_grid, RINGS)
+    for d, share in zip(offsets(target_grid, RINGS), shares, strict=True):
+        if d == (0, 0):
+            continue
+        whole += share
+        away = torch.tensor(d, device=at.device, dtype=at.dtype)
+        x, y = (at + away).long().unbind(-1)  # [B, n]
+        inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+        index = y.clamp(0, height - 1) * width + x.clamp(0, width - 1)
+        moved = source[backward[each, index]] - source[tokens]
+        reach = ratio * (close + _BENT * math.hypot(*d))
+        weight = share * told[each, index] * inside
+        # What is left out would add less than a millionth.
+        far = max(SCALES) * ratio * math.hypot(*d) + _NOTHING * reach
+        some = ((weight > 1e-7) & (moved.square().sum(-1) < far**2)).flatten().nonzero()[:, 0]
+        off = (moved.flatten(0, 1)[some] - (turns @ away)[:, None]).square().sum(-1)  # [S, k]
+        total.index_add_(1, some, weight.flatten()[some] * (-off / reach**2).exp())
+    return total.amax(0).view(at.shape[:2]) / whole
 
 
 def _places(grid: Grid, like: Tensor) -> Tensor:
