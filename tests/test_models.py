@@ -1,5 +1,6 @@
 """The built-in model: the packaged folder, its vocabulary and data, and the training script."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -398,6 +399,33 @@ def test_replayed_losses_and_gradients_are_those_of_plain_calls():
         for parameter, gradient in zip(parameters, wanted, strict=True):
             torch.testing.assert_close(parameter.grad, gradient)
             parameter.grad = None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_replayed_steps_are_those_of_plain_ones():
+    from flashmaps.models.replay import Replayed
+
+    layer = torch.nn.Linear(8, 3).cuda()
+    other = copy.deepcopy(layer)
+    parameters, rate = list(layer.parameters()), torch.zeros((), device="cuda")
+
+    @torch.no_grad()
+    def descend():
+        for parameter in parameters:
+            parameter.sub_(rate * parameter.grad)
+
+    def loss(_key, x):
+        return layer(x).square().mean(), {}
+
+    replayed = Replayed(loss, parameters, descend, lambda: None)
+    for turn in range(6):
+        x = torch.randn(5, 8, device="cuda")
+        rate.fill_(0.1 * turn)
+        replayed(turn % 2 == 0, x)
+        gradients = torch.autograd.grad(other(x).square().mean(), list(other.parameters()))
+        for mine, found, gradient in zip(parameters, other.parameters(), gradients, strict=True):
+            found.data.sub_(0.1 * turn * gradient)
+            torch.testing.assert_close(mine, found)
 
 
 def test_weights_of_other_sizes_are_refused_as_a_start(tmp_path):
