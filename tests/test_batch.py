@@ -95,16 +95,25 @@ def test_rows_are_those_of_single_matches(whole, images, pipe):
         assert mine["target_token"].tolist() == one.forward.tolist()
         np.testing.assert_allclose(mine["soft_x"], one.expected_target[:, 0], rtol=1e-6)
         assert pairs.loc[number, "hard_ims"] == pytest.approx(float(one.round_trip.hard_ims[0]))
-    # The features are those of the model itself: with noise of its own for each image.
-    seeds = [seed + 3 * 1_000_003 for seed in settings.seeds]
-    options = {**settings.for_features, "seeds": seeds}
-    (third,) = features(pipe, [images[3]], outputs=True, **options)
+    # The features are those of the model itself.
+    (third,) = features(pipe, [images[3]], outputs=True, **settings.for_features)
     torch.testing.assert_close(
-        Features.load(out / "features/000003.safetensors").output, third.output
+        Features.load(out / "features/000003.safetensors").query, third.query
     )
     names = parquet.read_table(out / "images.parquet").to_pandas()
     assert names["name"].tolist() == [f"image {i}" for i in range(10)]
     assert (names["grid_height"] == 16).all()
+
+
+def test_each_image_may_have_noise_of_its_own(images, pipe, tmp_path):
+    out, settings = tmp_path / "out", settings_of(pipe).with_given(size=SIZE, same_noise=False)
+    fm.batch(images[:2], [(0, 1)], out, model=pipe, size=SIZE, same_noise=False, rows="pairs")
+    seeds = [seed + 1 * 1_000_003 for seed in settings.seeds]
+    options = {**settings.for_features, "seeds": seeds}
+    (second,) = features(pipe, [images[1]], outputs=True, **options)
+    torch.testing.assert_close(
+        Features.load(out / "features/000001.safetensors").query, second.query
+    )
 
 
 def test_again_nothing_is_computed_and_damaged_parts_are_made_again(

@@ -187,7 +187,7 @@ def test_every_control_has_a_name(visit: Page) -> None:
 
 
 def test_other_maps_are_chosen(visit: Page) -> None:
-    visit.ready(lambda: visit.find("compare").select_option("qk"))
+    visit.ready(lambda: visit.find("compare").select_option("kk"))
     assert visit.find("head").locator("option").count() == 3  # two heads, and their mean
     visit.ready(lambda: visit.find("head").select_option("1"))
     visit.page.get_by_text("Layers", exact=True).click()

@@ -79,9 +79,8 @@ def test_a_row_takes_no_map(session: Session, look: str, monkeypatch: pytest.Mon
     with Watch():
         ask(session, "row", look=look, side="source", token=5)
     pair = session._pairs[look]
-    vectors = max(
-        x.numel() for x in (pair.features["source"].query, pair.features["source"].output)
-    )
+    source = pair.features["source"]
+    vectors = max(x.numel() for x in (source.query, source.output) if x is not None)
     tokens = math.prod(pair.features["source"].grid)
     assert largest <= 2 * vectors < tokens**2  # features and rows, never N x N
 
