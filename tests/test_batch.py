@@ -503,7 +503,8 @@ def _killed(
     """Run it, killed so often at random moments; then to its end, here. Returns the kills that hit.
 
     ``total``: files of a whole run. Each life ends a random number of files after it began, and a
-    random moment later; so many that all of the kills find something to do.
+    random moment later; so few that all of the kills find something to do, though parts come in
+    bursts, of as many pairs as are matched at once.
     """
     draw, hits = random.Random(seed), 0
 
@@ -522,7 +523,7 @@ def _killed(
         return sum(len(os.listdir(folder / k)) for k in kinds if (folder / k).is_dir())
 
     for _ in range(kills):
-        process, wanted = start(), count() + draw.randint(0, total // (kills + 1))
+        process, wanted = start(), count() + draw.randint(0, total // (2 * kills))
         while process.poll() is None and count() < wanted:
             time.sleep(0.002)
         time.sleep(draw.uniform(0, 0.2))
@@ -551,5 +552,5 @@ def test_killed_at_a_random_moment_a_run_ends_the_same(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_thousand_pairs_killed_twenty_times(tmp_path):
-    _check_killed(tmp_path, 64, 2000, 16 * 256, 20)
+def test_three_thousand_pairs_killed_twenty_times(tmp_path):
+    _check_killed(tmp_path, 64, 3000, 16 * 256, 20)
